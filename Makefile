@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 # cmake and ninja come from the environment where the system has none that is recent enough
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHON CC
+# Tests start some thousand processes: without byte code each of them would compile the whole package.
+unexport PYTHONDONTWRITEBYTECODE
 
 # STEP SECONDS NAME COMMAND: what it may take before all of it is killed.
 STEP := $(BIN)/python tools/run_step.py --timeout

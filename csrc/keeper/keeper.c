@@ -19,7 +19,10 @@
 
 #define HELLO_NS (60000 * MS) /* in which an engine has imported what it needs, on a busy host */
 #define TRIAL_NS (60000 * MS) /* in which one of another version serves */
-#define LEAVE_NS (30000 * MS) /* in which one has let go of everything */
+/* In which one has let go of everything for another one: until then no page is served. One whose image is on a disk that hangs cannot,
+ * and is killed, which loses nothing. */
+#define LEAVE_NS (3000 * MS)
+#define END_NS (30000 * MS)   /* in which one has ended that was told to */
 #define CLOSED_NS (1000 * MS) /* in which one has ended that does not talk to the keeper any more */
 #define FIRST_DELAY_NS (100 * MS)
 #define LONGEST_DELAY_NS (10000 * MS)
@@ -255,7 +258,7 @@ static bool listen_to(struct engine *engine, bool dead)
         bool told = engine->ordered || engine->leave || keeper.stop_signal || !keeper.ever_ready;
 
         engine->closed = true;
-        engine->deadline_ns = pc_now_ns() + (told ? LEAVE_NS : CLOSED_NS);
+        engine->deadline_ns = pc_now_ns() + (told ? END_NS : CLOSED_NS);
     }
     return false;
 }
@@ -661,7 +664,7 @@ static void adopt(const struct options *options)
 
 int keeper_run(const struct options *options)
 {
-    char why[256], number[16];
+    char number[16];
     int signals = open_signals();
 
     if (signals < 0) {
@@ -675,14 +678,6 @@ int keeper_run(const struct options *options)
     allow_files();
     store_connect_systemd(&keeper.store);
     store_import(&keeper.store);
-    for (uint32_t i = 0; i < options->listeners; i++) {
-        int error = store_put(&keeper.store, options->listen[i].name, &options->listen[i].fd, 1, false, why);
-
-        if (error) {
-            say(ERROR, "%s cannot be kept: %s", options->listen[i].name, why);
-            return 1;
-        }
-    }
     if (options->adopt_socket >= 0)
         adopt(options);
     (void)snprintf(number, sizeof(number), "%d", PC_KEEPER_FD);

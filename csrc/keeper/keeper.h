@@ -124,11 +124,6 @@ struct options {
     int adopt_socket, adopt_pidfd; /* of an engine that serves and has lost its keeper; else -1 */
     int deaths;
     uint32_t burst; /* deaths in short order before the next engine has to wait */
-    struct {
-        const char *name;
-        int fd;
-    } listen[LISTENERS];
-    uint32_t listeners;
 };
 int keeper_run(const struct options *options); /* the exit status */
 int keeper_main(int argc, char **argv);

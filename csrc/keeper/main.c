@@ -2,7 +2,6 @@
  *
  * postcopy-keeper [OPTION...] -- COMMAND [WORD...]     see keeper.h; postcopy/handler/_keeper.py starts it
  *
- *   --listen NAME=FD        a listening socket that it accepts on
  *   --no-spare              no engine waits while another one serves
  *   --burst N               deaths in short order before the next engine has to wait (5)
  *   --log-json VERSION      log lines as JSON
@@ -15,18 +14,6 @@
 #include <string.h>
 
 #include "keeper/keeper.h"
-
-static bool parse_listen(struct options *options, char *word)
-{
-    char *equals = strrchr(word, '=');
-
-    if (!equals || options->listeners == LISTENERS)
-        return false;
-    *equals = '\0';
-    options->listen[options->listeners].name = word;
-    options->listen[options->listeners].fd = atoi(equals + 1);
-    return !fcntl(options->listen[options->listeners++].fd, F_SETFD, FD_CLOEXEC);
-}
 
 static bool parse_adopt(struct options *options, const char *word)
 {
@@ -48,8 +35,6 @@ int keeper_main(int argc, char **argv)
             options.spare = false;
         else if (++at >= argc)
             right = false;
-        else if (!strcmp(name, "--listen"))
-            right = parse_listen(&options, argv[at]);
         else if (!strcmp(name, "--burst"))
             options.burst = (uint32_t)strtoul(argv[at], NULL, 10);
         else if (!strcmp(name, "--log-json"))

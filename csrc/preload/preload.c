@@ -492,6 +492,22 @@ static void *answer(void *unused)
     return unused;
 }
 
+/* Takes our entry out of LD_PRELOAD, so that what the program starts from now on is without us. In place: other threads may read
+ * the environment. (Not at the start: a program may become another one, as a shell does for `exec qemu`, before it maps anything.) */
+static void leave_environment(void)
+{
+    char *at = getenv("LD_PRELOAD");
+
+    while (at && *at) {
+        size_t bytes = strcspn(at, " :"), with = bytes + strspn(at + bytes, " :");
+
+        if (bytes >= strlen(LIBRARY) && !strncmp(at + bytes - strlen(LIBRARY), LIBRARY, strlen(LIBRARY)))
+            memmove(at, at + with, strlen(at + with) + 1);
+        else
+            at += with;
+    }
+}
+
 /* Signals are blocked, and the thread inherits that. */
 static void start(void)
 {
@@ -501,6 +517,9 @@ static void start(void)
     int error;
 
     self.started = true;
+    leave_environment();
+    if (is_ours(&self.device)) /* nor do they have that */
+        (void)fcntl(self.device.fd, F_SETFD, FD_CLOEXEC);
     /* A socket's file gets the mode that the socket has when it is bound. (umask is the whole process's.) */
     if (fd < 0 || fchmod(fd, 0600) || bind(fd, (struct sockaddr *)&self.path, sizeof(self.path)) || listen(fd, 16)) {
         debug("postcopy: no socket at %s: %s\n", self.path.sun_path, strerror(errno));
@@ -641,33 +660,6 @@ static void in_child(void)
     after_fork();
 }
 
-/* Takes our entry out of LD_PRELOAD, so that the program's children start without us. */
-static void leave_environment(void)
-{
-    const char *all = getenv("LD_PRELOAD");
-    char *kept, *next, *to;
-
-    if (!all || !(kept = malloc(strlen(all) + 1)))
-        return;
-    to = kept;
-    for (const char *at = all; *at; at += strcspn(at, " :")) {
-        size_t bytes;
-
-        at += strspn(at, " :");
-        bytes = strcspn(at, " :");
-        if (!bytes || (bytes >= strlen(LIBRARY) && !strncmp(at + bytes - strlen(LIBRARY), LIBRARY, strlen(LIBRARY))))
-            continue;
-        next = to == kept ? to : to + 1;
-        if (next != to)
-            *to = ':';
-        memcpy(next, at, bytes);
-        to = next + bytes;
-    }
-    *to = '\0';
-    (void)(to == kept ? unsetenv("LD_PRELOAD") : setenv("LD_PRELOAD", kept, 1));
-    free(kept);
-}
-
 void preload_begin(void)
 {
     const char *path = getenv("POSTCOPY_PRELOAD"), *device = getenv("POSTCOPY_PRELOAD_UFFD"), *lazy = getenv("POSTCOPY_PRELOAD_LAZY");
@@ -676,7 +668,7 @@ void preload_begin(void)
     self.debug = getenv("POSTCOPY_PRELOAD_DEBUG") != NULL;
     if (path && *path && strlen(path) < sizeof(self.path.sun_path) && !pthread_atfork(before_fork, after_fork, in_child)) {
         if (device && atoi(device) > STDERR_FILENO && !fstat(atoi(device), &status) && S_ISCHR(status.st_mode))
-            self.device = moved_up(atoi(device));
+            self.device = (struct descriptor){atoi(device), status.st_dev, status.st_ino};
         if (lazy && *lazy) {
             self.lazy = true;
             self.features = strtoull(lazy, NULL, 0);
@@ -684,11 +676,6 @@ void preload_begin(void)
         self.path.sun_family = AF_UNIX;
         (void)strcpy(self.path.sun_path, path);
     }
-    leave_environment();
-    (void)unsetenv("POSTCOPY_PRELOAD");
-    (void)unsetenv("POSTCOPY_PRELOAD_UFFD");
-    (void)unsetenv("POSTCOPY_PRELOAD_LAZY");
-    (void)unsetenv("POSTCOPY_PRELOAD_DEBUG");
 }
 
 void preload_end(void)

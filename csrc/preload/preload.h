@@ -6,6 +6,9 @@
  * program's shared, writable mappings of files in memory (tmpfs, hugetlbfs, memfd), and on request opens a userfaultfd in the
  * program, registers mappings with it, and hands it out. It moves no page, and changes nothing else.
  *
+ * POSTCOPY_PRELOAD names its socket. Optional: POSTCOPY_PRELOAD_UFFD, the number of an open /dev/userfaultfd; POSTCOPY_PRELOAD_LAZY,
+ * the features of a userfaultfd that guards each mapping from its making on; POSTCOPY_PRELOAD_DEBUG, for lines on stderr.
+ *
  * Requests come over a Unix socket (SOCK_SEQPACKET, mode 0600) from the program's own user or root: a connection, one
  * struct preload_request, one struct preload_reply with its descriptors, the end. A thread answers, which starts with the first
  * mapping that is remembered: a program that has become a daemon by fork(2) before that is served. One that forks later: the

@@ -26,7 +26,7 @@ def make(given: dict[str, Any], output: Output) -> Run:
     """With a keeper this process becomes it, and the command is run again as its engine."""
     config = record(PagerConfig, given)
     if config.keeper and not in_keeper():
-        keep(python(*sys.orig_argv[1:]), {}, log_json="log_json" in given, burst=config.restart_burst)
+        keep(python(*sys.orig_argv[1:]), log_json="log_json" in given, burst=config.restart_burst)
     operating = record(OperatingOptions, given)
     if operating.metrics is not None or operating.metrics_file is not None:
         import postcopy.handler._metrics  # noqa: F401  # before there is a virtual machine that waits for it

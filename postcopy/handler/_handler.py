@@ -433,7 +433,7 @@ class Handler:
     async def _open_source(self, about: About) -> Source:
         if about.image is not None:
             limiter = self._limiter_of(about.image)
-            image = await trio.to_thread.run_sync(Image.open, about.image, limiter=limiter)
+            image = await trio.to_thread.run_sync(Image.open, about.image, limiter=limiter, abandon_on_cancel=True)
             return ImageSource(image, limiter, self._sets)
         config = self._config
         if config.connect is not None:
@@ -504,8 +504,12 @@ class Handler:
             else:
                 source = await self._open_source(about)
         except (PostcopyError, OSError) as error:
-            log.error("%s: it is not served: %s", about.name, error)
+            killed = self._config.kill_when_lost and descriptors.pidfd >= 0 and _kill(descriptors.pidfd)
             descriptors.close()
+            log.error("%s: it is not served: %s%s", about.name, error, "; killed it" if killed else "")
+            self._output.emit("vm-lost", records.VmLost(vm=about.name, reason=str(error), killed=killed))
+            if killed:
+                await self._store.drop(key)
             return
         self._places[about.name] = about.memory_bytes
         vm = self._new(key, descriptors, about, source)
@@ -737,9 +741,11 @@ def check(config: PagerConfig) -> None:
 
 def _path_of(fd: int) -> str:
     """Where a Unix socket is, or was, bound."""
-    duplicate = socket.socket(fileno=os.dup(fd))
-    with duplicate:
-        name = duplicate.getsockname()
+    sock = socket.socket(fileno=fd)
+    try:
+        name = sock.getsockname()
+    finally:
+        sock.detach()
     return os.fsdecode(name) if isinstance(name, bytes) else str(name)
 
 

@@ -4,7 +4,8 @@
 It is opened anew for each virtual machine, so that a file which was replaced since is what the next one gets; those
 that run keep the file that they began with, also when its name is gone. All of them share the page cache of the host.
 
-Resource handling: an `Image` owns its descriptor until `close`.
+Resource handling: an `Image` owns its descriptor until `close`, or until nobody has it: to open one may take for ever
+(a disk that hangs), so that is abandoned, and its result with it.
 """
 
 from __future__ import annotations
@@ -68,3 +69,6 @@ class Image:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()

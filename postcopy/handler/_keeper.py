@@ -71,24 +71,14 @@ def systemd_keeps() -> bool:
     return os.environ.get("FDSTORE", "0") not in ("", "0") and "NOTIFY_SOCKET" in os.environ
 
 
-def keep(
-    command: Sequence[str],
-    listeners: Mapping[str, socket.socket],
-    *,
-    spare: bool = True,
-    log_json: bool = False,
-    burst: int = 5,
-) -> NoReturn:
-    """Becomes the keeper, which runs `command` (the absolute path of a program first) as its engine. With these
-    listening sockets, and those that systemd has passed; with a `spare` engine while one serves. After `burst` deaths
-    in short order the next engine has to wait."""
-    arguments = [program()]
-    for name, sock in listeners.items():
-        os.set_inheritable(sock.fileno(), True)
-        arguments += ["--listen", f"{check_name(name)}={sock.fileno()}"]
+def keep(command: Sequence[str], *, spare: bool = True, log_json: bool = False, burst: int = 5) -> NoReturn:
+    """Becomes the keeper, which runs `command` (the absolute path of a program first) as its engine. With the listening
+    sockets that systemd has passed; with a `spare` engine while one serves. After `burst` deaths in short order the
+    next engine has to wait."""
+    keeper = program()
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(arguments[0], [*arguments, *_options(spare, log_json, burst), "--", *command])
+    os.execv(keeper, [keeper, *_options(spare, log_json, burst), "--", *command])
 
 
 def _options(spare: bool, log_json: bool, burst: int) -> list[str]:
@@ -101,20 +91,15 @@ def _options(spare: bool, log_json: bool, burst: int) -> list[str]:
 
 @asynccontextmanager
 async def open_store(
-    listeners: Mapping[str, socket.socket] | None = None,
-    *,
-    formats: tuple[int, int] = (1, 1),
-    spare: bool = True,
-    log_json: bool = False,
-    burst: int = 5,
+    *, formats: tuple[int, int] = (1, 1), spare: bool = True, log_json: bool = False, burst: int = 5
 ) -> AsyncIterator[Store]:
     """The store of this process, from when it is to serve: under a keeper it waits here until no other engine does.
 
-    `formats`: which formats of records it reads, the oldest, and the one that it writes. `listeners` are for a process
-    without a keeper. `spare`, `log_json` and `burst` as for `keep`, for a keeper that has to be replaced.
+    `formats`: which formats of records it reads, the oldest, and the one that it writes. `spare`, `log_json` and
+    `burst` as for `keep`, for a keeper that has to be replaced.
     """
     if not in_keeper():
-        local = LocalStore(listeners or {})
+        local = LocalStore()
         async with _running(local.run):
             yield local
         return
@@ -175,6 +160,7 @@ class KeeperStore:
         self._start_at_s = -math.inf  # not before, the next one
         self._arrived, self._connections = trio.open_memory_channel[tuple[str, int]](math.inf)  # the keeper has a limit
         self._sending = trio.Lock()
+        self._tasks: trio.Nursery | None = None  # while it is run
         self._connect(sock)
 
     # -- what a `Store` does
@@ -236,12 +222,12 @@ class KeeperStore:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Hears what the keeper says, until it is cancelled."""
-        async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as self._tasks:
             task_status.started()
             while True:
                 while await self._receive():
                     pass
-                nursery.start_soon(await self._replace_keeper())
+                self._tasks.start_soon(await self._replace_keeper())
 
     def say_end(self) -> None:
         """This process ends in order, and the keeper with it, unless another engine is to go on."""
@@ -300,14 +286,11 @@ class KeeperStore:
                 fds += struct.unpack(f"={len(payload) // _FD_BYTES}i", payload[: len(payload) // _FD_BYTES * _FD_BYTES])
         if not data:
             return False
-        if flags & socket.MSG_CTRUNC:
-            _close(fds)
-            raise out_of_files(errno.EMFILE, "this engine cannot have what is kept for it")
         kind, value = _HEAD.unpack_from(data)
         text = data[_HEAD.size :]
         match kind:
             case lib.PC_KEEPER_ENTRY:
-                self._enter(text.decode(), fds)
+                self._enter(text.decode(), fds, whole=not flags & socket.MSG_CTRUNC)
             case lib.PC_KEEPER_GO:
                 self._serves = True
                 self.deaths, self.reason = value, text.decode(errors="replace")
@@ -322,9 +305,21 @@ class KeeperStore:
                 self.leave.set()
         return True
 
-    def _enter(self, name: str, fds: list[int]) -> None:
-        listens = is_listening(fds[0])
-        self._kept.setdefault(name, []).extend(fds if listens else _duplicate(fds, name))
+    def _enter(self, name: str, fds: list[int], *, whole: bool) -> None:
+        try:
+            if not whole:
+                raise out_of_files(errno.EMFILE, f"this engine cannot have {name}")
+            listens = is_listening(fds[0])
+            copies = fds if listens else _duplicate(fds, name)
+        except ResourceError as error:
+            _close(fds)
+            if self._tasks is None:
+                raise
+            # A connection that is new: its peer is told by its end, and all others are served.
+            log.error("a connection is closed: %s", error)
+            self._tasks.start_soon(self.drop, name)
+            return
+        self._kept.setdefault(name, []).extend(copies)
         if listens:
             self.listeners[name] = fds[0]
         elif len(fds) == 1 and kind_of(fds[0]) == "socket":

@@ -25,7 +25,7 @@ import itertools
 import os
 import re
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import trio
@@ -124,10 +124,9 @@ def is_listening(fd: int) -> bool:
 class LocalStore:
     """For a process without a keeper: it accepts by itself, and nothing outlives it."""
 
-    def __init__(self, listeners: Mapping[str, socket.socket]) -> None:
-        """The sockets stay the caller's; they are made non-blocking."""
+    def __init__(self) -> None:
         self.taken: dict[str, list[int]] = {}
-        self.listeners = {check_name(name): sock.fileno() for name, sock in listeners.items()}
+        self.listeners: dict[str, int] = {}
         self.deaths = 0
         self.reason = ""
         self.outlives = False
@@ -140,8 +139,6 @@ class LocalStore:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Accepts until it is cancelled."""
         async with trio.open_nursery() as self._nursery:
-            for name, fd in self.listeners.items():
-                self._nursery.start_soon(self._accept, name, os.dup(fd))
             task_status.started()
             await trio.sleep_forever()
 

@@ -423,9 +423,9 @@ class Vm:
         path, for_s = self._options.record_to, self._options.record_for_s
         since_s = (time.monotonic_ns() - self.about.connected_ns) / 1e9
         await trio.sleep(max(0.0, for_s - since_s))
-        self._options.record_to = None
         if path is not None and (since_s < for_s or not self.taken_over):  # else a process before this one has
-            await self._write_working_set(path)
+            await self._write_working_set(path)  # which is done at the end where this is cancelled
+        self._options.record_to = None
 
     async def _write_working_set(self, path: str) -> None:
         """Bounded in time: a disk may hang."""

@@ -63,7 +63,7 @@ def readable_package() -> Iterator[list[str]]:
     as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     with tempfile.TemporaryDirectory(prefix="postcopy-nobody-") as directory:
         target = Path(directory, "lib", "postcopy")
-        shutil.copytree(Path(postcopy.__file__).parent, target, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(Path(postcopy.__file__).parent, target)
         shutil.copy(_native.__file__, target)
         for program in Path(_native.__file__).parent.glob("postcopy-*"):
             shutil.copy(program, target)

@@ -213,6 +213,8 @@ class _Qemu:
                 return [{"cpu-index": 0, "thread-id": os.getpid(), "qom-path": "/machine/cpu", "target": "x"}], None
             case "query-kvm":
                 return {"enabled": False, "present": True}, None
+            case "query-block-jobs":
+                return [], None
             case "query-memdev":
                 return [{"id": name, "size": mib * MIB, "share": True} for name, mib in orders.mib.items()], None
             case "query-named-block-nodes":
@@ -250,6 +252,7 @@ class _Qemu:
             case "migrate":
                 self._cancelled.clear()
                 fd = self._fds.pop(arguments["uri"].removeprefix("fd:"))
+                self._went("setup")
                 return {}, lambda: self._migrate(self._orders, fd)
             case "migrate_cancel":
                 self._cancelled.set()
@@ -275,7 +278,6 @@ class _Qemu:
     def _migrate(self, orders: Orders, fd: int) -> None:
         assert self._capabilities["x-ignore-shared"]
         assert not self._capabilities["multifd"]
-        self._went("setup")
         self._went("active")
         if orders.migrates == "silent":
             self._cancelled.wait()

@@ -369,6 +369,8 @@ __attribute__((noreturn)) static void be_engine(const char *mode)
         }
         act(&heard);
     }
+    while (*mode == 'h') /* as one whose disk hangs */
+        pause();
     _exit(0);
 }
 
@@ -397,27 +399,25 @@ static void open_listener(void)
     close(low);
 }
 
-/* `passed`: that many descriptors from 3 on are passed as by systemd, with these names. */
+/* `passed`: that many descriptors from 3 on are passed as by systemd, with these names; the listening socket alone when it is 0. */
 static void run_keeper(const char *mode, const char *burst, bool spare, int passed, const char *names)
 {
-    char listen_[32], number[16];
+    char number[16];
 
     (void)fflush(stdout);
     rig.pid = CHECK_SYS(fork());
     if (rig.pid)
         return;
     CHECK_SYS(dup2(rig.errors, STDERR_FILENO));
-    if (passed) {
-        (void)snprintf(number, sizeof(number), "%d", getpid());
-        setenv("LISTEN_PID", number, 1);
-        (void)snprintf(number, sizeof(number), "%d", passed);
-        setenv("LISTEN_FDS", number, 1);
-        setenv("LISTEN_FDNAMES", names, 1);
-    }
-    (void)snprintf(listen_, sizeof(listen_), "pager=%d", rig.listener);
+    if (!passed)
+        CHECK_SYS(dup2(rig.listener, 3));
+    (void)snprintf(number, sizeof(number), "%d", getpid());
+    setenv("LISTEN_PID", number, 1);
+    (void)snprintf(number, sizeof(number), "%d", passed ? passed : 1);
+    setenv("LISTEN_FDS", number, 1);
+    setenv("LISTEN_FDNAMES", passed ? names : "pager", 1);
     {
-        char none[] = "--no-spare", burst_[] = "--burst", burst_n[8], listen_option[] = "--listen", end[] = "--",
-             self[] = "/proc/self/exe", engine[] = "engine", mode_[8], *words[16];
+        char none[] = "--no-spare", burst_[] = "--burst", burst_n[8], end[] = "--", self[] = "/proc/self/exe", engine[] = "engine", mode_[8], *words[16];
         int count = 1;
 
         (void)snprintf(burst_n, sizeof(burst_n), "%s", burst);
@@ -427,10 +427,6 @@ static void run_keeper(const char *mode, const char *burst, bool spare, int pass
         words[count++] = burst_n;
         if (!spare)
             words[count++] = none;
-        if (!passed) {
-            words[count++] = listen_option;
-            words[count++] = listen_;
-        }
         words[count++] = end;
         words[count++] = self;
         words[count++] = engine;
@@ -682,9 +678,12 @@ static void a_close_that_would_wait(void)
     while (send(lingers, much, sizeof(much), MSG_DONTWAIT) > 0) {
     }
     CHECK_SYS(setsockopt(lingers, SOL_SOCKET, SO_LINGER, &linger, sizeof(linger)));
+    report = ask('i');
+    CHECK_SYS(kill(report.pid, SIGSTOP)); /* until all is sent */
     sock = call('i');
     CHECK_EQ(send_raw(sock, "x", 1, &lingers, 1, 0), 1);
     close(lingers);
+    CHECK_SYS(kill(report.pid, SIGCONT));
     CHECK(answered(sock, &report));
     CHECK_EQ(ask('i').pid, report.pid);
     CHECK_EQ(ask('i').pid, report.pid);
@@ -801,6 +800,21 @@ static void another_version(void)
     report = wait_spare(); /* the spare is of that version too */
     CHECK_SYS(kill(report.pid, SIGKILL));
     CHECK_EQ(ask('i').mode, '2');
+}
+
+static void an_engine_that_cannot_leave(void)
+{
+    struct report report;
+
+    start("h", "5", true);
+    CHECK_EQ(ask('p').error, 0);
+    (void)wait_spare();
+    CHECK_EQ(ask('u').error, 0);
+    report = ask('i');
+    CHECK(has_said("takes too long to end, and is killed"));
+    CHECK_EQ(report.mode, '2');
+    CHECK_EQ(report.fds, 3);
+    CHECK_EQ(report.deaths, 0);
 }
 
 static void a_version_that_does_not_come(void)
@@ -960,6 +974,7 @@ int main(int argc, char **argv)
     RUN(a_crash_before_the_end);
     RUN(dies_again_and_again);
     RUN(another_version);
+    RUN(an_engine_that_cannot_leave);
     RUN(a_version_that_does_not_come);
     RUN(a_keeper_for_an_engine_that_has_none);
     RUN(with_systemd);

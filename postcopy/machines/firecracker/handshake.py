@@ -40,7 +40,7 @@ import trio
 from postcopy._blocking import run_briefly
 from postcopy._fd import FdHolder
 from postcopy._native import ffi, lib
-from postcopy.errors import ConnectionLost, PeerError, ProtocolError
+from postcopy.errors import ConnectionLost, PeerError, ProtocolError, out_of_files
 from postcopy.uffd import RegisterMode
 
 HANDSHAKE_S = 10.0
@@ -201,6 +201,8 @@ def _receive_now(connection: trio.socket.SocketType, descriptors: list[int], fla
             numbers = array.array("i")
             numbers.frombytes(content[: len(content) - len(content) % numbers.itemsize])
             descriptors.extend(numbers)
+    if flags & socket.MSG_CTRUNC and len(descriptors) < _MAX_DESCRIPTORS:
+        raise out_of_files(errno.EMFILE, "the userfaultfd of the handshake cannot be taken")
     if flags & socket.MSG_CTRUNC or len(descriptors) > _MAX_DESCRIPTORS:
         raise ProtocolError(f"more than {_MAX_DESCRIPTORS} descriptors came with the handshake, where one was expected")
     if not data:

@@ -118,7 +118,8 @@ class Preload:
     async def of_process(cls, pid: int, path: str | None = None) -> Preload:
         """`path`: of its socket; where it is None, the process's environment tells. `ResourceError` for a process
         without the library, `MigrationError` for a socket that is another process's."""
-        found = await cls.at(path or await run_sync(_path_of, pid))
+        at: str = path if path is not None else await run_sync(_path_of, pid)
+        found = await cls.at(at)
         if found.pid != pid:
             raise MigrationError(f"{found.path} is the socket of process {found.pid}, not of process {pid}")
         return found

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from postcopy import _native
+from postcopy._fd import FdHolder
 from postcopy._files import absolute, explain_unwritable
 from postcopy.errors import ConfigurationError, ResourceError
 from postcopy.machines.preload.client import VARIABLE
@@ -39,9 +40,9 @@ def library() -> str:
 
 
 def start(command: Sequence[str], path: str | None = None, *, lazy: bool = False) -> NoReturn:
-    """This process becomes `command`, its socket at `path`. The first word is looked for in PATH. Errors as for
-    `environment`; `ConfigurationError` for a command that cannot be run."""
-    with environment(absolute(path) if path else _default_path(), lazy=lazy) as variables:
+    """This process becomes `command`, whose first word is looked for in PATH. Errors of `environment`, and
+    `ConfigurationError` for a command that cannot be run."""
+    with environment(path or _default_path(), lazy=lazy) as variables:
         for number in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)  # which Python ignores
         try:
@@ -52,13 +53,14 @@ def start(command: Sequence[str], path: str | None = None, *, lazy: bool = False
 
 @contextlib.contextmanager
 def environment(path: str, *, lazy: bool = False) -> Iterator[dict[str, str]]:
-    """That of a program which has the library, its socket at `path`, an absolute one. It inherits a descriptor that is
-    open until the end of this.
+    """The environment in which a program is started, with descriptors that it inherits: until the block is left.
 
-    `lazy`: whatever file in memory it maps, it waits for the content from its first touch on. `ResourceError`, with the
-    remedy, where this user may have no full userfaultfd."""
+    Its socket will be at `path`, from its first mapping of a file in memory on. `lazy`: it waits for the content of
+    such a mapping from the first touch on. `ResourceError`, with the remedy, where this user may have no full
+    userfaultfd; `ConfigurationError` for a path that cannot be a socket's."""
     if unavailable := explain_unavailable():
         raise unavailable
+    path = absolute(path)
     if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
         raise ConfigurationError(f"--socket {path}: the path of a socket has at most {MAX_SOCKET_PATH_BYTES} bytes")
     _clear(path)
@@ -66,15 +68,11 @@ def environment(path: str, *, lazy: bool = False) -> Iterator[dict[str, str]]:
     variables = {**os.environ, "LD_PRELOAD": ":".join(preloaded), VARIABLE: path}
     if lazy:
         variables[f"{VARIABLE}_LAZY"] = hex((_LAZY | _LAZY_HUGE) & probe(How.ANY).features)
-    try:
-        inherited = _inherited()
-    except OSError:  # there are other ways to a userfaultfd
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # there are other ways to a userfaultfd
+            device = stack.enter_context(FdHolder(_inherited()))
+            variables[f"{VARIABLE}_UFFD"] = str(device.fd)
         yield variables
-        return
-    try:
-        yield {**variables, f"{VARIABLE}_UFFD": str(inherited)}
-    finally:
-        os.close(inherited)
 
 
 def _default_path() -> str:

@@ -3,7 +3,7 @@
 
 **Memory.** With capability ``x-ignore-shared`` QEMU leaves blocks of memory that are shared out of its stream: these
 are ours. All others, as ROMs, travel in the stream, in the pause, and so must be small. A block that is ours is a
-memory backend whose file we can map: which file that is is told by the mappings of the process, since the path that
+memory backend whose file we can open: which file that is is told by the mappings of the process, since the path that
 QEMU was given may be a directory, or gone. Memory that somebody else writes to as well (vhost-user, ivshmem), or that
 comes and goes in pieces (virtio-mem), is refused by name.
 
@@ -114,11 +114,10 @@ class Backend:
     _pid: int
 
     def open(self) -> Memory:
-        """The same file, mapped here. Blocks. Nothing may be registered for writes, or may be missing, while somebody
-        reads it through this mapping: a hole that is read is filled with zeros."""
+        """The same file, here. Blocks."""
         fd = _open_file(self._pid, self.identity, os.O_RDWR)
         try:
-            return Memory.from_fd(fd, self.page_bytes)
+            return Memory.from_shared_file(fd, self.size_bytes, self.page_bytes)
         finally:
             os.close(fd)
 

@@ -12,8 +12,8 @@ device may still write to it while it is saved. QEMU is not asked to wait in bet
 would be one more round trip in the pause, and there would be two ways back in place of one.
 
 **The way back** is the same from everywhere (`_set_running`), and asks QEMU where it is: a migration that is under way
-is cancelled, and a guest that does not run is told to (``cont``). QEMU itself refuses that while the destination has
-locked a disk of it (not every version does lock it).
+is cancelled, and a guest that does not run is told to (``cont``). That only one of the two runs is a matter of the
+protocol; that QEMU refuses it while the destination has locked a disk is a second guard, where there is one.
 
 **While it runs** (precopy) what it writes is told by the kernel, through the preload library. What a disk writes to
 pages that were pinned before (O_DIRECT) shows in no page table: a QEMU with such disks is stopped for each look, which
@@ -42,11 +42,13 @@ import trio
 from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
 from postcopy.errors import NO_FILES, BusyError, ConfigurationError, MigrationError, PostcopyError, out_of_files
+from postcopy.machines._peer import one_line
 from postcopy.machines.base import MachineState, RamBlock
+from postcopy.machines.preload.client import Armed, Preload
 from postcopy.machines.process import ProcessMachine
 from postcopy.machines.qemu._look import Look, look, look_at_disks, ram_blocks
 from postcopy.machines.qemu.qmp import Event, Monitor, QemuError, QemuInDoubt, QemuRefused
-from postcopy.memory import DirtyLog, Memory
+from postcopy.memory import FEATURES_OF_PROCESS, DirtyLog, Memory
 from postcopy.units import format_size
 
 MAX_STATE_BYTES = (16 << 20) - (64 << 10)
@@ -83,6 +85,7 @@ class QemuMachine(ProcessMachine):
         super().__init__()
         self._qmp = os.path.abspath(qmp)
         self._preload = preload
+        self._token: trio.lowlevel.TrioToken | None = None
         self._monitor: Monitor | None = None
         self._look: Look | None = None
         self._blocks: tuple[RamBlock, ...] = ()
@@ -115,6 +118,7 @@ class QemuMachine(ProcessMachine):
 
     async def _connect(self) -> Monitor:
         """Its monitor, and its process, which are this object's until `close`. `BusyError` when another one has it."""
+        self._token = trio.lowlevel.current_trio_token()
         self._monitor = monitor = await Monitor.open(self._qmp)
         monitor.on_event = self._on_event
         self._hold(monitor.process)
@@ -145,8 +149,22 @@ class QemuMachine(ProcessMachine):
             )
         if reasons := said.get("blocked-reasons"):
             raise ConfigurationError(f"{self._name} says that it cannot be migrated: {str(reasons)[:300]}")
+        await self._check_jobs()
         if IGNORE_SHARED not in await self._capabilities():
             raise ConfigurationError(f"{self._name} cannot leave shared memory out of its migration ({IGNORE_SHARED})")
+
+    async def _check_jobs(self) -> None:
+        """A job that copies a disk must copy each write before the guest hears of it, or the last ones are lost; while
+        any other one is under way, QEMU may not save its state, or abort when it has."""
+        jobs = await self._execute("query-block-jobs")
+        for job in jobs if isinstance(jobs, list) else ():
+            said = job if isinstance(job, dict) else {}
+            if said.get("type") != "mirror" or said.get("ready") is not True or said.get("actively-synced") is not True:
+                shown = one_line(f"{said.get('type', '')} {said.get('device', '')}")
+                raise ConfigurationError(
+                    f"{self._name} has a block job ({shown}): wait for it, or cancel it; only a mirror in copy-mode"
+                    " write-blocking that is ready may run (QEMU 8.2)"
+                )
 
     # ---- asking it
 
@@ -261,6 +279,7 @@ class QemuMachine(ProcessMachine):
     async def _check_is_as_found(self) -> None:
         assert self._monitor is not None
         _check_runs(await self._status())
+        await self._check_jobs()
         if await ram_blocks(self._monitor) != self._seen.blocks:
             raise MigrationError(f"{self._name} has other memory than when it was looked at: it was plugged in, or out")
 
@@ -348,11 +367,21 @@ class QemuMachine(ProcessMachine):
                 if self._is_alive():
                     log.error("%s; tell it to run (cont), if it does not: %s", why, error)
 
+    async def resume(self) -> None:
+        """Only what was paused here."""
+        if self._state is MachineState.PAUSED:
+            await self._set_running()
+            self._runs()
+        else:
+            await trio.lowlevel.checkpoint()
+
     async def _set_running(self) -> None:
         """Whatever has become of the pause, the guest runs. `MigrationError` when that cannot be, with the reason."""
         stream, self._stream, self._saved = self._stream, None, None
         if stream is not None:
             stream.close()  # a write that nobody reads ends, too
+        assert self._monitor is not None
+        await self._monitor.mend()
         deadline = trio.current_time() + GO_ON_TIMEOUT_S
         cancelled = False
         while (status := (await self._query_migrate()).get("status")) in _UNDER_WAY:
@@ -398,7 +427,19 @@ class QemuMachine(ProcessMachine):
     # ---- what it writes
 
     def dirty_log(self) -> DirtyLog:
-        return super().dirty_log()
+        """In a worker thread; the library is asked by Trio's."""
+        armed = trio.from_thread.run(self._arm_log, trio_token=self._token)
+        with armed.uffd as uffd:
+            memories = [
+                (block.memory, backend.address)
+                for block, backend in zip(self._blocks, self._seen.backends, strict=True)
+            ]
+            assert self._pidfd is not None
+            return DirtyLog.of_process(memories, uffd.fileno(), self._pid, self._pidfd.fileno())
+
+    async def _arm_log(self) -> Armed:
+        library = await Preload.of_process(self._pid, self._preload)
+        return await library.arm([], features=FEATURES_OF_PROCESS, mode=0, keep=False, empty=False)
 
     @contextlib.asynccontextmanager
     async def settled(self) -> AsyncIterator[None]:

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import struct
@@ -86,7 +87,7 @@ def private_bytes(pid: int) -> int:
 def test_another_engine_goes_on(toy: Callable[..., Toy]) -> None:
     here = toy()
     vm = here.ask("put", count=2)
-    assert (vm["error"], vm["deaths"], vm["taken"], vm["listeners"]) == ("", 0, {}, ["pager"])
+    assert (vm["error"], vm["deaths"], vm["taken"], vm["listeners"]) == ("", 0, {}, [])
     one = here.wait_spare()
     os.kill(one["pid"], signal.SIGKILL)
     two = here.ask("tell")
@@ -186,6 +187,15 @@ class FakeKeeper:
     def send(self, kind: int, text: str = "", fds: Sequence[int] = ()) -> None:
         socket.send_fds(self.sock, [HEAD.pack(kind, 0) + text.encode()], fds)
 
+    async def hear(self, kind: int) -> str:
+        """The text of the first message of this kind."""
+        sock = trio.socket.from_stdlib_socket(self.sock)
+        self.sock.setblocking(False)
+        while True:
+            data = await sock.recv(4096)
+            if HEAD.unpack_from(data)[0] == kind:
+                return data[HEAD.size :].decode()
+
     async def answer_puts(self, count: int) -> list[str]:
         """Their names."""
         names: list[str] = []
@@ -241,6 +251,30 @@ async def test_a_new_keeper_knows_all_names_before_it_accepts(monkeypatch: pytes
                 names = await second.answer_puts(2)
                 nursery.cancel_scope.cancel()
     assert names == ["pager.1", "pager"]
+
+
+@pytest.mark.parametrize("room", [0, 1])
+async def test_one_connection_too_many_ends_nothing(room: int) -> None:
+    """Too few descriptors for a new connection, or for the copy of it that is for another keeper."""
+    keeper, ends = FakeKeeper(), socket.socketpair()
+    store = await _store_of(keeper)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.closing(store), keeper.sock, ends[0], ends[1], trio.fail_after(DEADLINE_S):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(store.run)
+            await trio.testing.wait_all_tasks_blocked()
+            os.close(lowest := os.dup(ends[0].fileno()))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + room, limits[1]))
+            try:
+                keeper.send(lib.PC_KEEPER_ENTRY, "pager.1", [ends[0].fileno()])
+                said = await keeper.hear(lib.PC_KEEPER_DROP)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            keeper.send(lib.PC_KEEPER_ENTRY, "pager.2", [ends[0].fileno()])
+            name, fd = await store.accept()
+            os.close(fd)
+            nursery.cancel_scope.cancel()
+    assert (said, name) == ("pager.1", "pager.2")
 
 
 async def test_keepers_that_end_at_once(monkeypatch: pytest.MonkeyPatch, mock_clock: trio.testing.MockClock) -> None:

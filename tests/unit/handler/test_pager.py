@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -119,7 +120,7 @@ class KeptStore(LocalStore):
     """Keeps copies, as a keeper does."""
 
     def __init__(self, *, outlives: bool = False) -> None:
-        super().__init__({})
+        super().__init__()
         self.outlives = outlives
         self.kept: dict[str, list[int]] = {}
         self.dropped: list[str] = []
@@ -144,7 +145,7 @@ async def served(directory: Path, store: LocalStore | None = None, **options: An
     socket = directory / "s"
     config = PagerConfig(socket=str(socket), **options)
     said, stop = Said(), Stop()
-    store = LocalStore({}) if store is None else store
+    store = LocalStore() if store is None else store
     async with trio.open_nursery() as nursery:
         await nursery.start(store.run)
         handler = Handler(config, said, store)
@@ -416,7 +417,7 @@ async def test_another_process_goes_on(tmp_path: Path, image: Path) -> None:
         assert "result" not in [event for event, _ in first.said.events]
         (kept,) = (fds for name, fds in store.kept.items() if len(fds) > 1)
         os.unlink(image)
-        second = LocalStore({})
+        second = LocalStore()
         second.taken, second.deaths, store.kept = {"vm": kept}, 1, {}
         os.unlink(tmp_path / "s")
         async with served(tmp_path, second, image=str(image)) as after:
@@ -432,6 +433,60 @@ async def test_another_process_goes_on(tmp_path: Path, image: Path) -> None:
             async with start_vmm(after.socket, PAGES) as new:
                 assert await new.reads(content(2), 0, 8)
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("kill", [False, True])
+async def test_one_that_cannot_be_taken_over(
+    tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch, kill: bool
+) -> None:
+    """It is held, for the process after this one, or killed, as for every other reason."""
+    async with trio.open_nursery() as nursery:
+        store = KeptStore()
+        async with served(tmp_path, store, image=str(image)) as first:
+            vmm = await _hold(nursery, first.socket)
+            await first.said.wait("vm-connected")
+            store.leave.set()
+        (kept,) = (fds for fds in store.kept.values() if len(fds) > 1)
+        second = KeptStore()
+        second.taken, store.kept = {"vm": kept}, {}
+        os.unlink(tmp_path / "s")
+
+        def broken(*_: object) -> None:
+            raise ResourceError("no more of them")
+
+        monkeypatch.setattr(_handler, "ImageSource", broken)
+        async with served(tmp_path, second, image=str(image), kill_when_lost=kill) as after:
+            lost = await after.said.wait("vm-lost")
+            assert (lost["killed"], lost["reason"]) == (kill, "no more of them")
+            if kill:
+                with trio.fail_after(DEADLINE_S):
+                    assert await vmm.process.wait() == -signal.SIGKILL
+            assert second.dropped == (["vm"] if kill else [])
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_image_on_a_disk_that_hangs_keeps_no_process_from_its_end(
+    tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    opening, answers, opened = threading.Event(), threading.Event(), threading.Event()
+    real = Image.open
+
+    def hangs(path: str) -> Image:
+        opening.set()
+        answers.wait(DEADLINE_S)
+        opened.set()
+        return real(path)
+
+    async with served(tmp_path, image=str(image)) as pager:
+        monkeypatch.setattr(Image, "open", hangs)
+        async with start_vmm(pager.socket, PAGES):
+            await until(lambda: _async(opening.is_set()))
+            assert await pager.ask("quit", force=True) == {}
+            await pager.said.wait("result")
+    assert not opened.is_set()
+    answers.set()
+    await until(lambda: _async(len(os.listdir("/proc/self/fd")) == before))
 
 
 async def test_a_store_that_outlives_the_process_keeps_nothing_of_those_that_are_gone(
@@ -487,7 +542,7 @@ class TestWorkingSets:
                 store.leave.set()
             path.unlink()
             (kept,) = (fds for fds in store.kept.values() if len(fds) > 1)
-            second = LocalStore({})
+            second = LocalStore()
             second.taken, store.kept = {"vm": kept}, {}
             os.unlink(tmp_path / "s")
             async with served(tmp_path, second, **options) as after:
@@ -496,6 +551,29 @@ class TestWorkingSets:
                 await after.said.wait("vm-ended")
             assert not path.exists()
             nursery.cancel_scope.cancel()
+
+    async def test_a_vm_that_ends_while_its_recording_is_written(
+        self, tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path, writing, answers = tmp_path / "vm.ws", threading.Event(), threading.Event()
+        real = workingset.write
+
+        def slow(*arguments: Any) -> None:
+            if not writing.is_set():
+                writing.set()
+                answers.wait(DEADLINE_S)
+                raise ResourceError("the first one is abandoned")
+            real(*arguments)
+
+        monkeypatch.setattr(workingset, "write", slow)
+        options: dict[str, Any] = {"record_working_set": str(path), "record_for_s": 0.05}
+        async with served(tmp_path, image=str(image), **options) as pager:
+            async with start_vmm(pager.socket, PAGES) as vmm:
+                assert await vmm.reads(content(), 0, 8)
+                await until(lambda: _async(writing.is_set()))
+            assert (await pager.said.wait("working-set"))["set-pages"] == 8
+            assert path.exists()
+            answers.set()
 
     async def test_recorded_and_replayed(self, tmp_path: Path, image: Path) -> None:
         path = tmp_path / "vm.ws"
@@ -557,7 +635,7 @@ async def test_a_directory_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (images / "last.mem").write_bytes(content(3))
     (sockets / "last.sock").touch()  # in the way
     (images / "other.txt").write_bytes(content(1))
-    said, stop, store = Said(), Stop(), LocalStore({})
+    said, stop, store = Said(), Stop(), LocalStore()
     config = PagerConfig(socket=str(sockets), images=str(images))
     async with trio.open_nursery() as nursery:
         await nursery.start(store.run)
@@ -772,7 +850,7 @@ class TestOfAnotherHost:
                 store.leave.set()
             server[0].cancel()
             (kept,) = (fds for fds in store.kept.values() if len(fds) > 1)
-            second = LocalStore({})
+            second = LocalStore()
             second.taken, store.kept = {"vm": kept}, {}
             os.unlink(tmp_path / "s")
             async with served(tmp_path, second, recover_for_s=0, **options) as after:

@@ -28,6 +28,13 @@ from postcopy.handler._keeper import in_keeper, keep, open_store  # noqa: E402
 from postcopy.handler._store import Store, kind_of  # noqa: E402
 
 
+def listen(path: str) -> int:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
+    return listener.detach()
+
+
 async def answer(store: Store, name: str, sock: trio.socket.SocketType) -> None:
     data = await sock.recv(4096)
     if not data:  # the engine before this one has answered, and died before it dropped the name
@@ -48,10 +55,7 @@ async def answer(store: Store, name: str, sock: trio.socket.SocketType) -> None:
             case "upgrade":
                 await store.upgrade(request["command"])
             case "listen":
-                listener = socket.socket(socket.AF_UNIX)
-                listener.bind(request["at"])
-                listener.listen()
-                await store.put(request["name"], [listener.fileno()])
+                await store.put(request["name"], [listen(request["at"])])
     except PostcopyError as error:
         known["error"] = str(error)
     known["taken"] = {other: sorted(map(kind_of, fds)) for other, fds in store.taken.items()}
@@ -83,6 +87,8 @@ async def engine() -> None:
                 async for _ in signals:
                     leave.set()
 
+            if not store.listeners:
+                await store.put("pager", [listen(sys.argv[1])])
             await store.ready()
             while True:
                 name, fd = await store.accept()
@@ -94,11 +100,8 @@ def main() -> None:
         logging.basicConfig(level=logging.INFO)
         trio.run(engine)
         return
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(sys.argv[1])
-    listener.listen()
     command = [sys.executable, "-P", os.path.abspath(__file__), *sys.argv[1:]]
-    keep(command, {"pager": listener}, spare="--no-spare" not in sys.argv, burst=1000)
+    keep(command, spare="--no-spare" not in sys.argv, burst=1000)
 
 
 if __name__ == "__main__":

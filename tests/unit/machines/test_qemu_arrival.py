@@ -9,7 +9,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from postcopy._blocking import run_sync
 from postcopy.errors import BusyError, ConfigurationError, MigrationError, PostcopyError, ProtocolError
 from postcopy.machines import BlockLayout, Extent, MachineState, process
 from postcopy.machines.kinds import HostOptions, create_destination
+from postcopy.machines.process import Started
 from postcopy.machines.qemu import destination
 from postcopy.machines.qemu.destination import ArrivingQemu
 from postcopy.machines.qemu.source import QemuMachine
@@ -120,6 +121,21 @@ def arriving(guest: Stood, qemu: Qemu | None = None, command: str = "", **offer:
     machine = create_destination("qemu", guest.config | offer, guest.layout, host)
     assert isinstance(machine, ArrivingQemu)
     return machine
+
+
+@pytest.fixture(autouse=True)
+async def nothing_stays(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    """Whatever was started ends with its test."""
+    started, start = [], Started.start
+
+    async def noted(*arguments: Any) -> Started:
+        started.append(await start(*arguments))
+        return started[-1]
+
+    monkeypatch.setattr(Started, "start", noted)
+    yield
+    for one in started:
+        await one.remove()
 
 
 async def is_killed(qemu: Qemu) -> bool:
@@ -283,8 +299,8 @@ async def test_a_page_that_does_not_come_ends_it(guest: Stood, waiting: Qemu, mo
 
 
 async def test_a_disk_that_somebody_has_locked_is_found_out_before_the_decision(guest: Stood, waiting: Qemu) -> None:
-    with open(guest.options["disk"], "rb") as disk:  # as a QEMU does it that lets nobody else write: byte 201
-        fcntl.lockf(disk, fcntl.LOCK_SH, 1, 201)
+    with await run_sync(open, guest.options["disk"], "rb") as disk:
+        fcntl.lockf(disk, fcntl.LOCK_SH, 1, 201)  # as a QEMU does it that lets nobody else write
         async with trio.open_nursery() as nursery:
             machine = arriving(guest, waiting)
             await machine.prepare()
@@ -345,7 +361,7 @@ async def test_one_that_is_started_is_killed_until_it_is_whole(guest: Stood, tmp
         await machine.load_state(guest.state)
         await machine.close()
         nursery.cancel_scope.cancel()
-    assert not os.path.exists(f"/proc/{pid}")
+    assert not await trio.Path(f"/proc/{pid}").exists()
     assert not await trio.Path(monitor).parent.exists()
 
 
@@ -367,7 +383,7 @@ async def test_one_that_is_started_stays_when_it_is_whole(guest: Stood, tmp_path
         await again.prepare()
         assert again.process == (pid, monitor)
     await machine.destroy()
-    assert not os.path.exists(f"/proc/{pid}")
+    assert not await trio.Path(f"/proc/{pid}").exists()
 
 
 @pytest.mark.parametrize(

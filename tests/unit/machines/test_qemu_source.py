@@ -217,10 +217,27 @@ async def test_a_guest_that_cannot_go_on_is_named(tmp_path: Path) -> None:
         assert await status(machine) == "running"
 
 
+@pytest.mark.parametrize("command", ["migrate", "query-migrate"])
+async def test_a_monitor_that_breaks_in_the_pause_is_opened_again(command: str, tmp_path: Path) -> None:
+    async with prepared(tmp_path) as (fake, machine):
+        if command == "query-migrate":
+            await machine.pause()
+        fake.order(Orders(drops=[command]))
+        with pytest.raises(QemuInDoubt):
+            await (machine.resume if command == "query-migrate" else machine.pause)()
+        fake.order(Orders())
+        await machine.resume()
+        assert await status(machine) == "running"
+        await machine.pause()
+        assert await machine.save_state() == STATE
+
+
 async def test_its_death_in_the_pause(tmp_path: Path) -> None:
     async with prepared(tmp_path, Orders(migrates="dies")) as (_, machine):
         with pytest.raises(PostcopyError, match="may have ended"):
             await machine.pause()
+        while machine.statistics().state is not MachineState.FAILED:  # its sockets end before it
+            await machine.wait_changed()
         assert "has ended" in machine.statistics().failure_text
         with pytest.raises(PostcopyError):
             await machine.save_state()
@@ -309,6 +326,8 @@ async def test_one_belongs_to_one(tmp_path: Path) -> None:
         ),
         (Orders(mib={}, ramblock=block("pc.bios", 1)), ConfigurationError, "no memory of this QEMU is shared"),
         (Orders(mib={}), QemuAnswer, "info ramblock"),
+        (saying("query-block-jobs", [{"type": "backup", "device": "j0"}]), ConfigurationError, r"\(backup j0\): wait"),
+        (saying("query-block-jobs", [{"type": "mirror", "ready": True}]), ConfigurationError, "write-blocking"),
         (Orders(ramblock=block("0000:00:02.0/vga.vram", 64)), ConfigurationError, "vgamem_mb=16"),
         (Orders(ramblock=block("ram0", 64)), QemuAnswer, "8388608 bytes, and 67108864"),
         (
@@ -357,6 +376,17 @@ async def test_what_cannot_be_moved_is_refused_by_name(
             with pytest.raises(error, match=why):
                 await machine.prepare()
             assert fake.was_told() == []
+
+
+async def test_a_mirror_that_loses_nothing_may_run(tmp_path: Path) -> None:
+    jobs = [{"type": "mirror", "device": "j0", "ready": True, "actively-synced": True}]
+    async with prepared(tmp_path, saying("query-block-jobs", jobs)) as (fake, machine):
+        await machine.pause()
+        await machine.resume()
+        fake.order(saying("query-block-jobs", [jobs[0] | {"actively-synced": False}]))
+        with pytest.raises(ConfigurationError, match="j0"):
+            await machine.before_pause()
+        assert await status(machine) == "running"
 
 
 async def test_memory_that_was_plugged_since_is_noticed(tmp_path: Path) -> None:

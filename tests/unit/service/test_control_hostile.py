@@ -29,7 +29,7 @@ from postcopy.service.schema import ControlError, LineSplitter, Request
 from postcopy.service.server import MAX_CLIENTS, QUEUE_BYTES, ControlServer
 
 DEADLINE_S = 120.0
-PIPELINED = 100_000
+PIPELINED = 9_000
 
 
 class Big(Record):
