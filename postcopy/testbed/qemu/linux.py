@@ -9,7 +9,6 @@ installed, and no right of root's is needed. The kernel stays the one that was f
 from __future__ import annotations
 
 import fcntl
-import gzip
 import hashlib
 import lzma
 import os
@@ -92,7 +91,7 @@ def build() -> Linux:
                 for old in home.glob("initrd-*"):
                     old.unlink()
                 part = home / "part"
-                part.write_bytes(gzip.compress(content, 6, mtime=0))
+                part.write_bytes(content)
                 part.rename(initrd)
     except OSError as error:
         raise ResourceError(
