@@ -39,8 +39,6 @@ from postcopy.units import format_size
 MEMORY_MIB = 256
 PASS_PAGES = 4096
 """That the guest touches in a pass, of all."""
-GOLDEN = 0.618
-"""Of all pages, from one that it touches to the next one: none is near one that was touched shortly before."""
 MARGIN_MS = 2.0
 """Ours may take so much longer from stop to run."""
 CUT_PUSH_S = 4.0
@@ -110,7 +108,7 @@ def _cut_figure(name: str, cuts: list[dict[str, dict[str, float]]]) -> Figure:
 @asynccontextmanager
 async def _pair(memory_mib: int, *arguments: str, by_qemu: bool) -> AsyncIterator[tuple[Qemu, Qemu]]:
     """A QEMU whose guest works, and one that waits for it; `arguments`: more of that one."""
-    append = f"spread=1 touches={PASS_PAGES} stride={int(memory_mib * 256 * GOLDEN)}"
+    append = f"spread=1 touches={PASS_PAGES} stride={int(memory_mib * 256 * own.GOLDEN)}"
     with ExitStack() as stack:
         start = partial(Qemu.start, memory_mib, append)
         if by_qemu:

@@ -104,6 +104,8 @@ class DemoCommand:
         if "release_ram" in values and image:
             raise ConfigurationError("--release-ram: an image is a file, which stays as it is; leave the option out")
         if qemu:
+            if "run_for_s" not in given:
+                values.pop("run_for_s")  # it runs on, by itself
             self._take_qemu_options()
         elif not image:
             values |= MACHINE_DEFAULTS | values

@@ -18,6 +18,9 @@ from postcopy.testbed.qemu import Qemu
 REQUEST, PLACED = "postcopy_ram_fault_thread_request", "postcopy_place_page"
 """Trace events of the destination: a fault was read from the userfaultfd; a page was placed."""
 PAGE_BYTES = 4096
+GOLDEN = 0.618
+"""Of all pages, from one that the guest touches to the next one: none is near one that was touched shortly before, where
+QEMU goes on to send."""
 NO_LIMIT = 1 << 40  # of bandwidth, bytes/s
 ANSWER_S = 60.0
 
