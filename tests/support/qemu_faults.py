@@ -5,7 +5,7 @@ line of FILE is for one arrival, the last one for all that follow:
     nothing
     killed before   QEMU is killed before it is told to load the state
     killed after    and when it has loaded it, before that is told to the source
-    cut N           it is given the first N bytes of the state only, N modulo the state's length
+    cut N           it is given only the first N bytes of the state, or what N leaves when it is divided by its length
     locked DISK     somebody has the lock of that image meanwhile, as another QEMU that runs would
 """
 

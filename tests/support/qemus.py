@@ -84,6 +84,17 @@ class Host:
         self.ask("migrate", to=to.address, machine=machine, **how)
         return self.wait_arrived(to, machine)
 
+    def fails_to_send(self, to: Host, machine: str = "vm") -> str:
+        """Why it has not moved."""
+        before = self.migration(machine).get("migration-id")
+        self.ask("migrate", to=to.address, machine=machine)
+        deadline = time.monotonic() + DEADLINE_S
+        while (now := self.migration(machine)).get("status") != "failed" or now["migration-id"] == before:
+            assert now.get("status") != "completed", now
+            assert time.monotonic() < deadline, (now, self.daemon._child.errors()[-2000:])
+            time.sleep(0.01)
+        return str(now["error"])
+
     def wait_arrived(self, to: Host, machine: str = "vm") -> Json:
         deadline = time.monotonic() + DEADLINE_S
         while True:
