@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`postcopy` on whose side something happens to a QEMU while it loads a guest: ``qemu_faults.py FILE ARGUMENT...``. Each
-line of FILE is for one arrival, the last one for all that follow:
+"""`postcopy` on whose side something happens to a QEMU while it loads a guest: ``qemu_faults.py FILE ARGUMENT...``.
+Each line of FILE is for one arrival, the last one for all that follow:
 
     nothing
     killed before   QEMU is killed before it is told to load the state
     killed after    and when it has loaded it, before that is told to the source
-    cut N           it is given only the first N bytes of the state, or what N leaves when it is divided by its length
+    cut N           it is given only the first bytes of the state: N, modulo the length of what it needs of that
     locked DISK     somebody has the lock of that image meanwhile, as another QEMU that runs would
 """
 
@@ -24,11 +24,15 @@ from pathlib import Path
 from postcopy.cli import main
 from postcopy.machines.qemu.destination import ArrivingQemu
 
+
 def command(steps: Path) -> tuple[str, ...]:
     """In place of ``postcopy``."""
     return (sys.executable, __file__, str(steps))
 
 
+MAGIC_BYTES = 4
+DESCRIPTION = b'{"configuration"'
+"""Of the state, at its end, for debuggers. Before it are 5 bytes, and before these the one that ends the state."""
 UNSHARED_WRITE = 201
 """The byte on which a QEMU has a lock that lets nobody else write to the image; 101 says that it may write."""
 
@@ -61,7 +65,7 @@ def main_with_faults(steps: list[str]) -> int:
         if (what, value) == ("killed", "before"):
             kill(pid)
         if what == "cut":
-            state = state[: int(value) % len(state)]
+            state = state[: MAGIC_BYTES + int(value) % (state.index(DESCRIPTION) - MAGIC_BYTES - 6)]
         with locked(value) if what == "locked" else contextlib.nullcontext():
             await load_state(self, state)
         if (what, value) == ("killed", "after"):

@@ -25,6 +25,9 @@ UNDER_RUN = (sys.executable, "-m", "postcopy", "run", "--")
 UNNAMED_FILE = "memory-backend-file,share=on,mem-path=/dev/shm"
 """A backend whose file is gone from its directory at once; so any number of QEMUs can have the same command line."""
 
+SANDBOX = ("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
+"""QEMU's seccomp filter, as libvirt has it."""
+
 
 class Host:
     """`options` as of `Qemu.start`; `command` and `arguments`: of the daemon."""
@@ -40,10 +43,16 @@ class Host:
     ) -> None:
         command = options.pop("command", None)
         self._mark = f"{directory}/{name}-guest"
-        line = [*command_line(directory, **options), "-name", self._mark]
+        line = [*command_line(directory, **options), *SANDBOX, "-name", self._mark]
         listen = ("--control", directory / name, "--listen", "127.0.0.1:0")
         self.daemon = side(
-            "daemon", "--json", *listen, "--qemu", shlex.join(line), *arguments, **({"command": command} if command else {})
+            "daemon",
+            "--json",
+            *listen,
+            "--qemu",
+            shlex.join(line),
+            *arguments,
+            **({"command": command} if command else {}),
         )
         self.at, self.address = operator(name), self.daemon.address
 
@@ -89,7 +98,7 @@ class Host:
         before = self.migration(machine).get("migration-id")
         self.ask("migrate", to=to.address, machine=machine)
         deadline = time.monotonic() + DEADLINE_S
-        while (now := self.migration(machine)).get("status") != "failed" or now["migration-id"] == before:
+        while not ((now := self.migration(machine)).get("error") and now["migration-id"] != before):
             assert now.get("status") != "completed", now
             assert time.monotonic() < deadline, (now, self.daemon._child.errors()[-2000:])
             time.sleep(0.01)
@@ -106,13 +115,12 @@ class Host:
             assert time.monotonic() < deadline, (here, there, *errors)
             time.sleep(0.01)
 
-    def wait_status(self, status: str, machine: str = "vm") -> Json:
-        """What its migration is like, when it has that status."""
+    def wait_decided(self, machine: str = "vm") -> None:
+        """Until a machine that comes is given to this host."""
         deadline = time.monotonic() + DEADLINE_S
-        while (found := self.migration(machine)).get("status") != status:
-            assert time.monotonic() < deadline, f"no {status}: {found}: {self.daemon._child.errors()[-2000:]}"
-            time.sleep(0.01)
-        return found
+        while not str(found := self.migration(machine).get("status")).startswith(("postcopy-", "completed")):
+            assert time.monotonic() < deadline, f"not decided: {found}: {self.daemon._child.errors()[-2000:]}"
+            time.sleep(0.002)
 
     def wait_gone(self, machine: str = "vm") -> None:
         self.at.wait("departure", lambda machines: machine not in machines)
