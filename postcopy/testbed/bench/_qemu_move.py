@@ -158,10 +158,11 @@ async def _own(memory_mib: int, preempt: bool, *, traced: bool = False) -> dict[
 
 async def _own_cut(memory_mib: int) -> dict[str, float]:
     async with _pair(memory_mib, by_qemu=True) as (source, dest):
-        limit = int((memory_mib << 20) / CUT_PUSH_S)
-        address = await thread(partial(own.listen, source, dest, preempt=True, bandwidth=limit))
+        address = await thread(partial(own.listen, source, dest, preempt=True))
         async with open_chaos_proxy(address) as proxy:
             await thread(own.begin, source, str(proxy.address))
+            await thread(own.stop_to_run_ms, source, dest)
+            await thread(own.limit, source, int((memory_mib << 20) / CUT_PUSH_S))
             cut_s = await _cut(proxy, memory_mib)
             noticed = await thread(own.outcome, source, dest)
             noticed_s = trio.current_time()
