@@ -399,7 +399,7 @@ static size_t carry_out(ssize_t bytes, int *fds)
         return fail(PRELOAD_REQUEST, EPROTO), 0;
     if (request.op == PRELOAD_LIST)
         return list(fds);
-    if (request.op == PRELOAD_ARM && request.count && !(request.flags & ~(uint32_t)(PRELOAD_EMPTY | PRELOAD_KEEP)))
+    if (request.op == PRELOAD_ARM && !(request.flags & ~(uint32_t)(PRELOAD_EMPTY | PRELOAD_KEEP)))
         return arm(fds);
     if (request.op != PRELOAD_TAKE && request.op != PRELOAD_DISARM)
         return fail(PRELOAD_REQUEST, EPROTO), 0;

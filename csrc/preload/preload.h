@@ -28,7 +28,7 @@
 
 enum preload_op {
     PRELOAD_LIST = 1, /* all mappings in the order of their making, each with a descriptor of its file */
-    PRELOAD_ARM = 2, /* a userfaultfd that guards the mappings of `ranges`, opened with `features`, registered with `mode` */
+    PRELOAD_ARM = 2, /* a userfaultfd, opened with `features`; the mappings of `ranges`, if any, are registered with it, by `mode` */
     PRELOAD_TAKE = 3, /* the userfaultfd that is kept, once more: its owner has ended */
     PRELOAD_DISARM = 4, /* closes the userfaultfd that is kept. Before: unregister, or missing pages read as zeros */
 };

@@ -77,8 +77,6 @@ if TYPE_CHECKING:
 
 MAX_ARRIVING = 64
 """Connections that are not virtual machines yet."""
-THREADS_OF_IMAGE = 4
-"""That may wait at a time for the disk on which an image is, beside those of pagers."""
 SCAN_S = 1.0
 """How often a directory of images is looked at."""
 PROGRESS_S = 0.5
@@ -127,7 +125,6 @@ class Handler:
         self._silent: dict[str, trio.CancelScope] = {}  # those that have said nothing, the longest first
         self._places: dict[str, int] = {}  # by name of a virtual machine, from when it is promised one: its memory
         self._sets = workingset.Sets()
-        self._limiters: dict[str, trio.CapacityLimiter] = {}
         self._listening: dict[str, str] = {}  # by path: the name in the store
         self._not_listening: set[str] = set()  # images that have no socket, and why, as it was said last
         self._quits = False  # by request: no other process is to go on
@@ -432,9 +429,11 @@ class Handler:
 
     async def _open_source(self, about: About) -> Source:
         if about.image is not None:
-            limiter = self._limiter_of(about.image)
-            image = await trio.to_thread.run_sync(Image.open, about.image, limiter=limiter, abandon_on_cancel=True)
-            return ImageSource(image, limiter, self._sets)
+            # (A limiter of its own: one whose disk hangs takes no thread that another one needs.)
+            image = await trio.to_thread.run_sync(
+                Image.open, about.image, limiter=trio.CapacityLimiter(1), abandon_on_cancel=True
+            )
+            return ImageSource(image, self._sets)
         config = self._config
         if config.connect is not None:
             return ConnectSource(
@@ -448,9 +447,6 @@ class Handler:
             except Exception as error:  # the program's code: whatever it raises is the reason
                 raise PeerError(f"its page source cannot be made: {type(error).__name__}: {error}") from error
         raise ConfigurationError("there is nothing to take its pages from")
-
-    def _limiter_of(self, image: str) -> trio.CapacityLimiter:
-        return self._limiters.setdefault(image, trio.CapacityLimiter(THREADS_OF_IMAGE))
 
     def _promise(self, about: About) -> None:
         """A place, and memory, from here on. `ResourceError` where there is no more."""
@@ -500,7 +496,7 @@ class Handler:
         try:
             if descriptors.image >= 0 and about.image is not None:
                 image = Image(about.image, os.dup(descriptors.image))
-                source: Source = ImageSource(image, self._limiter_of(about.image), self._sets)
+                source: Source = ImageSource(image, self._sets)
             else:
                 source = await self._open_source(about)
         except (PostcopyError, OSError) as error:

@@ -38,8 +38,6 @@ class Source(abc.ABC):
     """In the order in which a virtual machine calls them."""
 
     image: Image | None = None
-    limiter: trio.CapacityLimiter | None = None
-    """Of threads that may wait for the image's disk: those of other images are not among them."""
 
     @abc.abstractmethod
     def check(self, about: About) -> None:
@@ -76,9 +74,8 @@ class Source(abc.ABC):
 class ImageSource(Source):
     """A memory file on this host."""
 
-    def __init__(self, image: Image, limiter: trio.CapacityLimiter, sets: workingset.Sets) -> None:
+    def __init__(self, image: Image, sets: workingset.Sets) -> None:
         self.image: Image = image
-        self.limiter = limiter
         self._sets = sets
 
     def check(self, about: About) -> None:
@@ -111,7 +108,7 @@ class ImageSource(Source):
 
     async def working_set(self, vm: Vm, path: str) -> workingset.WorkingSet | None:
         try:
-            found = await trio.to_thread.run_sync(self._sets.read, path, self.image, limiter=self.limiter)
+            found = await trio.to_thread.run_sync(self._sets.read, path, self.image, limiter=vm.limiter)
         except workingset.DamagedError as error:
             log.warning("%s; it is not used", error)
             return None

@@ -231,6 +231,7 @@ class Vm:
         self.served = trio.Event()  # its faults are answered, from now on
         self.recoveries: int | None = None
         self.source = source
+        self.limiter = trio.CapacityLimiter(2)  # of threads that may wait for its disk, beside those of its pager
         self._options = options
         self._pager: Pager | None = None
         self._scope = trio.CancelScope()  # of all that serves it
@@ -441,7 +442,7 @@ class Vm:
 
         with trio.move_on_after(WRITE_S) as scope:
             try:
-                pages = await trio.to_thread.run_sync(write, limiter=self.source.limiter, abandon_on_cancel=True)
+                pages = await trio.to_thread.run_sync(write, limiter=self.limiter, abandon_on_cancel=True)
             except (PostcopyError, RuntimeError, MemoryError) as error:  # the latter: no thread can be started
                 log.error("%s: %s", about.name, error)
             else:

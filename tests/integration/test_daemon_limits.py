@@ -88,11 +88,12 @@ def test_eight_machines_in_a_small_group(
 def test_no_more_threads(
     side: Start, daemon: Start, operator: Callable[[str], Any], tmp_path: Path, pids_group: Group
 ) -> None:
-    home = daemon("a", *RV64, "--name", "x")
+    idle = (*RV64, "--workload", "idle")  # what interprets them takes no processor from what is looked at
+    home = daemon("a", *idle, "--name", "x")
     assert home.address
     at = operator("a")
     full = side(
-        "daemon", "--json", "--control", tmp_path / "b", "--listen", "127.0.0.1:0", *RV64, "--name", "y",
+        "daemon", "--json", "--control", tmp_path / "b", "--listen", "127.0.0.1:0", *idle, "--name", "y",
         command=[*pids_group.enter(), *POSTCOPY],
     )  # fmt: skip
     address = full.address

@@ -53,6 +53,8 @@ SAYS = {  # page, command: what it says, each time that it is typed; a reader ty
     ("docs/howto/daemon.md", "host-b$ postcopy ctl status"): ["vm1"],
     ("docs/howto/prometheus.md", "host-a$ curl -s http://127.0.0.1:9707/metrics"): ["postcopy_build_info"],
 }
+# Put behind the options of a demo, where they count: test_migration and test_chaos are about larger ones.
+QUICK_DEMO = " --memory 16MiB --working-set 8MiB --migrate-after 0.2 --run-for 0.5"
 BEFORE = {  # page: what runs already when it is read; here what its systemd units start
     "docs/howto/daemon.md": ["host-a$ postcopy daemon --listen :7777", "host-b$ postcopy daemon --listen :7777"],
 }
@@ -174,6 +176,7 @@ class Reader:
                 text,
             )
             text = f"postcopy lab exec --name two h{'ab'.index(command.host[-1]) + 1} -- sh -c {shlex.quote(text)}"
+        text = re.sub(r"^(postcopy demo[^#]*)", rf"\1{QUICK_DEMO} ", text)
         serves = re.search(r"postcopy (?:daemon|source|dest)\b.* --listen (\S*:\d+)", text)
         if serves and command.first:  # another example: its reader has ended what served before
             for _, process, _ in self.processes:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import trio
 
+import postcopy
 from postcopy import wire as p
 from postcopy.net import CallingLink, parse_address
 
@@ -120,7 +121,20 @@ def test_a_signal_ends_connecting(side: Start, name: str) -> None:
     assert errors.count("postcopy: error:") == 1
 
 
-def test_lost_destinations_take_no_place(side: Start, tmp_path: Path) -> None:
+def _attach(address: str, count: int) -> None:
+    """That many destinations in one process, which is killed."""
+
+    async def attach() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(count):
+                await stack.enter_async_context(postcopy.attach(address, how="user-only"))
+            print("attached", flush=True)
+            await trio.sleep_forever()
+
+    trio.run(attach)
+
+
+def test_lost_destinations_take_no_place(side: Start, spawn_child: Start, tmp_path: Path) -> None:
     """Those of an image may come back, and are waited for: more of them than are served at a time."""
     image = tmp_path / "large"
     image.write_bytes(os.urandom(4 * MIB))
@@ -128,10 +142,14 @@ def test_lost_destinations_take_no_place(side: Start, tmp_path: Path) -> None:
         "source", "--json", "--machine", "image", "--image", image, "--listen", "127.0.0.1:0", "--serve", "forever",
         "--max-bandwidth", "256KiB/s",
     )  # fmt: skip
-    for _ in range(18):
-        dest = side("dest", "--json", "--connect", source.address)
-        dest.wait_status("postcopy-active")
-        dest.signal(signal.SIGKILL)
+    for _ in range(3):
+        lost = spawn_child(_attach, source.address, 6)
+        deadline = time.monotonic() + 60
+        while "attached" not in lost.output():
+            assert time.monotonic() < deadline, lost.errors()
+            assert lost.process.poll() is None, lost.errors()
+            time.sleep(0.02)
+        lost.kill()
     last = side("dest", "--json", "--connect", source.address)
     last.wait_status("postcopy-active")
     last.signal(signal.SIGTERM)

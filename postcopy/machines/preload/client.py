@@ -26,8 +26,9 @@ import trio
 from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
 from postcopy.errors import NO_FILES, BusyError, CoreError, MigrationError, ProtocolError, ResourceError, out_of_files
+from postcopy.machines._peer import Process, process_of
 from postcopy.machines.firecracker.handshake import userfaultfd_features
-from postcopy.uffd import RegisterMode, UffdFeature
+from postcopy.uffd import UffdFeature
 
 TIMEOUT_S = 5.0
 MAX_MAPPINGS = 128
@@ -107,7 +108,7 @@ class _Reply:
 
 
 class Preload:
-    """The library in one process. Made by `of_process` or `at`; it keeps nothing open, and needs no end."""
+    """The library in one process. It keeps nothing open, and needs no end."""
 
     def __init__(self, pid: int, path: str) -> None:
         self.pid = pid
@@ -119,16 +120,10 @@ class Preload:
         """`path`: of its socket; where it is None, the process's environment tells. `ResourceError` for a process
         without the library, `MigrationError` for a socket that is another process's."""
         at: str = path if path is not None else await run_sync(_path_of, pid)
-        found = await cls.at(at)
-        if found.pid != pid:
-            raise MigrationError(f"{found.path} is the socket of process {found.pid}, not of process {pid}")
-        return found
-
-    @classmethod
-    async def at(cls, path: str) -> Preload:
-        """Whichever process has this socket."""
-        with await _connect(path) as connection:
-            return cls(_pid_behind(connection), path)
+        with await _connect(at) as connection:
+            if (found := _pid_behind(connection)) != pid:
+                raise MigrationError(f"{at} is the socket of process {found}, not of process {pid}")
+        return cls(pid, at)
 
     async def mappings(self) -> list[Mapping]:
         """All of them, in the order in which they were made. `ProtocolError` for what the kernel does not confirm."""
@@ -149,7 +144,7 @@ class Preload:
         return found
 
     async def arm(self, mappings: Sequence[Mapping], *, features: int, mode: int, keep: bool, empty: bool) -> Armed:
-        """A new userfaultfd of that process, with the mappings registered; of a program that was started with
+        """A new userfaultfd of that process, with the mappings registered, if any; of a program that was started with
         ``--lazy``, the one that guards them already, with the features that it has.
 
         `features`: of `UffdFeature`; `mode`: of `RegisterMode`. `empty`: what the files have there is thrown away, once
@@ -276,6 +271,12 @@ def _path_of(pid: int) -> str:
         if name == VARIABLE.encode() and value:
             return os.fsdecode(value)
     raise ResourceError(f"process {pid} was not started by `postcopy run`", "start it with `postcopy run -- COMMAND`")
+
+
+async def process_at(path: str) -> Process:
+    """The process that has this socket; its pidfd is the caller's. Errors as for `Preload.of_process`."""
+    with await _connect(path) as connection:
+        return process_of(connection, path, "the program")
 
 
 async def _connect(path: str) -> trio.socket.SocketType:
@@ -429,7 +430,4 @@ def _file_system(fd: int) -> int:
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
-WRITE_LOG = UffdFeature.WP_ASYNC | UffdFeature.WP_UNPOPULATED | UffdFeature.WP_HUGETLBFS_SHMEM
-"""What `arm` is to be asked for, with `RegisterMode.WP`, so that PAGEMAP_SCAN tells from outside what is written."""
-
-__all__ = ["TIMEOUT_S", "WRITE_LOG", "Armed", "Mapping", "Preload", "RegisterMode", "State"]
+__all__ = ["TIMEOUT_S", "Armed", "Mapping", "Preload", "State", "process_at"]

@@ -229,6 +229,8 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
     # ---- its state
 
     async def load_state(self, state: bytes) -> None:
+        if not state:  # for which QEMU would wait
+            raise ProtocolError("QEMU has not loaded the state: the source has sent an empty one")
         self._touched = True
         disks = self._seen.config.disks
         try:
