@@ -58,6 +58,8 @@ STOP_TIMEOUT_S = 20.0
 """How long QEMU may take from `migrate` until the guest stands."""
 GO_ON_TIMEOUT_S = 8.0
 """How long it may take until a guest runs that was told to."""
+READ_WITHIN_NS = 10**9
+"""How old an event may be when it is read."""
 RESTORE_TIMEOUT_S = 2.0
 QUIT_TIMEOUT_S = 2.0
 _AGAIN_S = 0.01
@@ -217,7 +219,10 @@ class QemuMachine(ProcessMachine):
         if event.name == "MIGRATION":
             self._migration = str(event.data.get("status", ""))[:40]
         elif event.name == "STOP":
-            self._stopped, self._paused_ns = True, time.monotonic_ns()
+            # When it was, not when it is read: QEMU goes on meanwhile. A clock that was set in between counts as now.
+            ago_ns = time.time_ns() - event.when_ns
+            self._paused_ns = time.monotonic_ns() - (ago_ns if 0 <= ago_ns < READ_WITHIN_NS else 0)
+            self._stopped = True
         elif event.name == "RESUME":
             self._stopped = False
 
