@@ -194,8 +194,7 @@ def _outside(source: Qemu, status: str, missing_bytes: int, ended: bool) -> list
 async def _move_by_qemu(pair: Pair, trace: Path, bandwidth: int, plan: ChaosPlan | None) -> DemoMove:
     """By QEMU's own postcopy with preempt, through a network that is as bad. One that was cut is left as it is then."""
     source, dest, before = pair
-    listen = partial(own.listen, source, dest, preempt=True, bandwidth=bandwidth or own.NO_LIMIT)
-    address = await thread(listen)
+    address = await thread(partial(own.listen, source, dest, preempt=True))
     switched = trio.Event()
     async with AsyncExitStack() as stack:
         if plan is not None:
@@ -203,6 +202,8 @@ async def _move_by_qemu(pair: Pair, trace: Path, bandwidth: int, plan: ChaosPlan
             address = str(proxy.address)
         await thread(own.begin, source, address)
         stood_ms = await thread(own.stop_to_run_ms, source, dest)
+        if bandwidth:
+            await thread(own.limit, source, bandwidth)
         switched.set()
         status = await thread(own.outcome, source, dest)
         if status == PAUSED:

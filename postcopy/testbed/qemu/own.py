@@ -19,8 +19,8 @@ REQUEST, PLACED = "postcopy_ram_fault_thread_request", "postcopy_place_page"
 """Trace events of the destination: a fault was read from the userfaultfd; a page was placed."""
 PAGE_BYTES = 4096
 GOLDEN = 0.618
-"""Of all pages, from one that the guest touches to the next one: none is near one that was touched shortly before, where
-QEMU goes on to send."""
+"""Of all pages, from one that the guest touches to the next one: none is near one that was touched shortly before,
+where QEMU goes on to send."""
 NO_LIMIT = 1 << 40  # of bandwidth, bytes/s
 ANSWER_S = 60.0
 
@@ -39,15 +39,14 @@ class Times:
     """How long its vCPUs have waited for pages, at least one of them."""
 
 
-def listen(source: Qemu, dest: Qemu, *, preempt: bool, bandwidth: int = NO_LIMIT) -> str:
+def listen(source: Qemu, dest: Qemu, *, preempt: bool) -> str:
     """Tells both what the migration is to be capable of, and has the destination listen; where, as HOST:PORT.
-    `preempt`: with a connection of its own for pages that are waited for. `bandwidth`: bytes/s, of all but those, after the switchover."""
+    `preempt`: with a connection of its own for pages that are waited for."""
     names = ["events", "postcopy-ram", "postcopy-blocktime", *(["postcopy-preempt"] if preempt else [])]
     for qemu in (source, dest):
         states = [{"capability": name, "state": True} for name in names]
         qemu.execute("migrate-set-capabilities", capabilities=states)
-    limits = {"max-bandwidth": NO_LIMIT, "max-postcopy-bandwidth": bandwidth}
-    source.execute("migrate-set-parameters", **limits)
+    source.execute("migrate-set-parameters", **{"max-bandwidth": NO_LIMIT})
     dest.execute("migrate-incoming", uri="tcp:127.0.0.1:0")
     return f"127.0.0.1:{dest.execute('query-migrate')['socket-address'][0]['port']}"
 
@@ -56,6 +55,11 @@ def begin(source: Qemu, address: str) -> None:
     """All memory goes after the switchover: no page is sent before it."""
     source.execute("migrate", uri=f"tcp:{address}")
     source.execute("migrate-start-postcopy")
+
+
+def limit(source: Qemu, bandwidth: int) -> None:
+    """Of all but pages that are waited for, bytes/s; after the switchover, whose state would count too."""
+    source.execute("migrate-set-parameters", **{"max-postcopy-bandwidth": bandwidth})
 
 
 def outcome(source: Qemu, dest: Qemu) -> str:
