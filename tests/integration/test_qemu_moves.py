@@ -148,7 +148,6 @@ def test_rollback_at_each_step(host: Callable[..., Host], machine: dict[str, Any
         for step, said in steps.items():
             why = at.fails_to_send(to)
             assert said in why, (step, why)
-            assert first.status() == "running", step
             now = first.wait_passes(1)[-1].values
             check_went_on(seen, now)
             seen = now

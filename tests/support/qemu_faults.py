@@ -30,9 +30,6 @@ def command(steps: Path) -> tuple[str, ...]:
     return (sys.executable, __file__, str(steps))
 
 
-MAGIC_BYTES = 4
-DESCRIPTION = b'{"configuration"'
-"""Of the state, at its end, for debuggers. Before it are 5 bytes, and before these the one that ends the state."""
 UNSHARED_WRITE = 201
 """The byte on which a QEMU has a lock that lets nobody else write to the image; 101 says that it may write."""
 
@@ -55,6 +52,14 @@ def locked(image: str) -> Iterator[None]:
         yield
 
 
+def cut(state: bytes, at: int) -> bytes:
+    """Its beginning: four bytes at least, for which QEMU waits, and not all that it needs."""
+    description = next(
+        i for i in range(len(state)) if state[i] == 6 and int.from_bytes(state[i + 1 : i + 5]) == len(state) - i - 5
+    )  # at its end, for debuggers; the byte before that is the end of what is needed
+    return state[: 4 + at % (description - 5)]
+
+
 def main_with_faults(steps: list[str]) -> int:
     load_state = ArrivingQemu.load_state
 
@@ -65,7 +70,7 @@ def main_with_faults(steps: list[str]) -> int:
         if (what, value) == ("killed", "before"):
             kill(pid)
         if what == "cut":
-            state = state[: MAGIC_BYTES + int(value) % (state.index(DESCRIPTION) - MAGIC_BYTES - 6)]
+            state = cut(state, int(value))
         with locked(value) if what == "locked" else contextlib.nullcontext():
             await load_state(self, state)
         if (what, value) == ("killed", "after"):
