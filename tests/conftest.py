@@ -61,10 +61,23 @@ def _netns() -> str | None:
 
 def _qemu() -> str | None:
     from postcopy.errors import ResourceError
-    from postcopy.testbed.bench._qemu import check_qemu
+    from postcopy.testbed import qemu
 
     try:
-        check_qemu()
+        qemu.check()
+    except ResourceError as error:
+        return str(error)
+    return None
+
+
+def _linux_guest() -> str | None:
+    from postcopy.errors import ResourceError
+    from postcopy.testbed.qemu import linux
+
+    if reason := missing("qemu"):
+        return reason
+    try:
+        linux.build()
     except ResourceError as error:
         return str(error)
     return None
@@ -112,13 +125,14 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "zsh": _command("zsh", "zsh"),
     "fish": _command("fish", "fish"),
     "man": _command("man", "man-db"),
-    "qemu": _qemu,  # that postcopy is measured beside
+    "qemu": _qemu,  # that is moved, and that postcopy is measured beside
+    "linux-guest": _linux_guest,  # a kernel of Debian's with our first process, for QEMU; made where it is not here
     "firecracker": _firecracker,  # a real one, with our guest for it; fetched where it is not here
 }
 
 
 # Fetched by the first test that needs it, and so not asked for in the header.
-FETCHED = {"firecracker"}
+FETCHED = {"firecracker", "linux-guest"}
 # What only the C tests can lack (csrc/tests/support/test.h reads the same variable), and the name of all at once.
 C_CAPABILITIES = frozenset({"uffd-kernel", "uffd-features", "uffd-syscall", "holes"})
 ALL = "all"

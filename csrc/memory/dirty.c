@@ -14,6 +14,9 @@
  *
  * What a page table does not show is marked: in a map that `collect` takes at the same time, before it scans. A writer marks after it
  * has written, so that a mark which is taken too early is of a write that the scan's caller reads.
+ *
+ * Of another process it is the same, by a userfaultfd of that process and the file of its page tables. These do not say when it has
+ * ended, they are empty then: the userfaultfd does.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -28,9 +31,14 @@
 
 #define REGIONS 2048 /* of one scan */
 #define PART_BYTES (UINT64_C(16) << 20)
+#define NEEDED                                                                                                                  \
+    (UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM | UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_WP_ASYNC)
+#define EVENTS /* nobody would read them, and who causes one waits */                                                          \
+    (UFFD_FEATURE_EVENT_FORK | UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_UNMAP)
 
 struct logged {
     struct pc_memory memory;
+    uint64_t address; /* in the process that writes */
     uint64_t *marks; /* atomic */
     uint64_t words;
 };
@@ -52,11 +60,57 @@ int pc_dirty_log_new(struct pc_dirty_log **out)
     return 0;
 }
 
+int pc_dirty_log_new_of(int uffd, int pagemap, struct pc_dirty_log **out, char *error, size_t error_bytes)
+{
+    uint64_t features = NEEDED;
+    struct pc_dirty_log *log;
+    int result = pc_uffd_features(uffd, &features); /* taken for right where /proc does not tell */
+
+    if (result == -EINVAL || result == -EBADF)
+        return pc_fail(EINVAL, error, error_bytes, "dirty log: the descriptor is no userfaultfd");
+    if ((features & NEEDED) != NEEDED || features & EVENTS)
+        return pc_fail(EINVAL, error, error_bytes, "dirty log: the userfaultfd has other features than it must: %#llx",
+                       (unsigned long long)features);
+    result = pc_dirty_log_new(&log);
+    if (result)
+        return pc_fail(-result, error, error_bytes, "dirty log: no memory for it");
+    log->uffd = fcntl(uffd, F_DUPFD_CLOEXEC, 0);
+    log->pagemap = log->uffd < 0 ? -1 : fcntl(pagemap, F_DUPFD_CLOEXEC, 0);
+    if (log->pagemap >= 0) {
+        *out = log;
+        return 0;
+    }
+    result = errno;
+    pc_dirty_log_free(log);
+    return pc_fail(result, error, error_bytes, "dirty log: %s", strerror(result));
+}
+
+/* The process, or the program that it was. There is no memory at address 0: this changes nothing. */
+static bool has_ended(const struct pc_dirty_log *log)
+{
+    return pc_uffd_writeprotect(log->uffd, 0, pc_page_bytes(), 0) == -ESRCH;
+}
+
+/* Whether memory that is registered is in the page tables that the log looks at: 0, or -EPERM, where they are another process's. */
+static int look_for(const struct pc_dirty_log *log, const struct logged *logged)
+{
+    struct pc_pagemap_query query = {.start = logged->address,
+                                     .end = logged->address + logged->memory.page_bytes,
+                                     .all_of = PC_PAGE_WPALLOWED,
+                                     .returned = PC_PAGE_WPALLOWED};
+    struct pc_pagemap_region region;
+    uint64_t walk_end;
+    int64_t found = pc_pagemap_scan(log->pagemap, &query, &region, 1, &walk_end);
+
+    return found < 0 ? (int)found : found ? 0 : -EPERM;
+}
+
 /* Write-protects what was written of a part of a memory, and adds it to `words` unless that is NULL. */
-static int scan_part(const struct pc_dirty_log *log, const struct pc_memory *memory, uint64_t first_byte, uint64_t bytes,
+static int scan_part(const struct pc_dirty_log *log, const struct logged *logged, uint64_t first_byte, uint64_t bytes,
                      struct pc_pagemap_region *regions, uint64_t *words)
 {
-    const uint64_t base = (uint64_t)(uintptr_t)memory->base, there = PC_PAGE_PRESENT | PC_PAGE_SWAPPED;
+    const struct pc_memory *memory = &logged->memory;
+    const uint64_t base = logged->address, there = PC_PAGE_PRESENT | PC_PAGE_SWAPPED;
     bool evictable = memory->kind == PC_MEMORY_MEMFD;
     struct pc_pagemap_query query = {
         .start = base + first_byte,
@@ -94,8 +148,9 @@ static int scan_part(const struct pc_dirty_log *log, const struct pc_memory *mem
 }
 
 /* The same for all of a memory. */
-static int scan(const struct pc_dirty_log *log, const struct pc_memory *memory, uint64_t *words)
+static int scan(const struct pc_dirty_log *log, const struct logged *logged, uint64_t *words)
 {
+    const struct pc_memory *memory = &logged->memory;
     struct pc_pagemap_region *regions = malloc(REGIONS * sizeof(*regions));
     int error = regions ? 0 : -ENOMEM;
 
@@ -109,25 +164,23 @@ static int scan(const struct pc_dirty_log *log, const struct pc_memory *memory, 
             first = data < 0 ? first : (uint64_t)data - (uint64_t)data % PART_BYTES;
             end = pc_least(first + PART_BYTES, end);
         }
-        error = scan_part(log, memory, first, end - first, regions, words);
+        error = scan_part(log, logged, first, end - first, regions, words);
     }
     free(regions);
-    return error;
+    return !error && has_ended(log) ? -ESRCH : error;
 }
 
 /* What the first memory of a log needs. 0, or an error with its line. */
 static int open_files(struct pc_dirty_log *log, char *error, size_t error_bytes)
 {
-    const uint64_t needed = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM | UFFD_FEATURE_WP_UNPOPULATED |
-                            UFFD_FEATURE_WP_ASYNC;
     struct pc_uffd_api api;
     int result = pc_uffd_probe(PC_UFFD_ANY, &api);
 
-    if (!result && (api.features & needed) != needed)
+    if (!result && (api.features & NEEDED) != NEEDED)
         return pc_fail(EOPNOTSUPP, error, error_bytes,
                        "dirty log: this kernel cannot tell what is written (WP_ASYNC of userfaultfd, Linux 6.7)");
     if (!result)
-        result = log->uffd = pc_uffd_open(api.how, needed, &api);
+        result = log->uffd = pc_uffd_open(api.how, NEEDED, &api);
     if (result < 0)
         return pc_fail(-result, error, error_bytes, "dirty log: cannot open a userfaultfd: %s", strerror(-result));
     log->pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
@@ -140,20 +193,24 @@ static int open_files(struct pc_dirty_log *log, char *error, size_t error_bytes)
 }
 
 /* From here on its writes are seen. */
-static int protect(const struct pc_dirty_log *log, const struct pc_memory *memory, char *error, size_t error_bytes)
+static int protect(const struct pc_dirty_log *log, const struct logged *logged, char *error, size_t error_bytes)
 {
-    uint64_t base = (uint64_t)(uintptr_t)memory->base;
-    int result = pc_uffd_register(log->uffd, base, memory->size_bytes, PC_UFFD_WP, NULL);
+    uint64_t bytes = logged->memory.size_bytes;
+    int result = pc_uffd_register(log->uffd, logged->address, bytes, PC_UFFD_WP, NULL);
 
     if (result == -EBUSY)
         return pc_fail(EBUSY, error, error_bytes, "dirty log: a part of the memory is registered with another userfaultfd");
+    if (result && has_ended(log))
+        return pc_fail(ESRCH, error, error_bytes, "dirty log: the process has ended");
     if (result)
         return pc_fail(-result, error, error_bytes, "dirty log: cannot register the memory with a userfaultfd: %s",
                        strerror(-result));
-    result = scan(log, memory, NULL);
+    result = look_for(log, logged);
+    if (!result)
+        result = scan(log, logged, NULL);
     if (!result)
         return 0;
-    (void)pc_uffd_unregister(log->uffd, base, memory->size_bytes);
+    (void)pc_uffd_unregister(log->uffd, logged->address, bytes);
     if (result == -ENOTTY)
         return pc_fail(EOPNOTSUPP, error, error_bytes, "dirty log: this kernel has no PAGEMAP_SCAN (Linux 6.7)");
     return pc_fail(-result, error, error_bytes, "dirty log: cannot write-protect the memory: %s", strerror(-result));
@@ -161,22 +218,28 @@ static int protect(const struct pc_dirty_log *log, const struct pc_memory *memor
 
 int pc_dirty_log_add(struct pc_dirty_log *log, const struct pc_memory *memory, char *error, size_t error_bytes)
 {
+    return pc_dirty_log_add_at(log, memory, (uint64_t)(uintptr_t)memory->base, error, error_bytes);
+}
+
+int pc_dirty_log_add_at(struct pc_dirty_log *log, const struct pc_memory *memory, uint64_t address, char *error, size_t error_bytes)
+{
     struct logged *logged = &log->memories[log->count];
     int result;
 
     if (log->count == PC_DIRTY_LOG_MEMORIES)
         return pc_fail(ENOSPC, error, error_bytes, "dirty log: it has %d memories already", PC_DIRTY_LOG_MEMORIES);
-    if (!memory->base || !memory->page_bytes || !memory->size_bytes || memory->size_bytes % memory->page_bytes)
-        return pc_fail(EINVAL, error, error_bytes, "dirty log: the memory is not mapped here");
+    if (!address || !memory->page_bytes || !memory->size_bytes || memory->size_bytes % memory->page_bytes)
+        return pc_fail(EINVAL, error, error_bytes, "dirty log: the memory is not mapped");
     result = log->uffd < 0 ? open_files(log, error, error_bytes) : 0;
     if (result)
         return result;
     logged->memory = *memory;
+    logged->address = address;
     logged->words = pc_bitmap_words(memory->size_bytes / memory->page_bytes);
     logged->marks = pc_buffer_new(logged->words * sizeof(uint64_t));
     if (!logged->marks)
         return pc_fail(ENOMEM, error, error_bytes, "dirty log: no memory for the map of its marks");
-    result = protect(log, memory, error, error_bytes);
+    result = protect(log, logged, error, error_bytes);
     if (result) {
         pc_buffer_free(logged->marks, logged->words * sizeof(uint64_t));
         return result;
@@ -199,7 +262,7 @@ int64_t pc_dirty_log_collect(struct pc_dirty_log *log, uint32_t index, uint64_t 
     for (uint64_t word = 0; word < logged->words; word++)
         if (pc_bits_word(logged->marks, word))
             words[word] |= __atomic_exchange_n(&logged->marks[word], 0, __ATOMIC_SEQ_CST);
-    error = scan(log, &logged->memory, words);
+    error = scan(log, logged, words);
     return error ? error : (int64_t)(pc_bitmap_count(words, pages) - before);
 }
 
@@ -209,7 +272,7 @@ void pc_dirty_log_mark(struct pc_dirty_log *log, uint64_t address, uint64_t byte
 
     for (uint32_t i = 0; i < count; i++) {
         const struct logged *logged = &log->memories[i];
-        uint64_t base = (uint64_t)(uintptr_t)logged->memory.base, unit = logged->memory.page_bytes, first, pages;
+        uint64_t base = logged->address, unit = logged->memory.page_bytes, first, pages;
         uint64_t from = address > base ? address : base, to = pc_least(address + bytes, base + logged->memory.size_bytes);
 
         if (from >= to)
@@ -226,7 +289,7 @@ void pc_dirty_log_free(struct pc_dirty_log *log)
     for (uint32_t i = 0; i < log->count; i++) {
         const struct logged *logged = &log->memories[i];
 
-        (void)pc_uffd_unregister(log->uffd, (uint64_t)(uintptr_t)logged->memory.base, logged->memory.size_bytes);
+        (void)pc_uffd_unregister(log->uffd, logged->address, logged->memory.size_bytes);
         pc_buffer_free(logged->marks, logged->words * sizeof(uint64_t));
     }
     if (log->uffd >= 0)

@@ -168,8 +168,8 @@ int pc_pager_forget(struct pc_pager *pager, uint32_t index, const uint64_t *stal
     if (pager->watch_count) /* of the pages that it has passed it looks at none again */
         error = -EBUSY;
     pthread_mutex_unlock(&pager->watch_lock);
-    if (!block->memory.base && __atomic_load_n(&block->segment_count, __ATOMIC_SEQ_CST)) /* what is placed there cannot be discarded from here */
-        error = -EBUSY;
+    if (!block->memory.base && block->memory.fd < 0 && __atomic_load_n(&block->segment_count, __ATOMIC_SEQ_CST))
+        error = -EBUSY; /* what is placed there cannot be discarded from here */
     if (error || !stale)
         return error;
     /* As if all of them were forgotten, then what is not: `missing` is never less than what is missing. */

@@ -351,9 +351,11 @@ static inline bool pc_is_temporary(int error)
 /* pager.c */
 int pc_pager_fatal(struct pc_pager *pager, int error, const char *what, uint32_t block, uint64_t page); /* any thread */
 
-/* registry.c: callers, but the first. */
+/* registry.c: callers, but the first two. */
 /* The shard that guards `page`, and how many of the next `pages` it guards as well; NULL when none does. Any thread. */
 struct shard *pc_find_shard(struct pc_pager *pager, const struct block *block, uint64_t page, uint64_t *pages);
+/* Whether a page that is in the page cache, and not in the page tables, faults too. Any thread. */
+bool pc_has_minor_faults(const struct shard *shard, const struct block *block);
 void pc_block_free(struct block *block);
 void pc_shard_free(struct shard *shard);
 void pc_shard_unregister(struct pc_pager *pager, struct shard *shard);
@@ -383,7 +385,7 @@ void pc_journal_open(struct shard *shard, const struct block *block);
 bool pc_journal_knows(const struct shard *shard, const struct range *range);
 void pc_journal_registered(struct shard *shard, const struct range *range);
 void pc_journal_apply(struct shard *shard); /* with the gate: what has been taken away of the range that was added */
-void pc_journal_disarmed(struct shard *shard); /* all of it has been unregistered */
+void pc_journal_disarmed(struct shard *shard); /* with the gate: all of it has been unregistered */
 void pc_drain_removals(struct shard *shard); /* the fault thread, last of all */
 
 /* faults.c: the shard's fault thread, but the first. */

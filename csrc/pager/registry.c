@@ -24,6 +24,12 @@ struct shard *pc_find_shard(struct pc_pager *pager, const struct block *block, u
     return segment ? pager->shards[segment->shard] : NULL;
 }
 
+bool pc_has_minor_faults(const struct shard *shard, const struct block *block)
+{
+    return (block->memory.kind == PC_MEMORY_MEMFD && shard->api.features & UFFD_FEATURE_MINOR_SHMEM) ||
+           (block->memory.kind == PC_MEMORY_HUGETLB && shard->api.features & UFFD_FEATURE_MINOR_HUGETLBFS);
+}
+
 /* ---- blocks ------------------------------------------------------------------------------------------------------- */
 
 void pc_block_free(struct block *block)
@@ -326,8 +332,7 @@ static int arm(struct shard *shard, struct block *block, const struct range *ran
     uint64_t mode = PC_UFFD_MISSING, first = range->first_page;
     int result = 0;
 
-    if ((block->memory.kind == PC_MEMORY_MEMFD && shard->api.features & UFFD_FEATURE_MINOR_SHMEM) ||
-        (block->memory.kind == PC_MEMORY_HUGETLB && shard->api.features & UFFD_FEATURE_MINOR_HUGETLBFS))
+    if (pc_has_minor_faults(shard, block))
         mode |= PC_UFFD_MINOR;
     for (uint32_t i = 0; i < block->segment_count; i++) {
         const struct segment *other = &block->segments[i];
@@ -396,6 +401,8 @@ int pc_pager_arm_at(struct pc_pager *pager, uint32_t shard_index, uint32_t block
 void pc_shard_unregister(struct pc_pager *pager, struct shard *shard)
 {
     pthread_mutex_lock(&pager->lock);
+    /* From then on its owner waits for nobody: what was read to be thrown away there has been thrown away before. */
+    pthread_mutex_lock(&shard->gate);
     for (uint32_t i = 0; i < shard->range_count; i++) {
         if (!shard->ranges[i].bytes)
             continue;
@@ -403,6 +410,7 @@ void pc_shard_unregister(struct pc_pager *pager, struct shard *shard)
         __atomic_store_n(&shard->ranges[i].bytes, 0, __ATOMIC_RELAXED);
     }
     pc_journal_disarmed(shard);
+    pthread_mutex_unlock(&shard->gate);
     pthread_mutex_unlock(&pager->lock);
     pc_shard_notify(shard);
 }

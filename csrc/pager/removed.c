@@ -9,6 +9,7 @@
  * later: that is kept. Where there is no room for it nothing more is read until something is armed, and the owner waits.
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <stdbool.h>
 #include <sys/mman.h>
 
@@ -32,6 +33,11 @@ static void remove_pages(struct shard *shard, const struct range *range, uint64_
     uint64_t first = range->first_page + offset, fresh_pages = 0, page_bytes = block->memory.page_bytes;
     bool waiting = false;
 
+    /* Of a file that is mapped shared it was thrown away by a hole, of which no event tells, before this. A page that was placed in between
+     * goes now: whoever has touched it since waits for this thread. */
+    if (block->memory.fd >= 0 && pc_has_minor_faults(shard, block))
+        (void)fallocate(block->memory.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(first * page_bytes),
+                        (off_t)(pages * page_bytes));
     for (uint64_t word = first / 64; word * 64 < first + pages; word++) {
         uint64_t fresh = pc_bits_mask(word, first, pages) & ~pc_bits_word(block->received, word), wanted;
 
@@ -176,12 +182,10 @@ void pc_journal_registered(struct shard *shard, const struct range *range)
 
 void pc_journal_disarmed(struct shard *shard)
 {
-    pthread_mutex_lock(&shard->gate);
     shard->disarmed = true;
     __atomic_store_n(&shard->journal_full, false, __ATOMIC_SEQ_CST);
     for (size_t i = 0; i < PC_JOURNAL_EXTENTS; i++)
         __atomic_store_n(&shard->journal->registered[i].end, 0, __ATOMIC_SEQ_CST);
-    pthread_mutex_unlock(&shard->gate);
 }
 
 /* A thread that had begun to take memory away when that was unregistered still sends its event, and waits until it is read: that is done here,

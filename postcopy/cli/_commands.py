@@ -72,6 +72,23 @@ COMMANDS: Mapping[str, Command] = {
             ("From a process on another host:", "postcopy pager --socket vm.sock --connect host-a:7777"),
         ),
     ),
+    "run": Command(
+        "start a program, such as QEMU, so that its memory can be moved",
+        "postcopy.cli.run",
+        "Becomes a program, with a small library in it that lets postcopy guard the program's memory, where that is in"
+        " files in memory (tmpfs, hugetlbfs, memfd). Nothing else of the program changes (docs/programs.md).",
+        (
+            (
+                "A QEMU that can be moved:",
+                "postcopy run -- qemu-system-x86_64 \\\n"
+                "  -object memory-backend-file,id=ram0,size=1G,mem-path=/dev/shm/vm1,share=on ...",
+            ),
+            (
+                "A program that waits for the memory of one on another host:",
+                "postcopy run --lazy -- ./arena /dev/shm/a",
+            ),
+        ),
+    ),
     "ctl": Command(
         "control a running daemon, source, destination or pager",
         "postcopy.cli.ctl",

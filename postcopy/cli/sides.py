@@ -73,19 +73,35 @@ def _sending(given: dict[str, Any]) -> SourceOptions:
 def _dest(given: dict[str, Any], output: Output) -> Service:
     from postcopy.service.destination import Destination
 
-    loads = [option for option in (options.API_SOCKET, options.FIRECRACKER) if option.key in given]
-    if len(loads) > 1 or (given.get("takes") == "firecracker" and not loads):
-        raise ConfigurationError(
-            "--machine firecracker: say where it is loaded, --api-socket PATH of one that was started and told nothing"
-            " yet, or --firecracker BINARY to have it started; one of both"
+    if given.get("takes") in (None, "firecracker", "qemu"):
+        _check_loads(
+            given, "firecracker", (options.API_SOCKET, options.FIRECRACKER), "was started and told nothing yet"
         )
+        _check_loads(given, "qemu", (options.QMP, options.QEMU), "was started with -incoming defer -S")
+    if given.get("takes") == "program" and "preload" not in given:
+        raise ConfigurationError("--machine program: say --preload PATH of one that postcopy run --lazy has started")
+    processes = [option for option in _PROCESSES if option.key in given]
     for option in (options.RUN_FOR, options.DUMP, options.VERIFY):
-        if loads and given.get(option.key):
+        if processes and given.get(option.key):
             raise ConfigurationError(
-                f"--{option.name} does not go with --{loads[0].name}: a microVM runs on when it is here, and this"
-                " command ends"
+                f"--{option.name} does not go with --{processes[0].name}: the machine is a process of its own, which"
+                " runs on when it is here, and this command ends"
             )
     return Destination(record(DestinationConfig, given, arrival=record(ArrivalOptions, given)), output)
+
+
+_PROCESSES = (options.API_SOCKET, options.FIRECRACKER, options.QMP, options.QEMU, options.PRELOAD)
+"""They say which process a machine becomes that comes."""
+
+
+def _check_loads(given: dict[str, Any], kind: str, ways: tuple[options.Option, options.Option], which: str) -> None:
+    loads = [option for option in ways if option.key in given]
+    if len(loads) > 1 or (given.get("takes") == kind and not loads):
+        there, start = ways
+        raise ConfigurationError(
+            f"--machine {kind}: say where it is loaded, --{there.name} {there.metavar} of one that {which}, or"
+            f" --{start.name} {start.metavar} to have it started; one of both"
+        )
 
 
 def _daemon(given: dict[str, Any], output: Output) -> Service:
@@ -97,7 +113,7 @@ def _daemon(given: dict[str, Any], output: Output) -> Service:
         given,
         machine=record(MachineOptions, given) if "kind" in given else None,
         migration=options.sending(given),
-        arrival=record(ArrivalOptions, given, api_socket=None),  # that is of the machine to begin with
+        arrival=record(ArrivalOptions, given, api_socket=None, qmp=None, preload=None),  # of the machine to begin with
         side=given["command"],
     )
     return Daemon(config, output)

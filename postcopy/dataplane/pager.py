@@ -75,7 +75,7 @@ class PagerCounters(DataPlane):
         self._check_length(block, stale)
         memory = self._block(block).memory
         await self._forget(block, stale)
-        if not isinstance(memory, Memory) or memory.struct.base == ffi.NULL:
+        if not isinstance(memory, Memory) or (memory.struct.base == ffi.NULL and memory.fd < 0):
             return  # nothing of it has been placed (the core has checked that): it is not armed
         # After it: a pager that dies in between has content too much, which stops it, and never too little.
         if stale.count() <= DISCARDED_AT_ONCE:

@@ -20,9 +20,10 @@ it.
 from __future__ import annotations
 
 import abc
+import contextlib
 import enum
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -65,7 +66,8 @@ class Extent:
 
 Adopt = Callable[[int, int, Sequence[Extent]], Awaitable[None]]
 """Takes a userfaultfd (the descriptor is the callee's from then on), the features that it was opened with, and the
-memory that it guards: from its return on every page that is missing there is brought."""
+memory that it guards: from its return on every page that is missing there is brought. Once for each shard, in their
+order."""
 
 
 class MachineState(enum.StrEnum):
@@ -152,13 +154,14 @@ class Machine(abc.ABC):
     which every user may have, is then not enough."""
     outlives: ClassVar[bool] = False
     """Whether it is a process of its own, which runs on when this one lets go of it (`close`), until `destroy`."""
-    maps_late: ClassVar[bool] = False
-    """Whether a destination's memory is mapped, and its userfaultfd made, only while the state is loaded
-    (`load_and_map`): its blocks have sizes until then, and no address."""
+    lends: ClassVar[bool] = False
+    """Whether a destination's memory is mapped by another process, whose userfaultfds come from there: by `lend`, or
+    where memory is mapped only while the state is loaded, by `load_and_map`. (Its blocks have sizes until then, and no
+    address: what arrives of them before is staged.)"""
 
     async def prepare(self) -> None:  # noqa: B027 -- most machines are there when they have been made
-        """What takes time, or waits for others, before anything depends on it: at the source before `blocks` are looked
-        at, at the destination before the offer is accepted. Once. Cancellable. Errors as for making the machine."""
+        """What takes time, or waits for others, before `blocks` are looked at and anything depends on it: at the
+        destination before the offer is accepted. Once. Cancellable. Errors as for making the machine."""
 
     @property
     @abc.abstractmethod
@@ -190,6 +193,13 @@ class Machine(abc.ABC):
     @abc.abstractmethod
     async def resume(self) -> None:
         """Lets it run. Does nothing when it runs already."""
+
+    @contextlib.asynccontextmanager
+    async def settled(self) -> AsyncIterator[None]:
+        """Source, while it runs: inside, nothing is under way that writes to its memory in a way which page tables do
+        not show, as a disk does to pages that were pinned before; around each look at the dirty log. It runs again
+        afterwards, also after an error or when cancelled. Bounded in time; `MigrationError`."""
+        yield
 
     async def before_pause(self) -> None:  # noqa: B027
         """Source: a `pause` follows at once. Does what would make that longer. Cancellable; bounded in time."""
@@ -239,12 +249,19 @@ class Machine(abc.ABC):
         runs in the Trio thread, and is bounded in time (`MigrationError`); cancellable at once, what hangs is left to
         `close`."""
 
+    async def lend(self, adopt: Adopt) -> None:  # noqa: B027 -- most memory is mapped here
+        """Destination, of one that `lends`: gives its userfaultfds away, if it has them already. It is known by then
+        which pages there are, and none has come. Nothing here reads memory that was lent before it is whole: a hole
+        would become a page of zeros, and no fault."""
+
     async def load_and_map(self, state: bytes, adopt: Adopt) -> None:
-        """`load_state` of one that `maps_late`, which gives its userfaultfd away as soon as there is one."""
+        """`load_state` of one that `lends` and has lent nothing yet: it gives its userfaultfds away as soon as there
+        are any."""
         await self.load_state(state)
 
-    def made_whole(self) -> None:  # noqa: B027
-        """Destination: every page is there, and nothing depends on the pager any more."""
+    async def made_whole(self) -> None:  # noqa: B027
+        """Destination: every page is there, and nothing is registered or depends on the pager any more. Shielded,
+        bounded in time; what it raises is logged, and changes nothing."""
 
     @abc.abstractmethod
     def vcpu_threads(self) -> list[int]:

@@ -35,6 +35,8 @@ class MachineOptions:
     net_mac: int | None = None
     net_address: int | None = None  # IPv4
     api_socket: str | None = None  # path
+    qmp: str | None = None  # path
+    preload: str | None = None  # path
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,25 @@ class HostOptions:
     api_socket: str | None = None  # firecracker: path, of one that was told nothing yet
     firecracker: str | None = None  # path of the binary, which is started for each machine
     drive: str | None = None  # firecracker: ID=PATH,...
+    qmp: str | None = None  # qemu: path of the monitor of one that waits for a machine
+    qemu: tuple[str, ...] | None = None  # qemu: the command line with which one is started for each machine
+    preload: str | None = None  # qemu, program: path of the preload library's socket
 
 
 @dataclass(frozen=True)
 class FirecrackerOptions:
     api_socket: str = ""
+
+
+@dataclass(frozen=True)
+class QemuOptions:
+    qmp: str = ""
+    preload: str | None = None
+
+
+@dataclass(frozen=True)
+class ProgramOptions:
+    preload: str = ""
 
 
 def _image_from_file(options: ImageOptions) -> Machine:
@@ -75,6 +91,39 @@ def _firecracker_destination(config: Mapping[str, Any], layout: Sequence[BlockLa
     return ArrivingFirecracker.for_destination(
         config, layout, FirecrackerHost(host.api_socket, host.firecracker, drives, nets)
     )
+
+
+def _qemu_source(options: QemuOptions) -> Machine:
+    from postcopy.machines.qemu.source import QemuMachine
+
+    if not options.qmp:
+        raise ConfigurationError("--machine qemu needs --qmp PATH")
+    return QemuMachine.create(options.qmp, options.preload)
+
+
+def _qemu_destination(config: Mapping[str, Any], layout: Sequence[BlockLayout], host: HostOptions) -> Machine:
+    from postcopy.machines.qemu.destination import ArrivingQemu, QemuHost
+
+    return ArrivingQemu.for_destination(config, layout, QemuHost(host.qmp, host.qemu, host.preload))
+
+
+def _program_source(options: ProgramOptions) -> Machine:
+    from postcopy.machines.program import ProgramMachine
+
+    if not options.preload:
+        raise ConfigurationError("--machine program needs --preload PATH")
+    return ProgramMachine.create(options.preload)
+
+
+def _program_destination(config: Mapping[str, Any], layout: Sequence[BlockLayout], host: HostOptions) -> Machine:
+    from postcopy.machines.program import ArrivingProgram
+
+    if not host.preload:
+        raise ConfigurationError(
+            "this side has no program to take the memory: say --preload PATH, the socket of one that was started with"
+            " postcopy run --lazy"
+        )
+    return ArrivingProgram.for_destination(config, layout, host.preload)
 
 
 @dataclass(frozen=True)
@@ -101,6 +150,8 @@ _KINDS = {
     "rv64": _toy(RV64),
     "image": _Kind(ImageMachine.live, ImageOptions, _image_from_file, _image_destination),
     "firecracker": _Kind(True, FirecrackerOptions, _firecracker_source, _firecracker_destination),
+    "qemu": _Kind(True, QemuOptions, _qemu_source, _qemu_destination),
+    "program": _Kind(True, ProgramOptions, _program_source, _program_destination),
 }
 
 KINDS = tuple(_KINDS)
@@ -129,16 +180,10 @@ def create_destination(
     kind: str,
     config: Mapping[str, Any],
     block_layout: Sequence[BlockLayout],
-    backing: str = "memfd",
-    *,
-    disk: str | None = None,
-    net: str | None = None,
     host: HostOptions | None = None,
 ) -> Machine:
-    """The twin of the machine that a source offers, its memory empty. `backing` is this side's own choice; `disk` is
-    where the machine's disk is on this host, which one that has a disk needs; it is as long as the source says.
-    `net` is where its network device is attached here, which a machine that has one needs. `host`: all of that, and
-    what a Firecracker needs.
+    """The twin of the machine that a source offers, its memory empty. `host`: this side's own choices, and where on
+    this host is what the machine needs.
 
     Takes milliseconds. What the peer says is checked: `ProtocolError` for an offer that makes no sense, `ResourceError`
     and `ConfigurationError` for one that cannot be taken here. Its memory is this machine's from now on until it is
@@ -146,8 +191,7 @@ def create_destination(
     """
     if kind not in _KINDS:
         raise ProtocolError(f"the source offers an unknown kind of machine {kind[:40]!r}")
-    host = host or HostOptions(backing, disk, net)
-    return _promised(_KINDS[kind].destination(config, block_layout, host))
+    return _promised(_KINDS[kind].destination(config, block_layout, host or HostOptions()))
 
 
 def parse_pairs(text: str, what: str) -> dict[str, str]:

@@ -17,12 +17,13 @@ everything that moves memory.
 from __future__ import annotations
 
 from postcopy.memory._admission import check_memory
-from postcopy.memory._dirty import DirtyLog
+from postcopy.memory._dirty import FEATURES_OF_PROCESS, DirtyLog
 from postcopy.memory._memory import Memory, MemoryKind, page_bytes_of
 from postcopy.memory._remote import Extent, RemoteMemory, WriteLog
 from postcopy.memory.bitmap import Bitmap
 
 __all__ = [
+    "FEATURES_OF_PROCESS",
     "Bitmap",
     "DirtyLog",
     "Extent",

@@ -46,7 +46,7 @@ _BUFFER = "buffer"
 
 
 class Memory:
-    """Made by `create`, `from_fd`, `from_address`, `from_buffer` or `from_file`. A context manager; `close()` unmaps.
+    """Made by `create`, `from_fd`, `from_shared_file`, `from_address`, `from_buffer` or `from_file`. A context manager; `close()` unmaps.
     Methods may run in any thread, and beside each other as far as they only read."""
 
     def __init__(
@@ -157,6 +157,26 @@ class Memory:
         kind = MemoryKind.MEMFD if unit == int(lib.pc_page_bytes()) else MemoryKind.HUGETLB
         check(lib.pc_memory_map(fd, status.st_size, unit, CORE_KINDS[kind], struct), "mapping a memory file")
         return cls(struct, kind, status.st_size)
+
+    @classmethod
+    def from_shared_file(cls, fd: int, size_bytes: int, page_bytes: int | None = None) -> Memory:
+        """The first `size_bytes` of a memory file (memfd, tmpfs, hugetlbfs) that other processes have mapped: looked at
+        and read by its descriptor alone, which is duplicated, and never mapped here. So nothing is populated by looking,
+        and a process that cuts the file short makes a `CoreError` (ENODATA) and no SIGBUS.
+
+        `page_bytes`: as mapped there. `ConfigurationError` when it is no memory file of so many whole pages.
+        """
+        unit = page_bytes or int(lib.pc_page_bytes())
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or not 0 < size_bytes <= status.st_size or size_bytes % unit:
+                raise ConfigurationError(
+                    f"memory (descriptor {fd}): not a memory file of {size_bytes} bytes in whole pages of {unit}"
+                )
+            kind = MemoryKind.MEMFD if unit == int(lib.pc_page_bytes()) else MemoryKind.HUGETLB
+            return cls(_struct(ffi.NULL, size_bytes, unit, kind, os.dup(fd)), kind, size_bytes)
+        except OSError as error:
+            raise ConfigurationError(f"memory (descriptor {fd}): {error.strerror}") from error
 
     def alias(self) -> Memory:
         """A second mapping of the same memory file: pages written there can be handed over here with UFFDIO_CONTINUE.
@@ -343,7 +363,8 @@ class Memory:
         """The same for every page in a map."""
         if len(pages) != self.pages:
             raise ValueError(f"a map of {len(pages)} pages for memory of {self.pages}")
-        self._checked(0, self.size_bytes)
+        if self._kind in _READ_ONLY or (not self.address and self.fd < 0):
+            raise ValueError("this memory is read only, or not mapped")
         with self.in_use("discard"):
             check(lib.pc_memory_discard_pages(self._struct, pages.words), "discarding memory")
 

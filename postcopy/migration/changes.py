@@ -40,7 +40,10 @@ class Changes:
     @classmethod
     async def open(cls, machine: Machine, page_bytes: Sequence[int], logged: bool) -> Changes:
         """`ResourceError` where the kernel has no dirty log, or the machine's kind."""
-        return cls(machine, page_bytes, await run_sync(machine.dirty_log) if logged else None)
+        if not logged:
+            return cls(machine, page_bytes, None)
+        async with machine.settled():
+            return cls(machine, page_bytes, await run_sync(machine.dirty_log))
 
     @property
     def logged(self) -> bool:

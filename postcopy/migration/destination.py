@@ -2,8 +2,9 @@
 """The destination's engine: one machine received, from the offer until its last page is here.
 
 The plan: make the machine that is offered, or say why not; connect the data channels; take the page maps, and register
-all memory with userfaultfds. (A machine whose memory is mapped only while its state is loaded has its pages staged
-until then, and gives its userfaultfd away in the middle of that: `Machine.load_and_map`.) In each round that follows
+all memory with userfaultfds. (A machine that is another process's gives its userfaultfds away: `Machine.lend`. Where
+its memory is mapped only while its state is loaded, in the middle of that, pages are staged until then:
+`Machine.load_and_map`.) In each round that follows
 pages come, and those that have changed since are forgotten: they are missing again, so that no old page is ever seen.
 Then take the state, with all pages that are to be here before the machine runs, and say `prepared`. From then on this
 side waits for a decision that is not its own. On `commit` the machine runs, and every page comes: because it was
@@ -131,8 +132,8 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         self._bulk_channels = 0
         self._pushing: set[int] = set()  # bulk channels that have not sent the `end` of this push
         self._doubt_for_s = doubt_for_s
-        self._mapped = False  # memory that is mapped late
-        self._held: dict[int, FdHolder] = {}  # urgent connections of userfaultfds that there are not yet, by shard
+        self._lent = 0  # shards whose userfaultfd was lent
+        self._held: dict[int, FdHolder] = {}  # urgent connections of those that were not yet, by shard
         self._last_word_s = LAST_WORD_S if link.version >= 3 else ACK_TIMEOUT_S
 
     # ---- looking at it
@@ -274,8 +275,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         protocol = self._protocol
         offer = await control.receive(wire.Offer, STEP_TIMEOUT_S)
         try:
-            machine, pager = self._take_offer(link, offer)
-            await machine.prepare()
+            machine, pager = await self._take_offer(link, offer)
         except Exception as error:  # noqa: BLE001  # `explained` logs what it does not know
             # Kept as the reason first: the source may hang up, and that be noticed, before the sending has returned.
             refusal = self._scope.failure = explained(error)
@@ -317,20 +317,22 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
     async def _attach_all(self, open_channels: OpenChannels, machine: Machine, pager: AnyPager) -> None:
         """What is pending is requested (again) at once."""
         self._pushing = set(range(self._bulk_channels))
-        late = machine.maps_late and not self._mapped
-        urgent = self._hold_urgent if late else pager.attach_urgent
-        await self._attach(open_channels, machine.shards, self._bulk_channels, urgent, pager.attach_bulk)
 
-    def _hold_urgent(self, shard: int, fd: int) -> None:
-        self._held[shard] = FdHolder(fd)
+        def attach_urgent(shard: int, fd: int) -> None:
+            if machine.lends and shard >= self._lent:
+                self._held[shard] = FdHolder(fd)
+            else:
+                pager.attach_urgent(shard, fd)
+
+        await self._attach(open_channels, machine.shards, self._bulk_channels, attach_urgent, pager.attach_bulk)
 
     async def _adopt(self, pager: AnyPager, uffd: int, features: int, extents: Sequence[Extent]) -> None:
-        """The machine's memory is there, and is registered with a userfaultfd of its own."""
+        """Memory of the machine's process is there, and is registered with a userfaultfd of that."""
         pager = cast("Pager", pager)  # one in a process of its own is not for such machines
         shard = pager.adopt_shard(uffd, features, self._busy_poll_us)
         for extent in extents:
             pager.arm_at(shard, extent.block, extent.first_page, extent.pages, extent.address)
-        self._mapped = True
+        self._lent += 1
         pager.attach_urgent(shard, self._held.pop(shard).detach())
         await pager.confirm()
 
@@ -371,22 +373,24 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             await pager.disarm()
             self.completed_ns = now
             assert self.machine is not None
-            self.machine.made_whole()
+            with trio.CancelScope(shield=True):
+                await self._contained(self.machine.made_whole)
             self._searching_since_s = None  # the source is looked for anew, for `_last_word_s`
         if self._protocol.state is State.PAUSED:
             self._protocol.every_page_is_here()
 
-    def _take_offer(self, link: Link, offer: wire.Offer) -> tuple[Machine, AnyPager]:
+    async def _take_offer(self, link: Link, offer: wire.Offer) -> tuple[Machine, AnyPager]:
         layout = [BlockLayout(block.name, block.size_bytes, block.page_bytes) for block in offer.blocks]
         machine = self.machine = self._make_machine(offer.machine, offer.config, layout)
+        self._placed_every_s = offer.placed_every_ms / 1000
+        self._join(link, Session(offer.migration, offer.token, epoch=0))
+        await machine.prepare()
         pager = self._data = self._make_pager()
         for block in machine.blocks:
             pager.add_block(block.memory)
-        for _ in range(0 if machine.maps_late else machine.shards):
+        for _ in range(0 if machine.lends else machine.shards):
             # ANY prefers one that stops the kernel's faults too; a machine that needs that has refused a host without.
             pager.add_shard(self._how, self._busy_poll_us)
-        self._placed_every_s = offer.placed_every_ms / 1000
-        self._join(link, Session(offer.migration, offer.token, epoch=0))
         return machine, pager
 
     async def _take_machine(self, control: Control[DestinationProtocol], machine: Machine, pager: AnyPager) -> None:
@@ -418,12 +422,14 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         for number, bitmap in enumerate(zero):
             pager.set_zero(number, bitmap)
         self._zero = zero
+        if machine.lends:
+            await machine.lend(partial(self._adopt, pager))
         for number, block in enumerate(machine.blocks):
-            if machine.maps_late:
+            if not machine.lends:
+                pager.arm(block.shard, number, 0, block.memory.pages)
+            elif block.shard >= self._lent:
                 with Memory.create("memfd", block.memory.size_bytes) as staged:
                     cast("Pager", pager).stage(number, staged.fd)
-            else:
-                pager.arm(block.shard, number, 0, block.memory.pages)
         for vcpu, tid in enumerate(machine.vcpu_threads()):
             pager.track_thread(vcpu, tid)
         await pager.confirm()  # before the first touch, and before anything is promised
@@ -560,7 +566,10 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
                 self._held.popitem()[1].close()
             # Again after the pager, which has freed whatever waited for a page; closing twice does no harm.
             for what in (pager, machine) if self.complete else (machine, pager, machine):
-                if what is not None:
+                if what is pager and self._lent and not self.complete:
+                    # Nothing is poisoned: its process has ended, or has its memory back, or keeps what guards it.
+                    await self._contained(cast("Pager", pager).leave)
+                elif what is not None:
                     await self._contained(what.close)
 
     def check_machine(self) -> None:

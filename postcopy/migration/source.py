@@ -542,7 +542,8 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
             sent = pushed.sent_pages - before.sent_pages
             content_bytes = (pushed.background_pages - before.background_pages) * unit_bytes
             ended_s = trio.current_time()
-            changed = await self._changes.collect()
+            async with self.machine.settled():
+                changed = await self._changes.collect()
             before_s, looked_s = looked_s, trio.current_time()
             await self._round(control, wire.StaleMap, changed, pushed=True, timeout_s=_time_for(content_bytes))
             for number, bitmap in enumerate(changed):

@@ -34,6 +34,9 @@ class ArrivalOptions:
     api_socket: str | None = None  # where a microVM is loaded: that of a Firecracker which was told nothing yet,
     firecracker: str | None = None  # or the binary, which is started
     drive: str | None = None  # ID=PATH,...
+    qmp: str | None = None  # where a QEMU's state is loaded: the monitor of one that waits for it,
+    qemu: tuple[str, ...] | None = None  # or the command line with which one is started
+    preload: str | None = None  # the preload library's socket of that QEMU, or of a program
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
@@ -194,6 +195,17 @@ def parse_program(text: str) -> str:
     return absolute(found)
 
 
+def _parse_command(text: str) -> tuple[str, ...]:
+    """A command line, as a shell reads it that expands nothing."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ConfigurationError(f"{text[:80]!r}: not a command line: {error}") from error
+    if not words:
+        raise ConfigurationError("the command line is empty")
+    return (parse_program(words[0]), *words[1:])
+
+
 def default_control() -> str:
     """The control socket of a process that this user has started without ``--control``, and where `ctl` looks for it.
     Root's does not depend on XDG_RUNTIME_DIR, which a shell has and a system service has not."""
@@ -355,16 +367,21 @@ DISK = path("disk", "workload disk: file of the guest's disk, which both hosts m
 IMAGE = path("image", "image: memory image to serve")
 NET = Option("net", "workload echo: TAP device of the guest's network device", "tap:NAME", _check_net)
 API_SOCKET = path("api-socket", "firecracker: its API socket", "PATH")
+QMP = path("qmp", "qemu: a QMP monitor of it that no other client uses", "PATH")
+PRELOAD = path("preload", "program, qemu: socket of the preload library in it (default for qemu: as `postcopy run` has"
+               " told it)", "PATH")
 LIVE_MACHINE = (
     MEMORY, VCPUS, WORKLOAD, WORKING_SET, SEED, DISK, NET,
     Option("net-mac", "workload echo: MAC address of the guest (default: made from the seed)", "MAC",
            parse_mac, format_mac),
     Option("net-address", "workload echo: IPv4 address of the guest (default: made from the seed)", "IPV4",
            parse_ipv4, format_ipv4),
-    API_SOCKET,
+    API_SOCKET, QMP, PRELOAD,
 )
 MACHINE = (*LIVE_MACHINE, IMAGE)
 FIRECRACKER = Option("firecracker", "firecracker: start this binary for a machine that comes", "BINARY", parse_program)
+QEMU = Option("qemu", "qemu: start it for a machine that comes, with this command line of the same virtual machine;"
+              " a monitor, -incoming and the preload library are added", "COMMAND", _parse_command, shlex.join)
 DRIVE = Option("drive", "firecracker: where a disk is on this host, if not under the name that it has at the source",
                "ID=PATH[,...]", _check_drives)
 NAME = Option("name", "name of that machine (default: its kind and random digits)", "NAME", parse_name)
@@ -509,7 +526,9 @@ COMMANDS: Mapping[str, tuple[Group, ...]] = {
               replace(DISK, help="workload disk: file of the guest's disk on this host"),
               _NETS,
               replace(API_SOCKET, help="firecracker: API socket of one that was started and told nothing yet"),
-              FIRECRACKER, DRIVE, RUN_FOR, DUMP, VERIFY),
+              FIRECRACKER, DRIVE,
+              replace(QMP, help="qemu: a QMP monitor of one that `postcopy run` has started with -incoming defer -S"),
+              QEMU, PRELOAD, RUN_FOR, DUMP, VERIFY),
         Group("migration", BACKING, BUSY_POLL, PAGER),
         Group("when the network fails", HEARTBEAT, RECOVER_FOR, ON_LOST, SALVAGE),
         _operating("none"), OUTPUT,
@@ -518,7 +537,7 @@ COMMANDS: Mapping[str, tuple[Group, ...]] = {
         Group("other hosts", replace(LISTEN, help="receive machines at this address; without HOST, as [::], at every"
                                      " address of this host; port 0: any free port")),
         Group("machine to begin with", LIVE_KIND, NAME, *(_NETS if each is NET else each for each in LIVE_MACHINE)),
-        Group("machines that come", FIRECRACKER, DRIVE),
+        Group("machines that come", FIRECRACKER, DRIVE, QEMU),
         Group("migration", BACKING, BUSY_POLL, PAGER, *SENDING),
         Group("when the network fails", HEARTBEAT, RECOVER_FOR),
         _operating(DEFAULT_CONTROL), OUTPUT,

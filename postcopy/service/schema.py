@@ -74,10 +74,12 @@ _TO = Option("to", "where the other host takes machines", "HOST:PORT", check_add
 _TO_NOW = replace(_TO, help="new address of the other side (default: as before)")
 _NEW_MACHINE = (
     replace(options.NAME, help="name of the machine (default: its kind and random digits)"),
-    replace(options.LIVE_KIND, name="kind", help="kind of machine: kvm, rv64 or firecracker", metavar="KIND"),
+    replace(options.LIVE_KIND, name="kind", help="kvm, rv64, firecracker, qemu or program", metavar="KIND"),
     *(options.MEMORY, options.VCPUS, options.WORKLOAD, options.WORKING_SET, options.SEED, options.BACKING),
     options.DISK,
     replace(options.API_SOCKET, help="firecracker: API socket of the one that runs it, which is taken over"),
+    replace(options.QMP, help="qemu: a QMP monitor, which no other client uses, of the one that is taken over"),
+    options.PRELOAD,
 )
 SETTINGS = (  # each is a field of `SourceOptions`
     options.MAX_BANDWIDTH,

@@ -509,8 +509,8 @@ class Service(abc.ABC):
         arrival = self.arrival
         owned.name = self.name_arriving(owned, kind, config)
         host = HostOptions(**{item.name: getattr(arrival, item.name) for item in fields(HostOptions)})
-        machine = create_destination(kind, config, layout, host=host)
-        if machine.maps_late and arrival.pager_process:
+        machine = create_destination(kind, config, layout, host)
+        if machine.lends and arrival.pager_process:
             raise ConfigurationError(
                 f"--pager process: a machine of kind {kind} is a process of its own, which lives when this one crashes;"
                 " leave it out"

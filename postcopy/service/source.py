@@ -13,7 +13,7 @@ from postcopy._blocking import run_sync
 from postcopy._stop import Stop
 from postcopy.errors import ConfigurationError
 from postcopy.machines import Machine
-from postcopy.machines.kinds import create_destination, create_source, is_live
+from postcopy.machines.kinds import HostOptions, create_destination, create_source, is_live
 from postcopy.migration import salvage
 from postcopy.migration.source import SourceMigration, check_releasable
 from postcopy.migration.tasks import Interrupted, first_of
@@ -134,7 +134,7 @@ class Source(Service):
                 f" {origin.path}/00.memory)"
             )
         options = config.machine
-        make = partial(create_destination, backing=options.backing or "memfd", disk=options.disk, net=options.net)
+        make = partial(create_destination, host=HostOptions(options.backing or "memfd", options.disk, options.net))
         machine = await salvage.restore(found, make)
         self._restored = found
         return machine

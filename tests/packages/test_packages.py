@@ -24,7 +24,7 @@ SHARED = {
 }
 SHARED |= {"share/postcopy/seccomp-userfaultfd.json"}
 if platform.machine() == "x86_64":
-    SHARED |= {"share/postcopy/firecracker-guest.elf"}
+    SHARED |= {f"share/postcopy/{vmm}-guest.elf" for vmm in ("firecracker", "qemu")} | {"share/postcopy/linux-guest"}
 
 
 def test_the_source_distribution_has_every_file(sdist: Path) -> None:

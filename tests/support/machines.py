@@ -8,7 +8,7 @@ import tempfile
 import msgpack
 
 from postcopy.machines import Machine
-from postcopy.machines.kinds import create_destination
+from postcopy.machines.kinds import HostOptions, create_destination
 from postcopy.machines.toy.machine import ToyMachine
 
 
@@ -16,7 +16,7 @@ def twin_of(machine: Machine, backing: str = "memfd") -> ToyMachine:
     """What a destination makes of the machine's offer, its memory empty."""
     config = msgpack.unpackb(msgpack.packb(machine.config()))
     disk = config.get("disk")  # by name: a destination takes no file that only the source names
-    twin = create_destination(machine.kind, config, machine.layout, backing, disk=disk)
+    twin = create_destination(machine.kind, config, machine.layout, HostOptions(backing, disk))
     assert isinstance(twin, ToyMachine)
     return twin
 

@@ -185,8 +185,8 @@ int pc_pager_disconnect(struct pc_pager *pager);
 /* Precopy, before the machine runs here: these pages have changed at the source. Those that are received are missing again (and COMPLETE
  * will be announced again); the others stay as they are. What they hold is discarded by pc_memory_discard_pages, *after* this, in the
  * process that has the memory. No page of the block may be under way, since it would count as the new one: each bulk channel has ended
- * its push (PC_EVENT_BULK_END), and nothing is requested. -EBUSY while there is a watch, and when a block without an address has been
- * armed: nobody can discard what it holds. What is staged is removed here, and blocks for that. Locks. */
+ * its push (PC_EVENT_BULK_END), and nothing is requested. -EBUSY while there is a watch, and when a block without an address or a descriptor has
+ * been armed: nobody can discard what it holds. What is staged is removed here, and blocks for that. Locks. */
 int pc_pager_forget(struct pc_pager *pager, uint32_t block, const uint64_t *stale_words);
 /* Another push begins: each bulk channel may end once more. (A second END in one push ends its channel: -EBADMSG in the event.) */
 int pc_pager_expect_push(struct pc_pager *pager);

@@ -110,9 +110,16 @@ int pc_dirty_log_new(struct pc_dirty_log **log); /* 0, -ENOMEM; free with pc_dir
  * caller at a time. -EOPNOTSUPP where the kernel has not what it takes, -EBUSY where another userfaultfd has a part of the
  * memory, with a line in `error`. Blocks for as long as the kernel walks the page tables. */
 int pc_dirty_log_add(struct pc_dirty_log *log, const struct pc_memory *memory, char *error, size_t error_bytes);
+/* The same of another process, whose memory is a file that it has mapped shared: by a userfaultfd of it, with the features WP_ASYNC,
+ * WP_UNPOPULATED, WP_HUGETLBFS_SHMEM and PAGEFAULT_FLAG_WP and no events, with which nothing is registered, and by its
+ * /proc/PID/pagemap. Both are duplicated; when the last copy of the userfaultfd is closed, all is as it was before. What gives memory back
+ * there, by a hole in the file, is not in the log: the content of such a page counts as not defined. 0 or -errno with a line in `error`. */
+int pc_dirty_log_new_of(int uffd, int pagemap, struct pc_dirty_log **log, char *error, size_t error_bytes);
+/* A memory that lies at `address` of the process that writes; -EPERM: the page tables are those of another process. */
+int pc_dirty_log_add_at(struct pc_dirty_log *log, const struct pc_memory *memory, uint64_t address, char *error, size_t error_bytes);
 /* Adds to `words`, a map of the memory's pages, those that were written or marked since the last call, or since the memory was added;
  * how many it added, or -errno, after which nothing is known of this memory. Never one too few; one that was read for the first time
- * may be among them. One caller at a time for each memory. Blocks as pc_dirty_log_add. */
+ * may be among them. -ESRCH: the process has ended. One caller at a time for each memory. Blocks as pc_dirty_log_add. */
 int64_t pc_dirty_log_collect(struct pc_dirty_log *log, uint32_t memory, uint64_t *words);
 /* For writes that page tables do not show, after each of them: by the kernel through pages that it had pinned before (O_DIRECT, fixed
  * buffers of io_uring), through another mapping or by write(2) to a memfd; and for memory that was given back. Bytes in no

@@ -22,6 +22,11 @@ for name in idle dirty random disk echo; do
 	${CC:-gcc} $flags -T "$src/guest.ld" -o "$out/$name.elf" "$src/start.S" "$src/common.c" "$src/arch_x86.c" "$src/$name.c"
 	${OBJCOPY:-objcopy} -O binary "$out/$name.elf" "$out/$name.bin"
 done
-# An ELF file, as Firecracker takes a kernel.
+# ELF files, as Firecracker and QEMU take a kernel.
+for vmm in firecracker qemu; do
+	# shellcheck disable=SC2086
+	${CC:-gcc} $flags -Wl,-s -T "$src/vmm.ld" -o "$out/$vmm-guest.elf" "$src/${vmm}_start.S" "$src/vmm.c"
+done
+# A program of Linux' own, which a guest of QEMU has as its first process.
 # shellcheck disable=SC2086
-${CC:-gcc} $flags -Wl,-s -T "$src/firecracker.ld" -o "$out/firecracker-guest.elf" "$src/firecracker_start.S" "$src/firecracker.c"
+${CC:-gcc} $flags -Wl,-s -o "$out/linux-guest" "$src/linux.c"

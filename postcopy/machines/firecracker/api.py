@@ -17,31 +17,22 @@ page of guest memory.
 
 from __future__ import annotations
 
-import contextlib
 import enum
-import errno
 import os
 import re
-import signal
-import socket
-import struct
-from dataclasses import dataclass
 from typing import Any
 
 import h11
 import msgspec
 import trio
 
-from postcopy._fd import FdHolder
-from postcopy.errors import MigrationError, ResourceError, out_of_files
+from postcopy.errors import MigrationError
+from postcopy.machines._peer import Process, Unreachable, connect, one_line, process_of
 
 REQUEST_TIMEOUT_S = 10.0
 """How long Firecracker has for a request that does little."""
 MAX_ANSWER_BYTES = 1 << 20
 _READ_BYTES = 64 << 10
-_CONNECT_AGAIN_S = 0.01
-_MAX_SOCKET_PATH_BYTES = 107  # unix(7)
-_SO_PEERPIDFD = 77  # Linux 6.5
 
 
 class Refusal(enum.StrEnum):
@@ -98,7 +89,7 @@ class FirecrackerError(MigrationError):
     fault_message: str = ""
 
 
-class FirecrackerUnreachable(FirecrackerError):
+class FirecrackerUnreachable(FirecrackerError, Unreachable):
     """Nobody takes connections there: nothing was asked."""
 
 
@@ -125,21 +116,6 @@ def refusal_of(fault_message: str) -> Refusal:
     return next((refusal for refusal, text in _REFUSALS if re.search(text, fault_message)), Refusal.OTHER)
 
 
-@dataclass(frozen=True)
-class Process:
-    """The process that serves an API socket."""
-
-    pid: int
-    uid: int
-    gid: int
-    pidfd: FdHolder
-
-    def kill(self) -> None:
-        """Ends it, if it has not ended: never another one that has its number."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd.fileno(), signal.SIGKILL)
-
-
 class Api:
     """The API of one Firecracker. Holds nothing open between two requests; any number of tasks may use it."""
 
@@ -154,7 +130,7 @@ class Api:
         said = await self.get("/", timeout_s)
         if not isinstance(said, dict) or not isinstance(said.get("state"), str):
             raise FirecrackerAnswer(f"what answers GET / at {self.path} is no Firecracker")
-        return _line(said["state"]), _line(said.get("vmm_version", ""))
+        return one_line(said["state"]), one_line(said.get("vmm_version", ""))
 
     async def put(self, path: str, body: object, timeout_s: float = REQUEST_TIMEOUT_S) -> Any:
         return await self.request("PUT", path, body, timeout_s)
@@ -188,62 +164,23 @@ class Api:
         if 200 <= status < 300:
             return answer
         fault_message = answer.get("fault_message", "") if isinstance(answer, dict) else ""
-        raise FirecrackerRefused(request, status, _line(fault_message))
+        raise FirecrackerRefused(request, status, one_line(fault_message))
 
     async def process(self, timeout_s: float = REQUEST_TIMEOUT_S) -> Process:
         """The process that listens there, as the kernel says. The pidfd is the caller's."""
         stream = await self._connect(trio.current_time() + timeout_s)
         try:
-            return _process_of(stream.socket, self.path)
+            return process_of(stream.socket, self.path, "Firecracker")
+        except Unreachable as error:
+            raise FirecrackerUnreachable(str(error)) from error
         finally:
             stream.socket.close()
 
     async def _connect(self, deadline: float) -> trio.SocketStream:
         try:
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        except OSError as error:
-            raise out_of_files(error.errno or 0, "connecting to Firecracker") from error
-        directory = -1
-        try:
-            path = self.path
-            if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:  # as those of jailed ones often are
-                directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-                path = f"/proc/self/fd/{directory}/{os.path.basename(path)}"
-            # (trio's own takes EAGAIN, of a listener for which too many wait, for a connection that is being made)
-            with trio.fail_at(deadline):
-                while not _connected(connection, path):  # noqa: ASYNC110 -- nothing tells when there is room
-                    await trio.sleep(_CONNECT_AGAIN_S)
-        except trio.TooSlowError:
-            connection.close()
-            raise FirecrackerUnreachable(f"Firecracker ({self.path}) takes no connection: too many wait") from None
-        except (OSError, ValueError) as error:
-            connection.close()
-            raise self._unreachable(error) from error
-        except BaseException:
-            connection.close()
-            raise
-        finally:
-            if directory >= 0:
-                os.close(directory)
-        return trio.SocketStream(trio.socket.from_stdlib_socket(connection))
-
-    def _unreachable(self, error: OSError | ValueError) -> FirecrackerUnreachable:
-        number = error.errno if isinstance(error, OSError) else None
-        if number in (errno.ENOENT, errno.ECONNREFUSED):
-            why = "no Firecracker serves that socket; start one with --api-sock, or name its socket"
-        elif number in (errno.EACCES, errno.EPERM):
-            why = "this user may not connect; run as the user of that Firecracker, or as root"
-        else:
-            why = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        return FirecrackerUnreachable(f"Firecracker ({self.path}): {why}")
-
-
-def _connected(connection: socket.socket, path: str) -> bool:
-    try:
-        connection.connect(path)
-    except BlockingIOError:
-        return False
-    return True
+            return await connect(self.path, deadline, "Firecracker", "start one with --api-sock")
+        except Unreachable as error:
+            raise FirecrackerUnreachable(str(error)) from error
 
 
 class _ClosedEarly(Exception):
@@ -287,32 +224,3 @@ def _decoded(request: str, content: bytes) -> Any:
         return msgspec.json.decode(content)
     except (ValueError, RecursionError) as error:
         raise FirecrackerAnswer(f"Firecracker's answer to {request} is not JSON") from error
-
-
-def _line(text: object) -> str:
-    """For an error message: of one line, and not too long."""
-    shown = "".join(char if char.isprintable() else " " for char in str(text))
-    return re.sub(" +", " ", shown).strip()[:500]
-
-
-def _process_of(connection: trio.socket.SocketType, path: str) -> Process:
-    credentials = struct.Struct("3i")
-    pid, uid, gid = credentials.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size))
-    if pid <= 0:
-        raise FirecrackerUnreachable(
-            f"Firecracker ({path}) is in a pid namespace that is not seen from here; run this in the one it was"
-            " started from"
-        )
-    try:
-        # The process that listens, even if its number has been given to another one meanwhile.
-        pidfd = struct.unpack("i", connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4))[0]
-    except OSError as error:
-        if error.errno != errno.ENOPROTOOPT:
-            raise FirecrackerUnreachable(f"Firecracker ({path}) has ended") from error
-        try:
-            pidfd = os.pidfd_open(pid)
-        except OSError as failure:
-            if failure.errno == errno.ESRCH:
-                raise FirecrackerUnreachable(f"Firecracker ({path}) has ended") from failure
-            raise ResourceError(f"Firecracker ({path}): no pidfd of its process: {failure.strerror}") from failure
-    return Process(pid, uid, gid, FdHolder(pidfd))

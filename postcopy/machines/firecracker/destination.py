@@ -11,9 +11,7 @@
 What it needs as files, the state and the socket, is in a directory of our own until it has loaded, inside its root
 directory: a jailed one sees no other.
 
-Resource handling: a Firecracker that has begun to load and is not whole is killed by `close`, whoever has started it.
-It could not be used for anything else, and resumed by mistake it would be a second one. One that we have started runs
-on when it is whole; its directory stays, since its API socket is there, until `destroy`.
+Resource handling: as for any `ArrivingProcess`.
 
 **Trust.** Firecracker opens the disks that the state names, as its user. That a source is not trusted with that is a
 matter of the jailer, and of `--drive`, which says where a disk is here.
@@ -24,12 +22,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
-import signal
 import socket
 import stat
-import tempfile
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,20 +35,22 @@ from msgspec import Meta
 
 from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
+from postcopy._files import absolute
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
-from postcopy.machines.base import CLOSE_TIMEOUT_S, Adopt, BlockLayout, Extent, MachineState
+from postcopy.machines._peer import Process
+from postcopy.machines.base import Adopt, BlockLayout, Extent, MachineState
 from postcopy.machines.firecracker._process import Exchange
 from postcopy.machines.firecracker.api import (
     Api,
     FirecrackerInDoubt,
     FirecrackerRefused,
     FirecrackerUnreachable,
-    Process,
     Refusal,
 )
 from postcopy.machines.firecracker.handshake import Handshake, peer_credentials, receive_handshake
 from postcopy.machines.firecracker.source import BLOCK_NAME, FirecrackerMachine, version_of
 from postcopy.machines.firecracker.state import with_disks
+from postcopy.machines.process import ArrivingProcess, Started
 from postcopy.memory import check_memory
 from postcopy.units import did_you_mean, format_size
 
@@ -62,13 +58,8 @@ START_S = 10.0
 """How long one that we start may take to answer."""
 LOAD_S = 10.0
 """How long it may take to load the state; it takes some 10 ms."""
-RESUME_S = 2.0
-"""How long it may take to resume; half a millisecond, unless it waits for a page."""
-ANSWER_S = 1.0
-"""How long one request of that may take."""
-KILL_S = 5.0
 POLL_S = 0.005
-STATE, SOCKET = "state", "memory.sock"
+STATE, SOCKET, API = "state", "memory.sock", "api.sock"
 PAGE_SIZES = {4096: "anon", 2 << 20: "hugetlb"}
 MAX_REGIONS = 32
 NOTHING_LOADED = (Refusal.ALREADY_STARTED, Refusal.CONFIGURED)
@@ -109,22 +100,18 @@ class FirecrackerHost:
     nets: Mapping[str, str] = field(default_factory=dict)  # TAP by interface's id
 
 
-class ArrivingFirecracker(FirecrackerMachine):
+class ArrivingFirecracker(ArrivingProcess, FirecrackerMachine):
     """Made by `for_destination`; once it is whole it can leave again, as any `FirecrackerMachine`."""
 
-    maps_late = True
+    lends = True
 
     def __init__(self, config: Config, page_bytes: int, host: FirecrackerHost) -> None:
         super().__init__(host.api_socket or "", sum(config.regions), page_bytes)
         self._offered = config
         self._host = host
-        self._own: _Started | None = None
         self._files: _Files | None = None
         self._process: Process | None = None
         self._connection: trio.socket.SocketType | None = None  # on which its memory came
-        self._touched = False  # it has been told something
-        self._whole = False
-        self._unconfirmed = False  # it was told to resume, and has not answered
 
     @classmethod
     def for_destination(
@@ -157,9 +144,12 @@ class ArrivingFirecracker(FirecrackerMachine):
 
     async def prepare(self) -> None:
         if self._host.binary is not None:
-            self._own = await run_sync(_Started.start, self._host.binary)
-            self._api = Api(self._own.api_socket)
-            await self._until_it_answers(self._own)
+            name, binary = f"--firecracker {self._host.binary}", absolute(self._host.binary)
+            self._own = await Started.start(
+                name, lambda directory: [binary, "--level", "Warning", "--api-sock", f"{directory}/{API}"]
+            )
+            self._api = Api(self._own.path(API))
+            await self._own.until_it_answers(name, self._answers, START_S)
         process = self._process = await self._hold_process()
         state, version = await self._api.instance()
         if state != "Not started":
@@ -171,19 +161,11 @@ class ArrivingFirecracker(FirecrackerMachine):
         self._files = await run_sync(_Files.make, process)
         await run_sync(self._check_devices, process)
 
-    async def _until_it_answers(self, own: _Started) -> None:
-        with trio.move_on_after(START_S):
-            while True:
-                with contextlib.suppress(FirecrackerUnreachable):
-                    await self._api.get("/")
-                    return
-                if (status := own.ended()) is not None:
-                    raise ConfigurationError(
-                        f"--firecracker {self._host.binary}: it has ended with status {status} before it took a"
-                        " request; what it said is on standard error"
-                    )
-                await trio.sleep(POLL_S)
-        raise ConfigurationError(f"--firecracker {self._host.binary}: it took no request within {START_S:g} s")
+    async def _answers(self) -> bool:
+        with contextlib.suppress(FirecrackerUnreachable):
+            await self._api.get("/")
+            return True
+        return False
 
     def _check_version(self, here: str) -> None:
         there = self._offered.version
@@ -339,129 +321,21 @@ class ArrivingFirecracker(FirecrackerMachine):
 
     # ---- running
 
-    async def resume(self) -> None:
-        """A request that is not answered may have been done: Firecracker is asked how it is, and told again when it is
-        paused. One that does not say so in time waits for a page, which the network may have lost: it has been told,
-        and `wait_changed` sees to it that it runs when the page has come."""
-        if self._whole:
-            await super().resume()
-            return
-        if self._state is MachineState.RUNNING:
-            return
-        tell: bool | None = True
-        with trio.move_on_after(RESUME_S) as deadline:
-            while tell is not None:
-                tell = await self._told_to_run(tell)
-        self._unconfirmed = deadline.cancelled_caught
-        if self._unconfirmed:
-            log.warning(
-                "Firecracker was told to resume, and has not answered within %g s: it waits for a page", RESUME_S
-            )
-        self._runs()
+    UNANSWERED = (FirecrackerUnreachable, FirecrackerInDoubt)
 
-    async def _told_to_run(self, tell: bool) -> bool | None:
-        """None: it runs. Else whether it has to be told (again)."""
-        try:
-            if tell:
-                await self._api.patch("/vm", {"state": "Resumed"}, ANSWER_S)
-                return None
-            state, _ = await self._api.instance(ANSWER_S)
-            return None if state == "Running" else state == "Paused"
-        except FirecrackerUnreachable as error:
-            if not self._is_alive():
-                raise MigrationError(
-                    f"the microVM was given to this host, and its Firecracker has ended: {error}"
-                ) from error
-        except FirecrackerInDoubt as error:
-            log.warning("%s", error)
-        await trio.sleep(POLL_S)
-        return False
+    async def _tell_to_run(self, timeout_s: float) -> None:
+        await self._api.patch("/vm", {"state": "Resumed"}, timeout_s)
 
-    async def wait_changed(self) -> None:
-        tell: bool | None = False
-        while self._unconfirmed and tell is not None and self._is_alive():
-            tell = await self._told_to_run(tell)
-        self._unconfirmed = False
-        await super().wait_changed()
+    async def _is_running(self, timeout_s: float) -> bool | None:
+        state, _ = await self._api.instance(timeout_s)
+        return {"Running": True, "Paused": False}.get(state)
 
-    def made_whole(self) -> None:
-        self._whole = True
-
-    # ---- the end
-
-    async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        if not self._whole and (self._touched or self._own is not None):
-            await self.destroy()
-            return
-        self._let_go()
-        await super().close(timeout_s)
-
-    async def destroy(self) -> None:
-        own, self._own, self._touched = self._own, None, False
-        with trio.CancelScope(shield=True):  # bounded
-            self._let_go()
-            await super().destroy()
-            if own is not None:
-                await run_sync(own.remove)
-
-    def _let_go(self) -> None:
+    async def _release(self) -> None:
         if self._files is not None:
             self._files.remove()
         if self._connection is not None:
             self._connection.close()
-
-
-class _Started:
-    """A Firecracker that we have started, in a session of its own: what ends this process does not end it."""
-
-    def __init__(self, directory: str, pid: int) -> None:
-        self.directory = directory
-        self.api_socket = os.path.join(directory, "api.sock")
-        self._pid = pid
-        self._status: int | None = None
-
-    @classmethod
-    def start(cls, binary: str) -> _Started:
-        """`ConfigurationError` when it cannot be started. What it says, and the guest on its serial port, goes to this
-        process's standard error."""
-        try:
-            directory = tempfile.mkdtemp(prefix="postcopy-fc-", dir=os.environ.get("XDG_RUNTIME_DIR") or None)
-        except OSError as error:
-            raise ResourceError(f"a directory for the Firecracker that is started: {error}") from error
-        command = [os.path.abspath(binary), "--level", "Warning", "--api-sock", os.path.join(directory, "api.sock")]
-        try:
-            pid = os.posix_spawn(
-                command[0],
-                command,
-                os.environ,
-                file_actions=[
-                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                    (os.POSIX_SPAWN_DUP2, 2, 1),
-                ],
-                setsid=True,
-                setsigmask=(),
-                setsigdef=(signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
-            )
-        except OSError as error:
-            shutil.rmtree(directory, ignore_errors=True)
-            raise ConfigurationError(f"--firecracker {binary}: {error.strerror}") from error
-        return cls(directory, pid)
-
-    def ended(self) -> int | None:
-        """Its status, once it has ended."""
-        if self._status is None:
-            with contextlib.suppress(ChildProcessError):
-                pid, status = os.waitpid(self._pid, os.WNOHANG)
-                self._status = os.waitstatus_to_exitcode(status) if pid else None
-        return self._status
-
-    def remove(self) -> None:
-        """Kills it, and removes its directory. Blocks until it is gone, for `KILL_S` at most."""
-        deadline_s = time.monotonic() + KILL_S
-        while self.ended() is None and time.monotonic() < deadline_s:
-            os.kill(self._pid, signal.SIGKILL)  # not waited for: its number is its own
-            time.sleep(POLL_S)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        await super()._release()
 
 
 class _Files:

@@ -26,13 +26,10 @@ that.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
-import select
-import signal
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -42,8 +39,8 @@ from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
 from postcopy._native import ffi, lib
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ResourceError
-from postcopy.machines._claim import claim
-from postcopy.machines.base import CLOSE_TIMEOUT_S, Check, Machine, MachineState, MachineStatistics, RamBlock
+from postcopy.machines._peer import Process
+from postcopy.machines.base import MachineState, RamBlock
 from postcopy.machines.firecracker._process import (
     Exchange,
     find_regions,
@@ -56,10 +53,10 @@ from postcopy.machines.firecracker.api import (
     Api,
     FirecrackerInDoubt,
     FirecrackerRefused,
-    Process,
     Refusal,
 )
 from postcopy.machines.firecracker.handshake import Region
+from postcopy.machines.process import ProcessMachine
 from postcopy.memory import DirtyLog, Extent, RemoteMemory, WriteLog
 from postcopy.units import format_size
 
@@ -70,7 +67,6 @@ OLDEST = (1, 5)
 """The first version that writes state and memory in this order."""
 FIRST_WITH_REMOVE_EVENTS = (1, 11)
 """The first version whose balloon gives memory back in a way that its userfaultfd tells."""
-KILL_TIMEOUT_S = 5.0
 _CRC_BYTES = 8
 
 log = logging.getLogger(__name__)
@@ -109,34 +105,25 @@ class _Config(
     hotplug: dict[str, Any] | None = None
 
 
-class FirecrackerMachine(Machine):
+class FirecrackerMachine(ProcessMachine):
     """Made by `create`, at the source; `prepare` finds what it is. Where it arrives a subclass says where its memory is
     (`found`), and from then on it is the same."""
 
     kind = "firecracker"
-    live = True
-    kernel_faults = True
-    outlives = True
+    program = "Firecracker"
 
     def __init__(self, api_socket: str, block_bytes: int, page_bytes: int) -> None:
         """`block_bytes`, `page_bytes`: of its memory, or 0 where that is not known yet."""
+        super().__init__()
         self._api = Api(api_socket)
         self._memory = RemoteMemory(block_bytes, page_bytes) if block_bytes else None
-        self._pid = 0
-        self._pidfd: FdHolder | None = None
-        self._claim: FdHolder | None = None
         self._uffd: FdHolder | None = None
         self._regions: tuple[Region, ...] = ()
         self._version = ""
         self._config: _Config | None = None
         self._exchange: Exchange | None = None
         self._log: WriteLog | None = None
-        self._state = MachineState.CREATED
         self._saved: bytes | None = None
-        self._first_run_ns = self._paused_ns = 0
-        self._changed = trio.Event()
-        self._end_was_told = False
-        self._closed = False
 
     @classmethod
     def create(cls, api_socket: str) -> FirecrackerMachine:
@@ -174,8 +161,7 @@ class FirecrackerMachine(Machine):
         """The process behind the API socket, which is this object's until `close`. `BusyError` when another one has
         it."""
         process = await self._api.process()
-        self._pid, self._pidfd = process.pid, process.pidfd
-        self._claim = claim(process.pid, "Firecracker")
+        self._hold(process)
         return process
 
     def found(self, regions: Sequence[Region], uffd: FdHolder | None) -> None:
@@ -220,69 +206,13 @@ class FirecrackerMachine(Machine):
     def process(self) -> tuple[int, str] | None:
         return (self._pid, self._api.path) if self._pid else None
 
-    def statistics(self) -> MachineStatistics:
-        state, text = self._state, ""
-        if state is not MachineState.CREATED and not self._is_alive():
-            state, text = MachineState.FAILED, f"Firecracker (process {self._pid}) has ended"
-        return MachineStatistics(
-            state,
-            failures=int(bool(text)),
-            failure_text=text,
-            first_run_ns=self._first_run_ns,
-            paused_ns=self._paused_ns,
-        )
-
-    def _is_alive(self) -> bool:
-        """Whether its process, where it is known, has not ended."""
-        if self._pidfd is None or self._pidfd.closed:
-            return True
-        poll = select.poll()
-        poll.register(self._pidfd.fd, select.POLLIN)
-        return not poll.poll(0)
-
-    def vcpu_threads(self) -> list[int]:
-        return []  # its userfaultfd does not say who waits
-
-    async def wait_ready(self) -> None:
-        await trio.lowlevel.checkpoint()
-
-    async def wait_changed(self) -> None:
-        if self._closed:
-            raise trio.ClosedResourceError("the machine was closed")
-        changed = self._changed
-        if self._pidfd is None or self._pidfd.closed or self._end_was_told:
-            await changed.wait()
-        else:
-            with FdHolder.duplicate(self._pidfd.fd) as pidfd:  # any number of tasks may wait
-
-                async def until_it_ends() -> None:
-                    await pidfd.wait_readable()
-                    self._end_was_told = True
-
-                await _first_of(until_it_ends, changed.wait)
-        if self._closed:
-            raise trio.ClosedResourceError("the machine was closed")
-
-    def _tell(self) -> None:
-        changed, self._changed = self._changed, trio.Event()
-        changed.set()
-
-    async def verify(self) -> Check:
-        return Check(False, "nothing: only the guest knows what its memory should hold", "by no means")
-
     # ---- running it
 
-    async def boot(self) -> None:
-        """It runs already."""
-        await trio.lowlevel.checkpoint()
-
     def _runs(self) -> None:
-        self._first_run_ns = time.monotonic_ns()
-        self._state = MachineState.RUNNING
+        super()._runs()
         self._saved = None
         if self._log is not None:
             self._log.stopped = False
-        self._tell()
 
     async def resume(self) -> None:
         """Only what was paused here. `FirecrackerInDoubt` when it does not say whether it runs."""
@@ -297,7 +227,7 @@ class FirecrackerMachine(Machine):
             await self._api.patch("/vm", {"state": "Resumed"}, timeout_s)
         except FirecrackerInDoubt:
             if not self._is_alive():
-                raise MigrationError(f"Firecracker (process {self._pid}) has ended") from None
+                raise MigrationError(f"{self._name} has ended") from None
             if (await self._api.instance(timeout_s))[0] != "Running":
                 await self._api.patch("/vm", {"state": "Resumed"}, timeout_s)
 
@@ -402,34 +332,15 @@ class FirecrackerMachine(Machine):
 
     # ---- the end
 
-    async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        """Lets go of it: it is as it was, running or paused."""
-        if not self._closed:
-            self._closed = True
-            with trio.CancelScope(shield=True):
-                if self._log is not None:
-                    await run_sync(self._log.close)
-                if self._exchange is not None:
-                    await run_sync(self._exchange.close)
-            for holder in (self._pidfd, self._claim, self._uffd):
-                if holder is not None:
-                    holder.close()
-            if self._memory is not None:
-                self._memory.drop()
-            self._tell()
-        await trio.lowlevel.checkpoint()
-
-    async def destroy(self) -> None:
-        """Kills it: it runs elsewhere, or nobody wants it any more. Its API socket's file stays."""
-        if self._pidfd is not None and not self._pidfd.closed:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd.fd, signal.SIGKILL)
-            deadline = trio.current_time() + KILL_TIMEOUT_S
-            with FdHolder.duplicate(self._pidfd.fd) as pidfd, trio.CancelScope(shield=True, deadline=deadline) as scope:
-                await pidfd.wait_readable()
-            if scope.cancelled_caught:
-                log.error("Firecracker (process %d) has not ended %g s after SIGKILL", self._pid, KILL_TIMEOUT_S)
-        await self.close()
+    async def _release(self) -> None:
+        if self._log is not None:
+            await run_sync(self._log.close)
+        if self._exchange is not None:
+            await run_sync(self._exchange.close)
+        if self._uffd is not None:
+            self._uffd.close()
+        if self._memory is not None:
+            self._memory.drop()
 
 
 def version_of(text: str) -> tuple[int, int]:
@@ -464,14 +375,3 @@ def _checked_config(said: object) -> _Config:
     if any(drive.socket is not None for drive in config.drives):
         raise ConfigurationError("the microVM has a vhost-user drive: Firecracker makes no snapshot of it")
     return config
-
-
-async def _first_of(*functions: Callable[[], Awaitable[object]]) -> None:
-    async with trio.open_nursery() as nursery:
-
-        async def run(function: Callable[[], Awaitable[object]]) -> None:
-            await function()
-            nursery.cancel_scope.cancel()
-
-        for function in functions:
-            nursery.start_soon(run, function)

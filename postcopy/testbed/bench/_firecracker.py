@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``firecracker``: a real Firecracker whose memory comes from `postcopy pager`, against the least that can serve it.
 
-The guest (csrc/machine/guest/firecracker.c) times its first access to each page itself, in random order, and says the
+The guest (csrc/machine/guest/vmm.c) times its first access to each page itself, in random order, and says the
 percentiles; so what is compared is what a guest sees, whoever serves it. `_Floor` is the smallest handler in C, and the
 design of the example in Firecracker's documentation (one thread, synchronous).
 """

@@ -7,26 +7,21 @@ import contextlib
 import http.client
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from postcopy.errors import MigrationError, ResourceError
+from postcopy.testbed._guest import GuestProcess
 from postcopy.testbed.firecracker._find import REMEDY, find, guest_path
 
 START_S = 30.0
 API_S = 60.0
-WAIT_S = 60.0
-_LINE = re.compile(r"^guest: (ready|pass|wrong|stale)(.*)$", re.MULTILINE)
-_VALUE = re.compile(r"(\w+)=(\d+)")
 
 
 class ApiError(MigrationError):
@@ -36,16 +31,6 @@ class ApiError(MigrationError):
         super().__init__(f"{what}: {status}: {text}")
         self.status = status
         self.text = text
-
-
-@dataclass(frozen=True)
-class GuestLine:
-    """One line of the guest: ``ready`` once, ``pass`` after each pass, ``wrong`` and ``stale`` for the first pages that
-    were not as they must be. `values`: the numbers of it, by name; those of a pass are `errors`, `stale`, `touched`,
-    `ballooned`, `pages`, `pass`, and in ticks of its clock `tsc`, `ticks`, `p50`, `p99`, `max`."""
-
-    kind: str
-    values: dict[str, int]
 
 
 class _Connection(http.client.HTTPConnection):
@@ -59,19 +44,12 @@ class _Connection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-class Firecracker:
-    """A process of Firecracker, with its API at `api_path`; `close`, or the end of the ``with`` block, kills it.
-
-    The serial port's output is in the file `serial_path`, Firecracker's own log in `log_path`.
-    """
+class Firecracker(GuestProcess):
+    """A process of Firecracker, with its API at `api_path`; `close`, or the end of the ``with`` block, kills it."""
 
     def __init__(self, process: subprocess.Popen[bytes], directory: Path, owns_directory: bool) -> None:
-        self.process = process
-        self.directory = directory
+        super().__init__("firecracker", process, directory, owns_directory)
         self.api_path = str(directory / "api.sock")
-        self.serial_path = directory / "serial"
-        self.log_path = directory / "log"
-        self._owns_directory = owns_directory
 
     @classmethod
     def start(
@@ -191,104 +169,6 @@ class Firecracker:
     def inflate(self, mib: int) -> None:
         """To so much in all; the guest follows before its next pass, one that waits for orders at once."""
         self.api("PATCH", "/balloon", {"amount_mib": mib})
-
-    # ---- its guest
-
-    def lines(self) -> list[GuestLine]:
-        """All so far that are whole."""
-        text = self.serial_path.read_text(errors="replace")
-        text = text[: text.rfind("\n") + 1]
-        return [
-            GuestLine(match[1], {name: int(value) for name, value in _VALUE.findall(match[0])})
-            for match in _LINE.finditer(text)
-        ]
-
-    def passes(self) -> list[GuestLine]:
-        return [line for line in self.lines() if line.kind == "pass"]
-
-    def wait_line(
-        self, what: str, found: Callable[[GuestLine], bool], *, after: int = 0, deadline_s: float = WAIT_S
-    ) -> GuestLine:
-        """The first line, not among the first `after`, of which `found` is true. `MigrationError` when there is none in
-        time, or Firecracker ends."""
-        result: list[GuestLine] = []
-
-        def look() -> bool:
-            result.extend(line for line in self.lines()[after:] if found(line))
-            return bool(result)
-
-        self._until(what, look, deadline_s)
-        return result[0]
-
-    def wait_ready(self, deadline_s: float = WAIT_S) -> GuestLine:
-        """Until the guest has filled its memory."""
-        return self.wait_line("guest that is ready", lambda line: line.kind == "ready", deadline_s=deadline_s)
-
-    def wait_passes(self, count: int, *, deadline_s: float = WAIT_S) -> list[GuestLine]:
-        """Until there are so many passes more than now; these."""
-        before = len(self.passes())
-        self._until(f"{count} passes", lambda: len(self.passes()) >= before + count, deadline_s)
-        return self.passes()[before:]
-
-    def wait_pass(self, number: int, *, deadline_s: float = WAIT_S) -> GuestLine:
-        """The line of the pass with this number, counted from 1 for this process."""
-        self._until(f"pass {number}", lambda: len(self.passes()) >= number, deadline_s)
-        return self.passes()[number - 1]
-
-    def order(self, byte: str, *, deadline_s: float = WAIT_S) -> GuestLine:
-        """Has a guest that was booted with ``wait=1`` do one pass: ``r`` looks only, ``w`` writes too. Its line."""
-        before = len(self.passes())
-        self.send(byte)
-        return self.wait_pass(before + 1, deadline_s=deadline_s)
-
-    def send(self, text: str) -> None:
-        """To the serial port."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(text.encode())
-        self.process.stdin.flush()
-
-    def said(self) -> str:
-        """The end of what it and its guest have written, for a message."""
-        return (self.log_path.read_text(errors="replace") + self.serial_path.read_text(errors="replace"))[-2000:]
-
-    # ---- the process
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    def _until(self, what: str, true: Callable[[], bool], deadline_s: float) -> None:
-        deadline = time.monotonic() + deadline_s
-        while True:
-            ended = self.process.poll()
-            if true():
-                return
-            if ended is not None:
-                raise MigrationError(f"firecracker has ended (status {ended}) before: {what}\n{self.said()}")
-            if time.monotonic() > deadline:
-                raise MigrationError(f"firecracker: no {what} within {deadline_s:g} s\n{self.said()}")
-            time.sleep(0.002)
-
-    def kill(self) -> None:
-        """Harmless when it has ended."""
-        self.process.kill()
-        self.process.wait()
-        if self.process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self.process.stdin.close()
-
-    def close(self) -> None:
-        self.kill()
-        if self._owns_directory:
-            shutil.rmtree(self.directory, ignore_errors=True)
-
-    def __enter__(self) -> Firecracker:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def serving_engine(keeper: int) -> int:

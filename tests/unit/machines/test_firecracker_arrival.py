@@ -18,7 +18,7 @@ from fake_firecracker import STATE, FakeFirecracker, Orders, _crc64, fake_firecr
 
 from postcopy._native import ffi, lib
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
-from postcopy.machines import BlockLayout, Extent, MachineState
+from postcopy.machines import BlockLayout, Extent, MachineState, process
 from postcopy.machines.firecracker import destination
 from postcopy.machines.firecracker.api import Api
 from postcopy.machines.firecracker.destination import ArrivingFirecracker, FirecrackerHost
@@ -41,7 +41,7 @@ def arriving(
     fake: FakeFirecracker | None, offer: dict[str, Any] = OFFER, drive: str = "", net: str = ""
 ) -> ArrivingFirecracker:
     host = HostOptions(api_socket=str(fake.api_socket if fake is not None else "x"), drive=drive, net=net)
-    machine = create_destination("firecracker", offer, LAYOUT, host=host)
+    machine = create_destination("firecracker", offer, LAYOUT, host)
     assert isinstance(machine, ArrivingFirecracker)
     return machine
 
@@ -196,7 +196,7 @@ async def test_a_resume_that_is_not_answered_and_was_done(
     fake: FakeFirecracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("RESUME_S", "ANSWER_S"):
-        monkeypatch.setattr(destination, name, 60.0)
+        monkeypatch.setattr(process, name, 60.0)
     machine = arriving(fake)
     await machine.prepare()
     fake.order(replace(EMPTY, state="Running", drops=["PATCH Resumed"]))
@@ -210,7 +210,7 @@ async def test_a_resume_that_is_not_answered_and_was_not_done(
     fake: FakeFirecracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is told again, for a time; from then on it counts as running, and is told until it does."""
-    monkeypatch.setattr(destination, "RESUME_S", 0.3)
+    monkeypatch.setattr(process, "RESUME_S", 0.3)
     machine = arriving(fake)
     await machine.prepare()
     fake.order(replace(EMPTY, state="Paused", drops=["PATCH Resumed"]))
@@ -267,7 +267,7 @@ def test_taps_are_looked_for_where_firecracker_is() -> None:
 async def test_no_directory_for_one_that_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "none"))
     machine = ArrivingFirecracker.for_destination(OFFER, LAYOUT, FirecrackerHost(binary="/bin/true"))
-    with pytest.raises(ResourceError, match="a directory for the Firecracker"):
+    with pytest.raises(ResourceError, match=r"--firecracker .*: a directory for it"):
         await machine.prepare()
     await machine.close()
 

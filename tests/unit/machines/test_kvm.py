@@ -18,7 +18,7 @@ from machines import copy_memory, twin_of
 from postcopy.errors import ConfigurationError, ProtocolError, ResourceError
 from postcopy.machines import Machine, MachineState
 from postcopy.machines.base import Activity
-from postcopy.machines.kinds import MachineOptions, create_destination, create_source
+from postcopy.machines.kinds import HostOptions, MachineOptions, create_destination, create_source
 from postcopy.machines.toy import machine as toy
 from postcopy.machines.toy.machine import WORKLOADS
 
@@ -186,7 +186,7 @@ async def test_a_disk_of_ones_own_stays(tmp_path: Path) -> None:
         offer = machine.config(), machine.layout
         with pytest.raises(ConfigurationError, match="--disk FILE"):
             create_destination("kvm", *offer)
-        async with create_destination("kvm", *offer, disk=str(path)):
+        async with create_destination("kvm", *offer, HostOptions(disk=str(path))):
             pass
     assert path.exists()
 

@@ -23,7 +23,7 @@ from postcopy._native import ffi, lib
 from postcopy.dataplane import _base, pageserver
 from postcopy.errors import ConfigurationError, MigrationError, ResourceError
 from postcopy.machines import Machine
-from postcopy.machines.kinds import MachineOptions, create_destination, create_source
+from postcopy.machines.kinds import HostOptions, MachineOptions, create_destination, create_source
 from postcopy.machines.toy import machine as toy
 
 MIB = 1 << 20
@@ -149,5 +149,5 @@ async def test_a_disk_is_neither_named_nor_lengthened_by_a_peer(tmp_path: Path) 
             create_destination("rv64", config, layout)
         config["disk-bytes"] = size_bytes + MIB
         with pytest.raises(ConfigurationError, match="the one the source uses"):
-            create_destination("rv64", config, layout, disk=options.disk)
+            create_destination("rv64", config, layout, HostOptions(disk=options.disk))
         assert (tmp_path / "postcopy-disk-1.img").stat().st_size == size_bytes

@@ -16,7 +16,7 @@ from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, P
 from postcopy.machines import BlockLayout, Machine
 from postcopy.machines import kinds as machines
 from postcopy.machines.image import ImageMachine
-from postcopy.machines.kinds import MachineOptions, create_destination, create_source
+from postcopy.machines.kinds import HostOptions, MachineOptions, create_destination, create_source
 from postcopy.memory import Memory, page_bytes_of
 
 PAGE = page_bytes_of("memfd")
@@ -58,7 +58,7 @@ async def test_an_image_moves_byte_by_byte_and_stays_sparse(image: Path, tmp_pat
         assert (source.live, source.shards, source.vcpu_threads()) == (False, 1, [])
         assert source.layout == [BlockLayout("image", 71 * PAGE, PAGE)]
         config = msgpack.unpackb(msgpack.packb(source.config()))
-        async with create_destination("image", config, source.layout, backing) as destination:
+        async with create_destination("image", config, source.layout, HostOptions(backing)) as destination:
             assert isinstance(destination, ImageMachine)
             await source.pause()
             await destination.load_state(await source.save_state())
@@ -276,14 +276,14 @@ def test_a_peer_cannot_name_a_file_to_write_to(tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match="--disk FILE"):
             create_destination("kvm", config, kvm_layout())
     with pytest.raises(ConfigurationError, match="no such file"):
-        create_destination("kvm", config, kvm_layout(), disk=str(tmp_path / "typo"))
+        create_destination("kvm", config, kvm_layout(), HostOptions(disk=str(tmp_path / "typo")))
     assert victim.read_bytes() == b"precious"
 
 
 def test_unknown_kinds_of_machines_are_the_peers_mistake() -> None:
     with pytest.raises(ProtocolError):
         create_destination("z80", {}, [])
-    assert machines.KINDS == ("kvm", "rv64", "image", "firecracker")
+    assert machines.KINDS == ("kvm", "rv64", "image", "firecracker", "qemu", "program")
 
 
 def test_a_failed_creation_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import trio
 from postcopy._files import locked_directory
 from postcopy.errors import ConfigurationError, PostcopyError
 from postcopy.machines import Machine
-from postcopy.machines.kinds import MachineOptions, create_destination, create_source, is_live
+from postcopy.machines.kinds import HostOptions, MachineOptions, create_destination, create_source, is_live
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration import salvage
 
@@ -72,7 +72,7 @@ async def test_a_machine_goes_on_from_two(kind: str, tmp_path: Path) -> None:
     assert salvage.merge([str(tmp_path / "whole")], output=str(tmp_path / "image")).doubtful_bytes == 0
     found = salvage.examine(str(tmp_path / "whole"), reclaim=False, is_live=is_live)
     assert found.doubts == ()
-    async with await salvage.restore(found, partial(create_destination, backing="anon")) as machine:
+    async with await salvage.restore(found, partial(create_destination, host=HostOptions("anon"))) as machine:
         assert machine.statistics().operations == before.operations
         assert (await machine.verify()).ok
         await machine.resume()

@@ -1,0 +1,425 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A QEMU that arrives: its state is loaded into one that waits for it (``-incoming defer``) under the preload library,
+and its memory is placed there page by page.
+
+| step | what is done |
+|---|---|
+| `prepare` | it is found, or started; it must fit to the offer; its memory is emptied, and guarded by a userfaultfd |
+| `lend` | that userfaultfd is the engine's from here on |
+| `load_state` | its disks are taken, then ``migrate-incoming``: it touches pages of its memory, which are served |
+| `resume` | ``cont`` |
+| `made_whole` | nothing is registered any more, and the library keeps nothing: QEMU runs on without us |
+
+**Disks.** QEMU up to 9 says of a disk that somebody else has locked only on its standard error, and goes on; from 10 on
+one under ``-S`` locks nothing before it runs. Either would be found out after the decision. So disks are taken while
+nothing is decided: by ``blockdev-set-active`` after the load where there is that, else by ``cont`` while it waits for
+its state, which does that and starts nothing, and ``stop``, which takes back what ``cont`` has noted for later.
+
+Resource handling: as for any `ArrivingProcess`. A QEMU that was told nothing yet is let go as it was, and can be used
+again: its memory is not guarded any more.
+
+**Trust.** QEMU's command line is the operator's, on this host too: none comes from a peer, since it could name any file
+or program here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import outcome
+import trio
+
+from postcopy._fd import FdHolder
+from postcopy.errors import (
+    NO_FILES,
+    BusyError,
+    ConfigurationError,
+    MigrationError,
+    PostcopyError,
+    ProtocolError,
+    ResourceError,
+    out_of_files,
+)
+from postcopy.machines.base import Adopt, BlockLayout, Extent, MachineState
+from postcopy.machines.preload.client import Armed, Preload
+from postcopy.machines.preload.client import Mapping as Mapped
+from postcopy.machines.preload.start import environment
+from postcopy.machines.process import ArrivingProcess, Started
+from postcopy.machines.qemu._look import PAGE_SIZES, Backend, Config, Look, look, same_host_and_file
+from postcopy.machines.qemu.qmp import QemuError, QemuInDoubt, QemuRefused, QemuUnreachable
+from postcopy.machines.qemu.source import EVENTS, IGNORE_SHARED, QemuMachine
+from postcopy.memory import MemoryKind, check_memory
+from postcopy.memory._admission import PROMISES
+from postcopy.uffd import RegisterMode, UffdFeature, Userfaultfd
+from postcopy.units import format_size
+
+START_S = 10.0
+"""How long one that we start may take to answer."""
+LOAD_S = 30.0
+"""How long it may take to load the state; it takes some 10 ms."""
+MONITOR, PRELOAD, STATE = "qmp.sock", "preload.sock", "postcopy-state"
+SET_ACTIVE = "blockdev-set-active"
+EXIT_ON_ERROR = (9, 1)
+"""The first version that can be told to stay when it cannot load, and so to say why."""
+FEATURES = (
+    UffdFeature.MISSING_SHMEM
+    | UffdFeature.MISSING_HUGETLBFS
+    | UffdFeature.MINOR_SHMEM
+    | UffdFeature.MINOR_HUGETLBFS
+    | UffdFeature.EVENT_REMOVE  # the balloon
+    | UffdFeature.THREAD_ID
+)
+ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
+"""As QEMU does it by itself: so many frames, and pauses between them in ms."""
+NOT_TO_BE_SAID = ("incoming", "daemonize")
+_PIPE_BYTES = 1 << 20
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class QemuHost:
+    """What a QEMU that comes finds on this host."""
+
+    qmp: str | None = None  # the monitor of one that waits for its state
+    command: Sequence[str] | None = None  # with which one is started
+    preload: str | None = None  # the library's socket, where it is not as the process's environment says
+
+
+class ArrivingQemu(ArrivingProcess, QemuMachine):
+    """Made by `for_destination`; once it is whole it can leave again, as any `QemuMachine`."""
+
+    lends = True
+    UNANSWERED = (QemuUnreachable, QemuInDoubt, QemuRefused)
+
+    def __init__(self, offered: Config, layout: Sequence[BlockLayout], host: QemuHost) -> None:
+        super().__init__(host.qmp or "", host.preload)
+        self._offered = offered
+        self._layout = layout
+        self._command = host.command
+        self._library: Preload | None = None
+        self._guard: Userfaultfd | None = None  # a copy of what guards its memory
+        self._takes_disks_late = False
+
+    @classmethod
+    def for_destination(cls, config: Mapping[str, Any], layout: Sequence[BlockLayout], host: QemuHost) -> ArrivingQemu:
+        """`ProtocolError` for an offer that makes no sense, `ConfigurationError` for one that cannot be taken here."""
+        try:
+            known = msgspec.convert(config, Config)
+        except msgspec.ValidationError as error:
+            raise ProtocolError(f"the offer of a QEMU makes no sense: {str(error)[:200]}") from error
+        names = [block.name for block in layout]
+        if not names or names != sorted(set(names)) or len(known.files) != len(names):
+            raise ProtocolError("the offer of a QEMU must have blocks by name, each with a file of its own")
+        if any(block.page_bytes not in PAGE_SIZES for block in layout):
+            raise ProtocolError("the offer of a QEMU has pages of a size that is not known here")
+        if (host.qmp is None) is (host.command is None):
+            raise ConfigurationError(
+                "this side has no QEMU to load it into: say --qmp PATH of one that `postcopy run` has started with"
+                " -incoming defer -S, or --qemu COMMAND to have it started"
+            )
+        return cls(known, layout, host)
+
+    # ---- before anything is accepted
+
+    async def prepare(self) -> None:
+        if self._command is not None:
+            await self._start(self._command)
+        else:
+            await self._connect()
+        await self._check_waits()
+        monitor = self._monitor
+        assert monitor is not None
+        seen = await look(monitor, monitor.process)
+        _check_fits(seen, self._offered, self._layout, self._qmp)
+        commands = await self._execute("query-commands")
+        self._takes_disks_late = any(one.get("name") == SET_ACTIVE for one in commands)
+        library = self._library = await Preload.of_process(self._pid, self._preload)
+        await self._found(seen)
+        self._check_room()
+        await self._set_up_migration(frozenset({EVENTS, IGNORE_SHARED}), {"announce-rounds": 0})
+        mappings = await library.mappings()
+        try:
+            chosen = [_mapping_of(backend, mappings, library) for backend in seen.backends]
+            self._guard = Userfaultfd.adopt(*await self._arm(library, chosen))
+        finally:
+            for mapping in mappings:
+                mapping.fd.close()
+
+    async def _start(self, command: Sequence[str]) -> None:
+        name = f"--qemu {command[0]}"
+        for option in NOT_TO_BE_SAID:
+            if f"-{option}" in command or f"--{option}" in command:
+                raise ConfigurationError(f"{name}: leave -{option} out of the command: it is started as it has to be")
+        self._own = await Started.start(
+            name,
+            lambda directory: [
+                *command,
+                *("-qmp", f"unix:{directory.replace(',', ',,')}/{MONITOR},server=on,wait=off"),
+                *("-incoming", "defer", "-S"),
+            ],
+            lambda directory: environment(f"{directory}/{PRELOAD}"),
+        )
+        self._qmp = self._own.path(MONITOR)
+        await self._own.until_it_answers(name, self._answers, START_S)
+
+    async def _answers(self) -> bool:
+        with contextlib.suppress(QemuUnreachable):
+            await self._connect()
+            return True
+        return False
+
+    async def _check_waits(self) -> None:
+        """That it waits for a state, and has not begun to load one."""
+        status = await self._status()
+        if status != "inmigrate":
+            raise ConfigurationError(
+                f"the QEMU at {self._qmp} is {status!r}: a guest can be loaded only into one that was started with"
+                " -incoming defer -S; start a new one there"
+            )
+        said = await self._execute("query-migrate")
+        if isinstance(said, dict) and said.get("status"):
+            raise ConfigurationError(
+                f"the QEMU at {self._qmp} has begun to load a guest ({str(said['status'])[:40]}), and can be used no"
+                " more: end it, and start a new one with -incoming defer -S"
+            )
+        await self._execute("stop")  # it does not run by itself when it has loaded, also where -S is missing
+
+    def _check_room(self) -> None:
+        """What this host cannot hold is refused; what it can is promised, in the same step."""
+        small = [block.memory for block in self.blocks if block.memory.kind is MemoryKind.MEMFD]
+        if small:
+            check_memory(MemoryKind.MEMFD, sum(memory.size_bytes for memory in small))
+        for block in self.blocks:
+            _check_file_system(block.name, block.memory.fd, block.memory.size_bytes)
+        PROMISES.add(block.memory for block in self.blocks)
+
+    async def _arm(self, library: Preload, mappings: Sequence[Mapped]) -> tuple[int, int]:
+        """Empties its memory, and guards it: whoever touches it from now on waits."""
+
+        async def arm() -> Armed:
+            return await library.arm(mappings, features=FEATURES, mode=RegisterMode.MISSING, keep=True, empty=True)
+
+        try:
+            armed = await arm()
+        except BusyError:
+            # Whoever guarded it has ended, since nobody else has this QEMU, and has told it nothing.
+            left = await library.take()
+            with Userfaultfd.adopt(left.uffd.detach()) as guard:
+                await self._stop_guarding(library, guard)
+            armed = await arm()
+        return armed.uffd.detach(), int(armed.features)
+
+    async def lend(self, adopt: Adopt) -> None:
+        assert self._guard is not None
+        extents = [
+            Extent(number, 0, backend.size_bytes // backend.page_bytes, backend.address)
+            for number, backend in enumerate(self._seen.backends)
+        ]
+        await adopt(os.dup(self._guard.fileno()), self._guard.features, extents)
+
+    # ---- its state
+
+    async def load_state(self, state: bytes) -> None:
+        self._touched = True
+        disks = self._seen.config.disks
+        try:
+            with trio.fail_after(LOAD_S):
+                if disks and not self._takes_disks_late:
+                    await self._execute("cont", timeout_s=LOAD_S)
+                    await self._execute("stop", timeout_s=LOAD_S)
+                await self._load(state)
+                if disks and self._takes_disks_late:
+                    await self._execute(SET_ACTIVE, {"active": True}, timeout_s=LOAD_S)
+                status = await self._status()
+        except trio.TooSlowError:
+            raise MigrationError(
+                f"QEMU has not loaded the state within {LOAD_S:g} s: a page that it needs has not come, or a disk does"
+                f" not answer; {self._what_is_left}"
+            ) from None
+        except QemuInDoubt as error:
+            raise MigrationError(
+                f"QEMU has not loaded the state, and why it has not is on its standard error: {error};"
+                f" {self._what_is_left}"
+            ) from error
+        except QemuError as error:
+            raise MigrationError(f"QEMU has not loaded the state: {error}; {self._what_is_left}") from error
+        if status != "paused":
+            raise MigrationError(
+                f"QEMU has loaded the state, and is {status!r}, not paused: another client has told it something;"
+                f" {self._what_is_left}"
+            )
+        self._state = MachineState.PAUSED
+
+    async def _load(self, state: bytes) -> None:
+        assert self._monitor is not None
+        ours, theirs = _pipe()
+        request: dict[str, Any] = {"uri": f"fd:{STATE}"}
+        if self._monitor.version >= EXIT_ON_ERROR:
+            request["exit-on-error"] = False
+        self._migration = ""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_feed, ours, state)
+            ended = await outcome.acapture(self._load_from, theirs, request)
+            nursery.cancel_scope.cancel()
+        ended.unwrap()
+        if self._migration != "completed":
+            said = await self._execute("query-migrate")
+            why = said.get("error-desc", "") if isinstance(said, dict) else ""
+            raise MigrationError(f"QEMU has not loaded the state: {str(why)[:300] or self._migration}")
+
+    async def _load_from(self, theirs: FdHolder, request: dict[str, Any]) -> None:
+        assert self._monitor is not None
+        with theirs:
+            await self._execute("getfd", {"fdname": STATE}, fd=theirs.fileno())
+        await self._execute("migrate-incoming", request, timeout_s=LOAD_S)
+        await self._monitor.wait_until(lambda: self._migration in ("completed", "failed"), math.inf)
+
+    @property
+    def _what_is_left(self) -> str:
+        return "start a new one here for another attempt" if self._own is None else "it is ended"
+
+    # ---- running
+
+    async def _tell_to_run(self, timeout_s: float) -> None:
+        assert self._monitor is not None
+        await self._monitor.mend()
+        await self._execute("cont", timeout_s=timeout_s)
+
+    async def _is_running(self, timeout_s: float) -> bool | None:
+        assert self._monitor is not None
+        await self._monitor.mend()
+        with trio.move_on_after(timeout_s):
+            return {"paused": False, "inmigrate": None}.get(await self._status(), True)
+        return None
+
+    async def claim_network(self) -> None:
+        try:
+            await self._execute("announce-self", ANNOUNCE)
+        except QemuError as error:
+            log.warning("where the guest is now was not announced to its networks: %s", error)
+
+    async def made_whole(self) -> None:
+        await super().made_whole()
+        await self._restore()
+        assert self._library is not None
+        await self._library.disarm()
+
+    async def _release(self) -> None:
+        if self._guard is not None:
+            if not self._whole and self._is_alive() and self._library is not None:
+                try:
+                    await self._stop_guarding(self._library, self._guard)
+                except PostcopyError as error:
+                    log.error("%s waits at its memory, and cannot be used: end it (%s)", self._name, error)
+            self._guard.close()
+        await super()._release()
+
+    async def _stop_guarding(self, library: Preload, guard: Userfaultfd) -> None:
+        """It was told nothing, and has touched nothing: it can be used again."""
+        for backend in self._seen.backends:
+            guard.unregister(backend.address, backend.size_bytes)
+        await library.disarm()
+
+
+def _check_fits(seen: Look, offered: Config, layout: Sequence[BlockLayout], qmp: str) -> None:
+    """What is different would fail in the pause, or after it."""
+    here = seen.config
+    if same_host_and_file(here, offered):
+        raise ConfigurationError(
+            f"the QEMU at {qmp} has its memory in the same file as the one that is to be moved here: give each a"
+            " mem-path of its own"
+        )
+    if _version(here.version) < _version(offered.version):
+        raise ConfigurationError(
+            f"the source's QEMU is of version {offered.version}, the one here of {here.version}: QEMU loads no state of"
+            " a newer version than its own; use at least the same here"
+        )
+    for what, option, there, mine_is in (
+        ("machine type", "-machine", offered.machine, here.machine),
+        ("CPU", "-cpu", offered.cpu, here.cpu),
+        ("accelerator", "-accel", offered.accelerator, here.accelerator),
+        ("number of vCPUs", "-smp", str(offered.vcpus), str(here.vcpus)),
+    ):
+        if there != mine_is:
+            raise ConfigurationError(
+                f"the source's QEMU has {what} {_shown(there)}, the one here {_shown(mine_is)}: start it with the same"
+                f" {option}"
+            )
+    wanted = {block.name: block for block in layout}
+    found = {backend.name: backend for backend in seen.backends}
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in found or name not in wanted:
+            which = "the source's QEMU" if name in wanted else "the one here"
+            raise ConfigurationError(
+                f"only {which} has the memory backend {_shown(name)}: start the one here with the same -object and"
+                " -device options, also for what was plugged in meanwhile"
+            )
+        block, backend = wanted[name], found[name]
+        if (block.size_bytes, block.page_bytes) != (backend.size_bytes, backend.page_bytes):
+            raise ConfigurationError(
+                f"memory backend {_shown(name)} has {_size(block)} at the source, and {_size(backend)} here: start the"
+                " one here with the same size=, and a mem-path= of the same kind"
+            )
+
+
+def _shown(text: str) -> str:
+    return repr(text[:80])
+
+
+def _size(block: BlockLayout | Backend) -> str:
+    return f"{format_size(block.size_bytes)} in pages of {format_size(block.page_bytes)}"
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2] if part.isascii() and part.isdigit())
+
+
+def _mapping_of(backend: Backend, mappings: Sequence[Mapped], library: Preload) -> Mapped:
+    for mapping in mappings:
+        if (mapping.device, mapping.inode) == (backend.identity.device, backend.identity.inode) and (
+            mapping.address,
+            mapping.size_bytes,
+        ) == (backend.address, backend.size_bytes):
+            return mapping
+    raise ResourceError(
+        f"{library} does not know memory backend {backend.name}", "start that QEMU with `postcopy run -- COMMAND`"
+    )
+
+
+def _check_file_system(name: str, fd: int, size_bytes: int) -> None:
+    """A tmpfs has a limit of its own, beyond which pages cannot be placed."""
+    status = os.fstatvfs(fd)
+    available = status.f_bavail * status.f_frsize + os.fstat(fd).st_blocks * 512
+    if status.f_blocks and available < size_bytes:
+        raise ResourceError(
+            f"memory backend {name}: its file system has {format_size(available)} left for {format_size(size_bytes)}",
+            "remove files there that are not used any more, or mount it larger (-o remount,size=...)",
+        )
+
+
+def _pipe() -> tuple[FdHolder, FdHolder]:
+    """Ours, to write to, and QEMU's end."""
+    try:
+        theirs, ours = os.pipe2(os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in NO_FILES:
+            raise out_of_files(error.errno or 0, "a pipe for QEMU's state") from error
+        raise
+    with contextlib.suppress(OSError):  # beyond what this user may have in pipes
+        fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+    return FdHolder(ours), FdHolder(theirs)
+
+
+async def _feed(ours: FdHolder, state: bytes) -> None:
+    async with trio.lowlevel.FdStream(ours.detach()) as stream:
+        with contextlib.suppress(trio.BrokenResourceError):  # QEMU says itself why it reads no more
+            await stream.send_all(state)

@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QMP, the monitor protocol of QEMU: lines of JSON over an AF_UNIX socket.
+
+`QmpProtocol` does no I/O: it is given bytes and says what they mean, so that the same one serves a client on Trio
+(`Monitor`) and one that blocks. `Monitor` is a connection with a QEMU, held for as long as that QEMU is looked after:
+a monitor has one client, so that nobody else gives orders there meanwhile.
+
+What QEMU says is not trusted: a line is bounded in length, an answer must be to a question, an event is looked at by
+whoever knows its name. Every way in which a command can fail has a name:
+
+| error | what it means |
+|---|---|
+| `QemuUnreachable` | nothing was asked: nobody listens there, or another client has this monitor |
+| `QemuRefused` | it answered that it will not; `description` is its own text |
+| `QemuInDoubt` | it was asked and has not answered: whether it did it has to be found out |
+| `QemuAnswer` | it said what no QEMU says: the connection is of no use any more |
+
+Concurrency: any number of tasks may use a `Monitor`. One of those that wait reads, for all of them; when it has what it
+waits for, another goes on. So there is no task of its own, and while nobody waits nothing is read.
+"""
+
+from __future__ import annotations
+
+import socket
+from array import array
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import trio
+
+from postcopy.errors import MigrationError
+from postcopy.machines._peer import Process, Unreachable, connect, one_line, process_of
+
+REQUEST_TIMEOUT_S = 10.0
+"""How long QEMU has for a command that does little."""
+GREETING_TIMEOUT_S = 2.0
+"""How long it has to say who it is, which it does at once where the monitor has no other client."""
+MAX_LINE_BYTES = 4 << 20
+_READ_BYTES = 64 << 10
+
+
+class QemuError(MigrationError):
+    """A command that failed."""
+
+
+class QemuUnreachable(QemuError, Unreachable):
+    """Nobody answers there: nothing was asked."""
+
+
+class QemuInDoubt(QemuError):
+    """It was asked and has not answered: whether it has done it is not known."""
+
+
+class QemuAnswer(QemuError):
+    """It said what no QEMU says."""
+
+
+class QemuRefused(QemuError):
+    """It answered that it will not."""
+
+    def __init__(self, command: str, kind: str, description: str) -> None:
+        super().__init__(f"QEMU refuses {command}: {description or 'it does not say why'}")
+        self.command = command
+        self.kind = kind  # as CommandNotFound; mostly GenericError
+        self.description = description
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that has happened in QEMU."""
+
+    name: str
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What QEMU says to one command."""
+
+    number: int
+    value: Any
+    refusal: tuple[str, str] | None = None  # class and description
+
+
+@dataclass
+class QmpProtocol:
+    """The client's side of one connection."""
+
+    version: tuple[int, int, int] | None = None
+    """Of QEMU, once it has greeted. The first command must be ``qmp_capabilities``."""
+    _buffer: bytearray = field(default_factory=bytearray)
+    _searched: int = 0
+    _asked: dict[int, str] = field(default_factory=dict)
+    _last: int = 0
+
+    def command(self, name: str, arguments: Mapping[str, Any] | None = None) -> tuple[int, bytes]:
+        """The number by which its answer will be known, and what is to be sent."""
+        self._last += 1
+        self._asked[self._last] = name
+        message: dict[str, Any] = {"execute": name, "id": self._last}
+        if arguments:
+            message["arguments"] = arguments
+        return self._last, msgspec.json.encode(message) + b"\n"
+
+    def receive(self, data: bytes) -> list[Event | Answer]:
+        """What bytes from QEMU mean. `QemuAnswer` for what makes no sense, after which nothing does."""
+        self._buffer += data
+        messages: list[Event | Answer] = []
+        while (end := self._buffer.find(b"\n", self._searched)) >= 0:
+            line = bytes(self._buffer[:end]).strip()
+            del self._buffer[: end + 1]
+            self._searched = 0
+            if line and (message := self._decoded(line)) is not None:
+                messages.append(message)
+        self._searched = len(self._buffer)
+        if self._searched > MAX_LINE_BYTES:
+            raise QemuAnswer(f"QEMU says more than {MAX_LINE_BYTES >> 20} MiB in one line")
+        return messages
+
+    def _decoded(self, line: bytes) -> Event | Answer | None:
+        if len(line) > MAX_LINE_BYTES:
+            raise QemuAnswer(f"QEMU says more than {MAX_LINE_BYTES >> 20} MiB in one line")
+        try:
+            said = msgspec.json.decode(line)
+        except (ValueError, RecursionError) as error:
+            raise QemuAnswer("what answers there does not speak QMP: a line of it is not JSON") from error
+        if not isinstance(said, dict):
+            raise QemuAnswer("what answers there does not speak QMP")
+        if self.version is None:
+            self.version = _version(said)
+            return None
+        if isinstance(name := said.get("event"), str):
+            data = said.get("data", {})
+            return Event(name, data if isinstance(data, dict) else {})
+        refusal = None
+        if "error" in said:
+            why = said["error"] if isinstance(said["error"], dict) else {}
+            refusal = (one_line(why.get("class", "")), one_line(why.get("desc", "")))
+        elif "return" not in said:
+            raise QemuAnswer("QEMU sends what is no answer and no event")
+        number = said.get("id")
+        if type(number) is not int or self._asked.pop(number, None) is None:
+            raise QemuAnswer("QEMU answers what it was not asked" + (f": {refusal[1]}" if refusal else ""))
+        return Answer(number, said.get("return"), refusal)
+
+
+def _version(greeting: Mapping[str, Any]) -> tuple[int, int, int]:
+    try:
+        number = greeting["QMP"]["version"]["qemu"]
+        return msgspec.convert((number["major"], number["minor"], number["micro"]), tuple[int, int, int])
+    except (LookupError, TypeError, msgspec.ValidationError):
+        raise QemuAnswer("what answers there is no QEMU: it does not say its version") from None
+
+
+class Monitor:
+    """The monitor of one QEMU. Made by `open`; `close` ends the connection, and nothing else."""
+
+    def __init__(self, path: str, stream: trio.SocketStream, process: Process) -> None:
+        self.path = path
+        self.process = process
+        """Who listens there; its pidfd is closed with this."""
+        self.on_event: Callable[[Event], object] = lambda event: None
+        """Called for each event, by the task that reads. Must not raise."""
+        self._protocol = QmpProtocol()
+        self._stream = stream
+        self._sending = trio.Lock()
+        self._answers: dict[int, Answer | None] = {}  # what a task waits for
+        self._read = trio.Event()
+        self._reading = False
+        self._broken: QemuError | None = None
+
+    @classmethod
+    async def open(cls, path: str, timeout_s: float = GREETING_TIMEOUT_S) -> Monitor:
+        """The one at that path, ready for commands."""
+        deadline = trio.current_time() + timeout_s
+        try:
+            stream = await connect(path, deadline, "QEMU", "start one with -qmp unix:PATH,server=on,wait=off")
+        except Unreachable as error:
+            raise QemuUnreachable(str(error)) from error
+        try:
+            monitor = cls(path, stream, process_of(stream.socket, path, "QEMU"))
+        except Unreachable as error:
+            stream.socket.close()
+            raise QemuUnreachable(str(error)) from error
+        except BaseException:
+            stream.socket.close()
+            raise
+        try:
+            await monitor._greet(timeout_s)
+        except BaseException:
+            monitor.close()
+            raise
+        return monitor
+
+    async def mend(self, timeout_s: float = GREETING_TIMEOUT_S) -> None:
+        """A new connection with the same QEMU, where the one that there was is of no use any more."""
+        if self._broken is None:
+            return
+        self._stream.socket.close()
+        fresh = await Monitor.open(self.path, timeout_s)
+        with fresh.process.pidfd:
+            if fresh.process.pid != self.process.pid:
+                fresh.close()
+                raise QemuUnreachable(f"another QEMU (process {fresh.process.pid}) has the monitor {self.path} now")
+        self._stream, self._protocol, self._broken = fresh._stream, fresh._protocol, None
+
+    async def _greet(self, timeout_s: float) -> None:
+        try:
+            await self.wait_until(lambda: self._protocol.version is not None, timeout_s)
+        except trio.TooSlowError:
+            raise QemuUnreachable(
+                f"QEMU ({self.path}) says nothing: another client has this monitor, and it takes one at a time; end"
+                " that client, or start QEMU with a second -qmp unix:PATH,server=on,wait=off"
+            ) from None
+        await self.execute("qmp_capabilities")
+
+    @property
+    def version(self) -> tuple[int, int, int]:
+        """Of QEMU."""
+        assert self._protocol.version is not None
+        return self._protocol.version
+
+    async def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        fd: int | None = None,
+        timeout_s: float = REQUEST_TIMEOUT_S,
+    ) -> Any:
+        """What QEMU answers. `fd`: a descriptor that goes along, as ``getfd`` takes one; it stays the caller's. Raises
+        a `QemuError`. Cancelled, it is in doubt whether it was done."""
+        deadline = trio.current_time() + timeout_s
+        number, line = self._protocol.command(command, arguments)
+        self._answers[number] = None
+        try:
+            with trio.fail_at(deadline):
+                await self._send(line, fd)
+                await self._until(lambda: self._answers[number] is not None)
+        except trio.TooSlowError:
+            raise QemuInDoubt(
+                f"QEMU ({self.path}) has not answered {command} within {timeout_s:g} s; it may wait for a page of the"
+                " guest's memory, or for a disk"
+            ) from None
+        finally:
+            answer = self._answers.pop(number)
+        assert answer is not None
+        if answer.refusal is not None:
+            raise QemuRefused(command, *answer.refusal)
+        return answer.value
+
+    async def wait_until(self, done: Callable[[], bool], timeout_s: float) -> None:
+        """Reads until `done`, which is asked after each piece of what QEMU sends. `trio.TooSlowError` after
+        `timeout_s`; a `QemuError` when the connection ends first. Cancellable."""
+        with trio.fail_after(timeout_s):
+            await self._until(done)
+
+    async def _send(self, line: bytes, fd: int | None) -> None:
+        async with self._sending:
+            self._check()
+            ancillary = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [fd]))]
+            sent = 0
+            try:
+                sent = await self._stream.socket.sendmsg([line], ancillary)
+                while sent < len(line):
+                    sent += await self._stream.socket.send(line[sent:])
+            except OSError as error:
+                raise self._break(self._ended()) from error
+            finally:
+                if 0 < sent < len(line):  # cancelled within a line
+                    self._break(QemuInDoubt(f"QEMU ({self.path}) was sent half of a command"))
+
+    async def _until(self, done: Callable[[], bool]) -> None:
+        while not done():
+            self._check()
+            if self._reading:
+                await self._read.wait()
+                continue
+            self._reading = True
+            try:
+                await self._read_some()
+            finally:
+                self._reading = False
+                read, self._read = self._read, trio.Event()
+                read.set()
+
+    async def _read_some(self) -> None:
+        try:
+            data = await self._stream.socket.recv(_READ_BYTES)
+        except OSError as error:
+            raise self._break(self._ended()) from error
+        if not data:
+            raise self._break(self._ended())
+        try:
+            messages = self._protocol.receive(data)
+        except QemuAnswer as error:
+            raise self._break(QemuAnswer(f"{error} ({self.path})")) from None
+        for message in messages:
+            if isinstance(message, Event):
+                self.on_event(message)
+            elif message.number in self._answers:  # else nobody waits for it any more
+                self._answers[message.number] = message
+
+    def _ended(self) -> QemuInDoubt:
+        return QemuInDoubt(f"QEMU ({self.path}, process {self.process.pid}) has closed its monitor: it may have ended")
+
+    def _check(self) -> None:
+        if self._broken is not None:
+            raise type(self._broken)(str(self._broken)) from self._broken
+
+    def _break(self, error: QemuError) -> QemuError:
+        self._broken = self._broken or error
+        return error
+
+    def close(self) -> None:
+        """Twice does no harm. Tasks that wait get `trio.ClosedResourceError`, later ones a `QemuError`."""
+        self._break(QemuInDoubt(f"the connection with QEMU ({self.path}) was closed"))
+        self._stream.socket.close()
+        self.process.pidfd.close()

@@ -1,0 +1,547 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A QEMU of the user's, which runs, as a machine that can leave.
+
+QEMU is driven over its monitor and watched from outside: it is not changed, and not restarted.
+
+**Memory** is the files of its shared backends, mapped here too (`_look`): read in place, and QEMU knows nothing of it.
+
+**State.** QEMU migrates to a pipe of ours, and leaves shared memory out of that (capability ``x-ignore-shared``). It
+prepares itself while the guest runs, stops the guest (event STOP, from which the pause is counted), writes the devices'
+state and has *completed*; what the pipe holds then is all of the state. Memory is looked at only after that, since a
+device may still write to it while it is saved. QEMU is not asked to wait in between (``pause-before-switchover``): that
+would be one more round trip in the pause, and there would be two ways back in place of one.
+
+**The way back** is the same from everywhere (`_set_running`), and asks QEMU where it is: a migration that is under way
+is cancelled, and a guest that does not run is told to (``cont``). That only one of the two runs is a matter of the
+protocol; that QEMU refuses it while the destination has locked a disk is a second guard, where there is one.
+
+**While it runs** (precopy) what it writes is told by the kernel, through the preload library. What a disk writes to
+pages that were pinned before (O_DIRECT) shows in no page table: a QEMU with such disks is stopped for each look, which
+ends all requests (`settled`).
+
+**The end.** `close` lets go of it and ends nothing. A source that dies while QEMU writes its state fails that, and QEMU
+lets the guest run on; one that dies later leaves a guest that is stopped ("postmigrate"), which the user tells to run
+(``cont``) if he knows that it does not run elsewhere. When the guest runs elsewhere, `destroy` ends what is left here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import math
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import msgspec
+import outcome
+import trio
+
+from postcopy._blocking import run_sync
+from postcopy._fd import FdHolder
+from postcopy.errors import NO_FILES, BusyError, ConfigurationError, MigrationError, PostcopyError, out_of_files
+from postcopy.machines._peer import one_line
+from postcopy.machines.base import MachineState, RamBlock
+from postcopy.machines.preload.client import Armed, Preload
+from postcopy.machines.process import ProcessMachine
+from postcopy.machines.qemu._look import Look, look, look_at_disks, ram_blocks
+from postcopy.machines.qemu.qmp import Event, Monitor, QemuError, QemuInDoubt, QemuRefused
+from postcopy.memory import FEATURES_OF_PROCESS, DirtyLog, Memory
+from postcopy.units import format_size
+
+MAX_STATE_BYTES = (16 << 20) - (64 << 10)
+"""What a message of the protocol can hold. The state of a guest has some hundred KiB."""
+IGNORE_SHARED, EVENTS = "x-ignore-shared", "events"
+STOP_TIMEOUT_S = 20.0
+"""How long QEMU may take from `migrate` until the guest stands."""
+GO_ON_TIMEOUT_S = 8.0
+"""How long it may take until a guest runs that was told to."""
+RESTORE_TIMEOUT_S = 2.0
+QUIT_TIMEOUT_S = 2.0
+_AGAIN_S = 0.01
+_PIPE_BYTES = 1 << 20
+_NO_LIMIT = 1 << 40  # of bandwidth, bytes/s
+_LEFT_MS = 2000  # what may be left of QEMU's own blocks when it stops the guest: some ROMs
+_UNDER_WAY = frozenset(
+    {"setup", "active", "device", "pre-switchover", "cancelling", "wait-unplug", "colo"}
+    | {"postcopy-active", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup", "postcopy-device"}
+)
+_STOPPED_BY_US = frozenset({"paused", "postmigrate", "finish-migrate"})
+
+log = logging.getLogger(__name__)
+
+
+class QemuMachine(ProcessMachine):
+    """Made by `create`, at the source; `prepare` finds what it is. Where it arrives a subclass does that (`_connect`,
+    `_found`), and from then on it is the same."""
+
+    kind = "qemu"
+    program = "QEMU"
+
+    def __init__(self, qmp: str, preload: str | None = None) -> None:
+        """`qmp`: path of its monitor. `preload`: of the preload library's socket, where that cannot be found out."""
+        super().__init__()
+        self._qmp = os.path.abspath(qmp)
+        self._preload = preload
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._monitor: Monitor | None = None
+        self._look: Look | None = None
+        self._blocks: tuple[RamBlock, ...] = ()
+        self._migration = ""  # the status of QEMU's own migration, as it was told last
+        self._stopped = False  # the guest, as QEMU has told
+        self._settings: dict[str, dict[str, Any]] = {}  # commands, by which what we have set is as it was
+        self._stream: _Stream | None = None
+        self._saved: bytes | None = None
+
+    @classmethod
+    def create(cls, qmp: str, preload: str | None = None) -> QemuMachine:
+        """The one whose monitor is at that path. Nothing is asked yet."""
+        return cls(qmp, preload)
+
+    # ---- finding it
+
+    async def prepare(self) -> None:
+        """Finds what it is. Changes nothing there. A `PostcopyError` says what it cannot be moved for."""
+        monitor = await self._connect()
+        _check_runs(await self._status())
+        await self._check_migration()
+        await self._found(await look(monitor, monitor.process))
+        for backend in self._seen.backends:
+            if backend.registered:
+                raise BusyError(
+                    f"memory {backend.name} of {self._name} is not complete yet, or another program has it"
+                    f" (a userfaultfd: {', '.join(sorted(backend.registered))}): wait until all of it has arrived"
+                )
+        self._state = MachineState.RUNNING
+
+    async def _connect(self) -> Monitor:
+        """Its monitor, and its process, which are this object's until `close`. `BusyError` when another one has it."""
+        self._token = trio.lowlevel.current_trio_token()
+        self._monitor = monitor = await Monitor.open(self._qmp)
+        monitor.on_event = self._on_event
+        self._hold(monitor.process)
+        return monitor
+
+    async def _found(self, seen: Look) -> None:
+        """What it has, from now on."""
+        memories: list[Memory] = []
+        try:
+            for backend in seen.backends:
+                memories.append(await run_sync(backend.open))
+        except BaseException:
+            for memory in memories:
+                memory.close()
+            raise
+        self._look = seen
+        self._blocks = tuple(
+            RamBlock(backend.name, memory, 0) for backend, memory in zip(seen.backends, memories, strict=True)
+        )
+
+    async def _check_migration(self) -> None:
+        """That QEMU does not migrate, and could."""
+        said = await self._query_migrate()
+        status = said.get("status", "")
+        if status in _UNDER_WAY:
+            raise BusyError(
+                f"{self._name} is being migrated by somebody else ({status}): wait for that, or migrate_cancel"
+            )
+        if reasons := said.get("blocked-reasons"):
+            raise ConfigurationError(f"{self._name} says that it cannot be migrated: {str(reasons)[:300]}")
+        await self._check_jobs()
+        if IGNORE_SHARED not in await self._capabilities():
+            raise ConfigurationError(f"{self._name} cannot leave shared memory out of its migration ({IGNORE_SHARED})")
+
+    async def _check_jobs(self) -> None:
+        """A job that copies a disk must copy each write before the guest hears of it, or the last ones are lost; while
+        any other one is under way, QEMU may not save its state, or abort when it has."""
+        jobs = await self._execute("query-block-jobs")
+        for job in jobs if isinstance(jobs, list) else ():
+            said = job if isinstance(job, dict) else {}
+            if said.get("type") != "mirror" or said.get("ready") is not True or said.get("actively-synced") is not True:
+                shown = one_line(f"{said.get('type', '')} {said.get('device', '')}")
+                raise ConfigurationError(
+                    f"{self._name} has a block job ({shown}): wait for it, or cancel it; only a mirror in copy-mode"
+                    " write-blocking that is ready may run (QEMU 8.2)"
+                )
+
+    # ---- asking it
+
+    async def _execute(self, command: str, arguments: dict[str, Any] | None = None, **how: Any) -> Any:
+        assert self._monitor is not None
+        return await self._monitor.execute(command, arguments, **how)
+
+    async def _status(self) -> str:
+        """What its guest does: "running", "paused", "inmigrate", "postmigrate", ..."""
+        said = await self._execute("query-status")
+        return str(said.get("status", ""))[:40] if isinstance(said, dict) else ""
+
+    async def _capabilities(self) -> dict[str, bool]:
+        said = await self._execute("query-migrate-capabilities")
+        try:
+            return {one["capability"]: bool(one["state"]) for one in said}
+        except (TypeError, KeyError):
+            raise MigrationError(f"{self._name} does not say what its migration is capable of") from None
+
+    async def _set_up_migration(self, wanted: frozenset[str], parameters: dict[str, Any]) -> None:
+        """Has QEMU migrate with these capabilities and no others, until `_restore`: any other one changes what is in
+        the stream, or who waits for whom."""
+        before = await self._capabilities()
+        if missing := wanted - before.keys():
+            raise ConfigurationError(f"the migration of {self._name} is not capable of {', '.join(sorted(missing))}")
+        changed = {name: name in wanted for name, state in before.items() if state != (name in wanted)}
+        if changed:
+            await self._set_capabilities(changed)
+            self._settings["migrate-set-capabilities"] = _capabilities({name: before[name] for name in changed})
+        if parameters:
+            said = await self._execute("query-migrate-parameters")
+            said = said if isinstance(said, dict) else {}
+            self._settings["migrate-set-parameters"] = {name: said[name] for name in parameters if name in said}
+            await self._execute("migrate-set-parameters", parameters)
+
+    async def _set_capabilities(self, states: dict[str, bool]) -> None:
+        await self._execute("migrate-set-capabilities", _capabilities(states))
+
+    async def _restore(self) -> None:
+        """What was set for our migration, as it was. Bounded in time; errors are logged."""
+        settings, self._settings = self._settings, {}
+        for command, arguments in settings.items():
+            try:
+                await self._execute(command, arguments, timeout_s=RESTORE_TIMEOUT_S)
+            except QemuError as error:
+                log.warning("the settings of QEMU's own migration are not as they were: %s", error)
+                return
+
+    def _on_event(self, event: Event) -> None:
+        if event.name == "MIGRATION":
+            self._migration = str(event.data.get("status", ""))[:40]
+        elif event.name == "STOP":
+            self._stopped, self._paused_ns = True, time.monotonic_ns()
+        elif event.name == "RESUME":
+            self._stopped = False
+
+    # ---- what it is
+
+    @property
+    def _seen(self) -> Look:
+        assert self._look is not None
+        return self._look
+
+    @property
+    def blocks(self) -> Sequence[RamBlock]:
+        """None before `prepare`."""
+        return self._blocks
+
+    def config(self) -> dict[str, Any]:
+        config: dict[str, Any] = msgspec.to_builtins(self._seen.config)
+        return config
+
+    @property
+    def process(self) -> tuple[int, str] | None:
+        return (self._pid, self._qmp) if self._pid else None
+
+    def vcpu_threads(self) -> list[int]:
+        return list(self._look.threads) if self._look is not None else []
+
+    async def wait_changed(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._listen)
+            ended = await outcome.acapture(super().wait_changed)
+            nursery.cancel_scope.cancel()
+        ended.unwrap()
+
+    async def _listen(self) -> None:
+        """Reads what QEMU says while nobody asks, so that it is not kept waiting there."""
+        if self._monitor is not None:
+            with contextlib.suppress(QemuError, trio.ClosedResourceError):
+                await self._monitor.wait_until(lambda: self._closed, math.inf)
+
+    # ---- the pause
+
+    async def before_pause(self) -> None:
+        """Has QEMU migrate, until it has stopped the guest."""
+        if self._state is MachineState.PAUSED:
+            return
+        await self._check_is_as_found()
+        try:
+            await self._set_up_migration(
+                frozenset({IGNORE_SHARED, EVENTS}), {"max-bandwidth": _NO_LIMIT, "downtime-limit": _LEFT_MS}
+            )
+            self._migration, self._stopped = "", False
+            self._stream = await self._begin_migration()
+            await self._stream_until(lambda: self._stopped or self._is_over, STOP_TIMEOUT_S)
+        except BaseException as error:
+            await self._undo(error)
+            raise
+        self._state = MachineState.PAUSED
+
+    async def _check_is_as_found(self) -> None:
+        assert self._monitor is not None
+        _check_runs(await self._status())
+        await self._check_jobs()
+        if await ram_blocks(self._monitor) != self._seen.blocks:
+            raise MigrationError(f"{self._name} has other memory than when it was looked at: it was plugged in, or out")
+
+    async def _begin_migration(self) -> _Stream:
+        stream, theirs = _Stream.open()
+        try:
+            with theirs:
+                await self._execute("getfd", {"fdname": stream.name}, fd=theirs.fileno())
+            await self._execute("migrate", {"uri": f"fd:{stream.name}"})
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    @property
+    def _is_over(self) -> bool:
+        return bool(self._migration) and self._migration not in _UNDER_WAY
+
+    async def _stream_until(self, done: Callable[[], bool], timeout_s: float) -> None:
+        """Takes what QEMU writes, until `done`, and then what the pipe holds."""
+        assert self._monitor is not None
+        assert self._stream is not None
+        stream, failed = self._stream, None
+        try:
+            with trio.fail_after(timeout_s):
+                async with trio.open_nursery() as nursery:
+
+                    async def take() -> None:
+                        await stream.take_all()
+                        if stream.too_long:
+                            nursery.cancel_scope.cancel()
+
+                    nursery.start_soon(take)
+                    try:
+                        await self._monitor.wait_until(done, math.inf)
+                    except QemuError as error:
+                        failed = error
+                    nursery.cancel_scope.cancel()
+        except trio.TooSlowError:
+            raise MigrationError(
+                f"{self._name} has not stopped its guest and saved its state within {timeout_s:g} s (its migration is"
+                f" {self._migration or 'not begun'}); it may wait for a page of the guest's memory, or for a disk"
+            ) from None
+        if failed is not None:
+            raise failed
+        stream.take()
+        if stream.too_long:
+            raise MigrationError(
+                f"the state of {self._name} is longer than {format_size(MAX_STATE_BYTES)}, which is all that the pause"
+                " can take: a device has much memory of its own, as video memory (-device VGA,vgamem_mb=16)"
+            )
+
+    async def pause(self, timeout_s: float = 10.0) -> None:
+        """Until QEMU has saved its state. When that fails the guest is told to run again."""
+        with trio.CancelScope(shield=True):
+            await self.before_pause()
+            if self._stream is None:
+                return
+            try:
+                await self._stream_until(lambda: self._is_over, timeout_s)
+                if self._migration != "completed" or not self._stopped:
+                    raise MigrationError(await self._why_not())
+                self._saved = self._stream.content()
+            except BaseException as error:
+                await self._undo(error)
+                raise
+            self._stream.close()
+            self._stream = None
+            self._tell()
+        await trio.lowlevel.checkpoint_if_cancelled()
+
+    async def _why_not(self) -> str:
+        if self._migration == "completed":
+            return f"the guest of {self._name} was stopped by somebody else meanwhile"
+        why = (await self._query_migrate()).get("error-desc", "")
+        return f"{self._name} cannot save its state ({self._migration}){': ' if why else ''}{str(why)[:300]}"
+
+    async def _undo(self, why: BaseException) -> None:
+        """The pause has failed: the guest runs on, and QEMU is as it was."""
+        with trio.CancelScope(shield=True):
+            try:
+                await self._set_running()
+                self._state = MachineState.RUNNING
+            except PostcopyError as error:
+                if self._is_alive():
+                    log.error("%s; tell it to run (cont), if it does not: %s", why, error)
+
+    async def resume(self) -> None:
+        """Only what was paused here."""
+        if self._state is MachineState.PAUSED:
+            await self._set_running()
+            self._runs()
+        else:
+            await trio.lowlevel.checkpoint()
+
+    async def _set_running(self) -> None:
+        """Whatever has become of the pause, the guest runs. `MigrationError` when that cannot be, with the reason."""
+        stream, self._stream, self._saved = self._stream, None, None
+        if stream is not None:
+            stream.close()  # a write that nobody reads ends, too
+        assert self._monitor is not None
+        await self._monitor.mend()
+        deadline = trio.current_time() + GO_ON_TIMEOUT_S
+        cancelled = False
+        while (status := (await self._query_migrate()).get("status")) in _UNDER_WAY:
+            if trio.current_time() > deadline:
+                raise MigrationError(f"the migration of {self._name} does not end ({status}): migrate_cancel, and cont")
+            if not cancelled:
+                cancelled = True
+                await self._execute("migrate_cancel")
+            await trio.sleep(_AGAIN_S)
+        await self._run()
+        await self._restore()
+
+    async def _query_migrate(self) -> dict[str, Any]:
+        said = await self._execute("query-migrate")
+        return said if isinstance(said, dict) else {}
+
+    async def _run(self) -> None:
+        """``cont``, until the guest runs. QEMU refuses that while another one has locked a disk of it."""
+        deadline = trio.current_time() + GO_ON_TIMEOUT_S
+        while (status := await self._status()) != "running":
+            if status not in _STOPPED_BY_US:
+                raise MigrationError(f"the guest of {self._name} cannot go on: it is {status}; see to that, and cont")
+            try:
+                await self._execute("cont")
+            except QemuRefused as error:
+                if "lock" not in error.description.lower() or trio.current_time() > deadline:
+                    raise MigrationError(f"the guest of {self._name} cannot go on: {error.description}") from error
+                await trio.sleep(_AGAIN_S)
+            except QemuInDoubt:
+                if not self._is_alive() or trio.current_time() > deadline:
+                    raise
+
+    async def save_state(self) -> bytes:
+        """What `pause` has taken."""
+        await trio.lowlevel.checkpoint()
+        if self._saved is None:
+            raise MigrationError("a QEMU has a state to be sent while its guest is paused")
+        return self._saved
+
+    async def load_state(self, state: bytes) -> None:
+        raise MigrationError("this QEMU runs a guest already")
+
+    # ---- what it writes
+
+    def dirty_log(self) -> DirtyLog:
+        """In a worker thread; the library is asked by Trio's."""
+        armed = trio.from_thread.run(self._arm_log, trio_token=self._token)
+        with armed.uffd as uffd:
+            memories = [
+                (block.memory, backend.address)
+                for block, backend in zip(self._blocks, self._seen.backends, strict=True)
+            ]
+            assert self._pidfd is not None
+            return DirtyLog.of_process(memories, uffd.fileno(), self._pid, self._pidfd.fileno())
+
+    async def _arm_log(self) -> Armed:
+        library = await Preload.of_process(self._pid, self._preload)
+        return await library.arm([], features=FEATURES_OF_PROCESS, mode=0, keep=False, empty=False)
+
+    @contextlib.asynccontextmanager
+    async def settled(self) -> AsyncIterator[None]:
+        """With disks that write to pages which were pinned before, the guest is stopped: that waits for all of them."""
+        assert self._monitor is not None
+        pins = (await look_at_disks(self._monitor))[1] if self._state is MachineState.RUNNING else ()
+        if not pins:
+            yield
+            return
+        _check_runs(await self._status())
+        try:
+            await self._execute("stop")
+            yield
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._run()
+
+    # ---- the end
+
+    async def _release(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        if self._monitor is not None:
+            if self._is_alive():
+                await self._restore()
+            self._monitor.close()
+        for block in self._blocks:
+            block.memory.drop()
+
+    async def destroy(self) -> None:
+        """Ends it: it runs elsewhere, or nobody wants it any more. The files of its memory stay."""
+        if self._saved is not None and not self._closed and self._is_alive():
+            with trio.CancelScope(shield=True), contextlib.suppress(QemuError):
+                await self._execute("quit", timeout_s=QUIT_TIMEOUT_S)
+                await self._ends_within(QUIT_TIMEOUT_S)
+        await super().destroy()
+
+
+class _Stream:
+    """The end of a pipe into which QEMU writes its state. Until `close`."""
+
+    def __init__(self, name: str, holder: FdHolder) -> None:
+        self.name = name  # by which QEMU knows its end
+        self._fd = holder
+        self._pieces: list[bytes] = []
+        self._bytes = 0
+
+    @classmethod
+    def open(cls) -> tuple[_Stream, FdHolder]:
+        """Ours, and QEMU's end."""
+        try:
+            ours, theirs = os.pipe2(os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in NO_FILES:
+                raise out_of_files(error.errno or 0, "a pipe for QEMU's state") from error
+            raise
+        os.set_blocking(ours, False)
+        with contextlib.suppress(OSError):  # beyond what this user may have in pipes
+            fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        return cls(f"postcopy-{os.getpid()}-{ours}", FdHolder(ours)), FdHolder(theirs)
+
+    @property
+    def too_long(self) -> bool:
+        return self._bytes > MAX_STATE_BYTES
+
+    async def take_all(self) -> None:
+        """Takes what is written, until it ends or is too long."""
+        while not self.take() and not self.too_long:
+            await self._fd.wait_readable()
+
+    def take(self) -> bool:
+        """Takes what is there; whether that was the end of it."""
+        while not self.too_long:
+            try:
+                piece = os.read(self._fd.fileno(), _PIPE_BYTES)
+            except BlockingIOError:
+                return False
+            if not piece:
+                return True
+            self._pieces.append(piece)
+            self._bytes += len(piece)
+        return False
+
+    def content(self) -> bytes:
+        return b"".join(self._pieces)
+
+    def close(self) -> None:
+        self._fd.close()
+
+
+def _capabilities(states: dict[str, bool]) -> dict[str, Any]:
+    return {"capabilities": [{"capability": name, "state": state} for name, state in states.items()]}
+
+
+def _check_runs(status: str) -> None:
+    if status == "running":
+        return
+    if status in ("paused", "postmigrate"):
+        raise ConfigurationError(
+            f"the guest is stopped ({status}); tell it to run first (cont), if you know that it does not run elsewhere:"
+            " one that was moved, and whose source has died, is left so"
+        )
+    if status == "inmigrate":
+        raise ConfigurationError("that QEMU waits for a guest (-incoming): name the one that runs it")
+    raise ConfigurationError(f"that QEMU has no guest that runs: it is {status!r}")

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Qemu`: one process, a monitor of ours, and the lines of its guest."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from postcopy.errors import MigrationError, ResourceError
+from postcopy.testbed import _linux
+from postcopy.testbed._guest import WAIT_S, GuestLine, GuestProcess
+from postcopy.testbed.qemu._find import QEMU, REMEDY, guest_path
+
+START_S = 30.0
+ANSWER_S = 60.0
+SHARED_FILE = "memory-backend-file,share=on"
+"""A backend of memory that `Qemu.start` gives the path of a file of its own, on a tmpfs."""
+
+# A process dies with the thread that has started it (PR_SET_PDEATHSIG): one that lives as long as we do.
+_starter = ThreadPoolExecutor(1, "qemu-starter")
+
+
+class QmpError(MigrationError):
+    """QEMU has refused a command; `kind` is its class, as ``GenericError``."""
+
+    def __init__(self, command: str, kind: str, text: str) -> None:
+        super().__init__(f"{command}: {text}")
+        self.kind = kind
+
+
+class Monitor:
+    """A connection to QEMU's monitor (QMP). `events`: all so far, as they were sent, with QEMU's timestamps.
+
+    `MigrationError` when nothing is answered in time, or QEMU has closed it.
+    """
+
+    def __init__(self, connection: socket.socket, name: str = "QEMU") -> None:
+        self._connection = connection
+        self._name = name
+        self._input = b""
+        self.events: list[dict[str, Any]] = []
+
+    def greet(self, timeout_s: float = START_S) -> None:
+        self._read(time.monotonic() + timeout_s)
+        self.execute("qmp_capabilities")
+
+    def execute(self, command: str, *, timeout_s: float = ANSWER_S, fd: int | None = None, **arguments: Any) -> Any:
+        """The answer, `QmpError` where it is refused. Underscores in names are hyphens; `fd` is sent along."""
+        named = {name.replace("_", "-"): value for name, value in arguments.items()}
+        request = json.dumps({"execute": command, "arguments": named}).encode() + b"\n"
+        deadline = time.monotonic() + timeout_s
+        try:
+            self._connection.settimeout(timeout_s)
+            socket.send_fds(self._connection, [request], [] if fd is None else [fd])
+        except OSError as error:
+            raise MigrationError(f"{self._name}: {command}: {error}") from None
+        while True:
+            message = self._read(deadline, command)
+            if "error" in message:
+                raise QmpError(command, message["error"]["class"], message["error"]["desc"])
+            if "return" in message:
+                return message["return"]
+
+    def wait_event(self, name: str, *statuses: str, deadline_s: float = WAIT_S) -> dict[str, Any]:
+        """The first event with that name (and one of these `statuses` in its data), also one that came before."""
+        what = " ".join([name, *statuses])
+        deadline = time.monotonic() + deadline_s
+        at = 0
+        while True:
+            while at == len(self.events):
+                self._read(deadline, f"event {what}")
+            event = self.events[at]
+            if event["event"] == name and (not statuses or event.get("data", {}).get("status") in statuses):
+                return event
+            at += 1
+
+    def _read(self, deadline: float, what: str = "a greeting") -> dict[str, Any]:
+        while b"\n" not in self._input:
+            try:
+                self._connection.settimeout(max(0.001, deadline - time.monotonic()))
+                got = self._connection.recv(65536)
+            except TimeoutError:
+                raise MigrationError(f"{self._name}: no answer in time: {what}") from None
+            except OSError as error:
+                raise MigrationError(f"{self._name}: {what}: {error}") from None
+            if not got:
+                raise MigrationError(f"{self._name} has closed its monitor: {what}")
+            self._input += got
+        line, _, self._input = self._input.partition(b"\n")
+        message: dict[str, Any] = json.loads(line)
+        if "event" in message:
+            self.events.append(message)
+        return message
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def command_line(
+    directory: Path,
+    memory_mib: int = 64,
+    append: str = "",
+    *,
+    machine: str = "microvm",
+    accel: str = "tcg",
+    cpus: int = 1,
+    backends: Sequence[str] = (SHARED_FILE,),
+    disk: str | os.PathLike[str] | None = None,
+    balloon: bool = False,
+    kernel: str | None = None,
+    initrd: str | None = None,
+) -> list[str]:
+    """Of a QEMU without monitors; see `Qemu.start`."""
+    size = memory_mib // len(backends)
+    command = [QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
+    command += ["-cpu", "qemu64", "-smp", str(cpus), "-m", f"{memory_mib}M"]
+    for i, backend in enumerate(backends):
+        path = f",mem-path={directory / f'ram{i}'}" if backend == SHARED_FILE else ""
+        command += ["-object", f"{backend},id=ram{i},size={size}M{path}"]
+    if len(backends) == 1:
+        command += ["-machine", f"{machine},accel={accel},memory-backend=ram0"]
+    else:
+        command += ["-machine", f"{machine},accel={accel}"]
+        for i in range(len(backends)):
+            command += ["-numa", f"node,memdev=ram{i}" + (f",cpus=0-{cpus - 1}" if i == 0 else "")]
+    command += ["-chardev", "stdio,id=serial,signal=off", "-serial", "chardev:serial"]
+    command += ["-kernel", kernel or guest_path(), "-append", append]
+    if initrd is not None:
+        command += ["-initrd", initrd]
+    bus = "pci"
+    if machine == "microvm":
+        bus = "device"
+        command += ["-global", "virtio-mmio.force-legacy=false"]
+    if disk is not None:
+        command += ["-drive", f"if=none,id=disk,format=raw,cache=none,file={os.fspath(disk)}"]
+        command += ["-device", f"virtio-blk-{bus},drive=disk"]
+    if balloon:
+        command += ["-device", f"virtio-balloon-{bus}"]
+    return command
+
+
+class Qemu(GuestProcess):
+    """A process of QEMU. `qmp_path`: a monitor that nobody is connected to, for what is tested; `execute`, `events` and
+    `wait_event` are of another one, ours. `ram_paths`: the files that its memory is in.
+
+    It dies with this process, whatever ends that.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], directory: Path, monitor: Monitor) -> None:
+        super().__init__("QEMU", process, directory, True)
+        self.monitor = monitor
+        self.qmp_path = str(directory / "qmp.sock")
+
+    @classmethod
+    def start(
+        cls,
+        memory_mib: int = 64,
+        append: str = "",
+        *,
+        incoming: bool = False,
+        prefix: Sequence[str] = (),
+        arguments: Sequence[str] = (),
+        pass_fds: Sequence[int] = (),
+        **options: Any,
+    ) -> Qemu:
+        """One that has booted our guest, with `append` on its command line; with `incoming` one that waits for
+        ``migrate-incoming``, and is paused after that. The twin of one has the same `memory_mib` and options.
+
+        `options`, as `command_line` has them: `machine` (microvm; on pc and q35 our guest finds no disk, no balloon),
+        `accel`, `cpus`, `backends` (objects of memory, a NUMA node each), `disk` (a raw image; O_DIRECT, locked),
+        `balloon`, `kernel` and `initrd` in place of our guest. `arguments` go to the end of the command line, `prefix`
+        before it, as ``postcopy run --`` or ``setpriv`` with its arguments. `ResourceError` when it cannot be started,
+        `MigrationError` when it does not come up.
+        """
+        directory = Path(tempfile.mkdtemp(prefix="postcopy-qemu-", dir="/dev/shm"))
+        try:
+            if prefix:
+                directory.chmod(0o777)  # another user's
+            ours, its = socket.socketpair()
+            command = [*prefix, *command_line(directory, memory_mib, append, **options)]
+            command += ["-qmp", f"unix:{directory / 'qmp.sock'},server=on,wait=off"]
+            command += ["-chardev", f"socket,id=own,fd={its.fileno()}", "-mon", "chardev=own,mode=control"]
+            if incoming:
+                command += ["-incoming", "defer", "-S"]
+            with its, open(directory / "serial", "wb") as serial:
+                (directory / "log").touch()
+                try:
+                    process = _starter.submit(
+                        subprocess.Popen[bytes],
+                        [*command, *arguments],
+                        stdin=subprocess.PIPE,
+                        stdout=serial,
+                        stderr=subprocess.STDOUT,
+                        pass_fds=[its.fileno(), *pass_fds],
+                        preexec_fn=functools.partial(_linux.die_with, os.getpid()),
+                    ).result()
+                except OSError as error:
+                    ours.close()
+                    raise ResourceError(f"{command[0]} cannot be started: {error.strerror}", REMEDY) from None
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        self = cls(process, directory, Monitor(ours))
+        try:
+            self.monitor.greet()
+        except MigrationError as error:
+            said = self.said()
+            self.close()
+            raise MigrationError(f"{error}\n{said}") from None
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    @property
+    def ram_paths(self) -> list[Path]:
+        return sorted(self.directory.glob("ram*"))
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return self.monitor.events
+
+    def execute(self, command: str, *, timeout_s: float = ANSWER_S, fd: int | None = None, **arguments: Any) -> Any:
+        """As `Monitor.execute`."""
+        return self.monitor.execute(command, timeout_s=timeout_s, fd=fd, **arguments)
+
+    def wait_event(self, name: str, *statuses: str, deadline_s: float = WAIT_S) -> dict[str, Any]:
+        """As `Monitor.wait_event`."""
+        return self.monitor.wait_event(name, *statuses, deadline_s=deadline_s)
+
+    def status(self) -> str:
+        """As ``running``, ``paused``, ``inmigrate``, ``postmigrate``."""
+        return str(self.execute("query-status")["status"])
+
+    def inflate(self, mib: int) -> None:
+        """To so much that the balloon has in all; the guest follows before its next pass."""
+        size = int(self.execute("query-memory-size-summary")["base-memory"])
+        self.execute("balloon", value=size - (mib << 20))
+
+    def ask(self, command: str, *, deadline_s: float = WAIT_S) -> GuestLine:
+        """What a Linux guest (`linux`) answers between two passes: to ``status``, ``check`` (it looks at all of its
+        memory), or ``sh WORDS``."""
+        kind = command.split()[0]
+        before = len(self.lines())
+        self.send(f"{command}\n")
+        return self.wait_line(f"answer to {kind}", lambda line: line.kind == kind, after=before, deadline_s=deadline_s)
+
+    def shell(self, words: str, *, deadline_s: float = WAIT_S) -> str:
+        """What the shell of a Linux guest writes; `MigrationError` when it says that this has failed."""
+        before = self.serial_path.stat().st_size
+        result = self.ask(f"sh {words}", deadline_s=deadline_s).values["exit"]
+        text = self.serial_path.read_bytes()[before:].decode(errors="replace").partition("guest: sh exit=")[0]
+        text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("guest: "))
+        if result:
+            raise MigrationError(f"{words}: exit status {result} in the guest: {text}")
+        return text
+
+    def capabilities(self, *names: str) -> None:
+        """Says what a migration is to be capable of."""
+        self.execute("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in names])
+
+    def close(self) -> None:
+        self.monitor.close()
+        super().close()

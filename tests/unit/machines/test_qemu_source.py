@@ -1,0 +1,462 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A QEMU at the source, with one that is none: what it may say and do, and what is refused by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+import trio.testing
+from fake_qemu import MIB, STATE, FakeQemu, Orders, fake_qemu
+
+from postcopy.errors import BusyError, ConfigurationError, MigrationError, PostcopyError
+from postcopy.machines import MachineState
+from postcopy.machines.qemu import source
+from postcopy.machines.qemu._look import FileIdentity, same_host_and_file
+from postcopy.machines.qemu.qmp import QemuAnswer, QemuError, QemuInDoubt
+from postcopy.machines.qemu.source import QemuMachine
+from postcopy.machines.qemu.twin import command_line_of, twin
+
+BOUND_S = 30.0
+PAGE = os.sysconf("SC_PAGE_SIZE")
+SET_UP = ["migrate-set-capabilities", "migrate-set-parameters", "getfd", "migrate"]
+WAY_BACK = ["migrate-set-capabilities", "migrate-set-parameters"]
+PINS = {"query-named-block-nodes": [{"node-name": "n", "drv": "raw", "file": "/d", "cache": {"direct": True}}]}
+
+
+def saying(command: str, value: Any, mib: dict[str, int] | None = None, ramblock: str = "") -> Orders:
+    return Orders(says={command: value}, mib={"ram0": 8} if mib is None else mib, ramblock=ramblock)
+
+
+def block(name: str, mib: int) -> str:
+    return f" {name} 4 KiB 0x0000000000000000 {mib * MIB:#018x} {mib * MIB:#018x}"
+
+
+def device(kind: str) -> Orders:
+    return saying("qom-list /machine/peripheral-anon", [{"name": "device[0]", "type": f"child<{kind}>"}])
+
+
+def objects(kind: str, version: list[int] | None = None) -> Orders:
+    orders = saying("qom-list /objects", [{"name": "ram0", "type": f"child<{kind}>"}])
+    orders.version = version or orders.version
+    return orders
+
+
+@asynccontextmanager
+async def prepared(directory: Path, orders: Orders | None = None) -> AsyncIterator[tuple[FakeQemu, QemuMachine]]:
+    with fake_qemu(directory, orders) as fake, trio.fail_after(BOUND_S):
+        async with QemuMachine.create(str(fake.qmp_path)) as machine:
+            await machine.prepare()
+            yield fake, machine
+
+
+async def status(machine: QemuMachine) -> str:
+    return await machine._status()
+
+
+async def test_what_it_is_is_found(tmp_path: Path) -> None:
+    async with prepared(tmp_path, Orders(mib={"ram1": 8, "ram0": 4})) as (fake, machine):
+        config = machine.config()
+        paths = [fake.ram_path("ram0"), fake.ram_path("ram1")]
+        assert config.pop("boot")
+        assert config == {
+            "version": "7.2.22",
+            "machine": "pc-i440fx-7.2",
+            "accelerator": "tcg",
+            "cpu": "qemu64-x86_64-cpu",
+            "vcpus": 1,
+            "files": [{"device": path.stat().st_dev, "inode": path.stat().st_ino} for path in paths],
+            "disks": [{"node": "d0", "file": "/disk"}],
+        }
+        shown = [(block.name, block.memory.size_bytes, block.memory.page_bytes) for block in machine.blocks]
+        assert shown == [("ram0", 4 * MIB, PAGE), ("ram1", 8 * MIB, PAGE)]
+        present = machine.blocks[1].memory.present()
+        assert [page for page in range(len(present)) if present[page]] == list(range(0, 8 * MIB // PAGE, 3))
+        assert machine.vcpu_threads() == [fake.process.pid]
+        assert machine.process == (fake.process.pid, str(fake.qmp_path))
+        assert machine.statistics().state is MachineState.RUNNING
+        assert fake.was_told() == []
+        mine = machine._seen.config
+        assert same_host_and_file(mine, mine)
+        assert not same_host_and_file(mine, msgspec.structs.replace(mine, boot="another host"))
+        assert not same_host_and_file(mine, msgspec.structs.replace(mine, files=[FileIdentity(1, 2)]))
+
+
+async def test_it_is_paused_with_its_state_and_goes_on(tmp_path: Path) -> None:
+    async with prepared(tmp_path) as (fake, machine):
+        assert machine._monitor is not None
+        before = await machine._capabilities()
+        for _ in range(3):
+            await machine.before_pause()
+            await machine.pause()
+            await machine.pause()
+            assert machine.statistics().state is MachineState.PAUSED
+            assert await machine.save_state() == STATE
+            assert await machine._capabilities() == dict.fromkeys(before, False) | {
+                "x-ignore-shared": True,
+                "events": True,
+            }
+            await machine.resume()
+            assert machine.statistics().state is MachineState.RUNNING
+            assert machine.statistics().first_run_ns > machine.statistics().paused_ns > 0
+            with pytest.raises(MigrationError, match="while its guest is paused"):
+                await machine.save_state()
+            assert await machine._capabilities() == before
+        await machine.resume()  # it runs: nothing is said
+        assert fake.was_told() == [*SET_UP, "cont", *WAY_BACK] * 3
+        parameters = await machine._execute("query-migrate-parameters")
+        assert parameters == {"max-bandwidth": 1 << 27, "downtime-limit": 300, "announce-rounds": 5}
+
+
+async def test_the_pause_without_what_comes_before(tmp_path: Path) -> None:
+    async with prepared(tmp_path) as (fake, machine):
+        await machine.pause()
+        assert await machine.save_state() == STATE
+        assert fake.was_told() == SET_UP
+
+
+async def test_before_the_pause_it_may_be_told_to_go_on(tmp_path: Path) -> None:
+    async with prepared(tmp_path, Orders(migrates="unread")) as (fake, machine):
+        await machine.before_pause()
+        assert await status(machine) == "finish-migrate"
+        await machine.resume()
+        assert await status(machine) == "running"
+        assert "migrate_cancel" in fake.was_told()
+
+
+@pytest.mark.parametrize(
+    ("migrates", "why"),
+    [
+        ("failed", "cannot save its state"),
+        ("unstopped", "stopped by somebody else"),
+        ("endless", "longer than"),
+        ("unread", "within 0.2 s"),
+    ],
+)
+async def test_a_pause_that_fails_leaves_it_running(migrates: str, why: str, tmp_path: Path) -> None:
+    async with prepared(tmp_path, Orders(migrates=migrates)) as (fake, machine):
+        before = await machine._capabilities()
+        with pytest.raises(MigrationError, match=why):
+            await machine.pause(0.2 if migrates == "unread" else BOUND_S)
+        assert await status(machine) == "running"
+        assert machine.statistics().state is MachineState.RUNNING
+        assert await machine._capabilities() == before
+        fake.order(Orders())
+        await machine.pause()
+        assert await machine.save_state() == STATE
+
+
+async def test_one_that_never_stops_its_guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "STOP_TIMEOUT_S", 0.1)
+    async with prepared(tmp_path, Orders(migrates="silent")) as (fake, machine):
+        with pytest.raises(MigrationError, match=r"has not stopped its guest.*active"):
+            await machine.before_pause()
+        assert fake.was_told() == [*SET_UP, "migrate_cancel", *WAY_BACK]
+        assert await status(machine) == "running"
+
+
+async def test_cancelled_before_the_pause_it_runs_on(tmp_path: Path) -> None:
+    async with prepared(tmp_path, Orders(migrates="silent")) as (fake, machine):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(machine.before_pause)
+            while "migrate" not in fake.was_told():  # noqa: ASYNC110 -- another process
+                await trio.sleep(0.001)
+            nursery.cancel_scope.cancel()
+        assert await status(machine) == "running"
+        assert fake.was_told()[-3:] == ["migrate_cancel", *WAY_BACK]
+
+
+@pytest.mark.parametrize("command", ["migrate-set-capabilities", "migrate-set-parameters", "getfd", "migrate"])
+async def test_what_is_refused_leaves_it_running(command: str, tmp_path: Path) -> None:
+    async with prepared(tmp_path, Orders(refuses={command: ["not today"]})) as (_, machine):
+        before = await machine._capabilities()
+        with pytest.raises(QemuError, match=f"refuses {command}: not today"):
+            await machine.pause()
+        assert await status(machine) == "running"
+        assert await machine._capabilities() == before
+        await machine.pause()
+        assert await machine.save_state() == STATE
+
+
+async def test_a_disk_that_is_locked_is_tried_again(tmp_path: Path) -> None:
+    locked = 'Failed to get shared "write" lock'
+    async with prepared(tmp_path, Orders(refuses={"cont": [locked] * 3})) as (fake, machine):
+        await machine.pause()
+        await machine.resume()
+        assert fake.was_told("cont") == ["cont"] * 4
+        assert await status(machine) == "running"
+
+
+async def test_a_disk_that_stays_locked_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "GO_ON_TIMEOUT_S", 0.2)
+    locked = 'Failed to get shared "write" lock on /disk'
+    async with prepared(tmp_path, Orders(refuses={"cont": [locked] * 1000})) as (_, machine):
+        await machine.pause()
+        with pytest.raises(MigrationError, match="lock on /disk"):
+            await machine.resume()
+        assert machine.statistics().state is MachineState.PAUSED
+
+
+async def test_a_guest_that_cannot_go_on_is_named(tmp_path: Path) -> None:
+    async with prepared(tmp_path) as (fake, machine):
+        await machine.pause()
+        fake.order(Orders(says={"query-status": {"status": "io-error"}}))
+        with pytest.raises(MigrationError, match="it is io-error"):
+            await machine.resume()
+        fake.order(Orders(refuses={"cont": ["no space"]}))
+        with pytest.raises(MigrationError, match="no space"):
+            await machine.resume()
+        await machine.resume()
+        assert await status(machine) == "running"
+
+
+@pytest.mark.parametrize("command", ["migrate", "query-migrate"])
+async def test_a_monitor_that_breaks_in_the_pause_is_opened_again(command: str, tmp_path: Path) -> None:
+    async with prepared(tmp_path) as (fake, machine):
+        if command == "query-migrate":
+            await machine.pause()
+        fake.order(Orders(drops=[command]))
+        with pytest.raises(QemuInDoubt):
+            await (machine.resume if command == "query-migrate" else machine.pause)()
+        fake.order(Orders())
+        await machine.resume()
+        assert await status(machine) == "running"
+        await machine.pause()
+        assert await machine.save_state() == STATE
+
+
+async def test_its_death_in_the_pause(tmp_path: Path) -> None:
+    async with prepared(tmp_path, Orders(migrates="dies")) as (_, machine):
+        with pytest.raises(PostcopyError, match="may have ended"):
+            await machine.pause()
+        while machine.statistics().state is not MachineState.FAILED:  # its sockets end before it
+            await machine.wait_changed()
+        assert "has ended" in machine.statistics().failure_text
+        with pytest.raises(PostcopyError):
+            await machine.save_state()
+        with pytest.raises(PostcopyError):
+            await machine.resume()
+
+
+async def test_letting_go_of_it_changes_nothing(tmp_path: Path) -> None:
+    async with prepared(tmp_path) as (fake, machine):
+        await machine.pause()
+        await machine.close()
+        await machine.close()
+        assert fake.process.poll() is None
+        assert fake.was_told() == [*SET_UP, *WAY_BACK]
+        with pytest.raises(trio.ClosedResourceError):
+            await machine.wait_changed()
+        async with QemuMachine.create(str(fake.qmp_path)) as next_one:  # the monitor is free, and the claim
+            with pytest.raises(ConfigurationError, match=r"stopped \(postmigrate\).*cont"):
+                await next_one.prepare()
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_one_that_has_left_is_ended(hangs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "QUIT_TIMEOUT_S", 0.1 if hangs else BOUND_S)
+    async with prepared(tmp_path, Orders(hangs=["quit"] if hangs else [])) as (fake, machine):
+        await machine.pause()
+        await machine.destroy()
+        signalled = signal.SIGKILL if hangs else signal.SIGTERM  # by which the fake ends itself
+        assert await trio.to_thread.run_sync(fake.process.wait, BOUND_S) == -signalled
+
+
+async def test_its_end_is_noticed(tmp_path: Path) -> None:
+    async with prepared(tmp_path) as (fake, machine):
+        noticed = 0
+
+        async def notice() -> None:
+            nonlocal noticed
+            while machine.statistics().state is not MachineState.FAILED:
+                await machine.wait_changed()
+            noticed += 1
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(notice)
+            nursery.start_soon(notice)
+            await trio.testing.wait_all_tasks_blocked()
+            fake.process.kill()
+        assert noticed == 2
+
+
+async def test_what_it_says_is_read_while_nobody_asks(tmp_path: Path) -> None:
+    """A QEMU is looked after for weeks: its events must not pile up."""
+    async with prepared(tmp_path) as (fake, machine), trio.open_nursery() as nursery:
+        nursery.start_soon(machine.wait_changed)
+        fake.order(Orders(events=20_000))
+        assert await status(machine) == "running"
+        await machine.pause()
+        assert await machine.save_state() == STATE
+        nursery.cancel_scope.cancel()
+
+
+async def test_one_belongs_to_one(tmp_path: Path) -> None:
+    async with prepared(tmp_path) as (_, machine):
+        other = QemuMachine.create(machine._qmp)
+        with pytest.raises(BusyError, match="belongs to another postcopy"):
+            other._hold(machine._monitor.process)  # type: ignore[union-attr]
+        await other.close()
+
+
+@pytest.mark.parametrize(
+    ("orders", "error", "why"),
+    [
+        (Orders(status="paused"), ConfigurationError, r"stopped \(paused\); tell it to run first \(cont\)"),
+        (Orders(status="postmigrate"), ConfigurationError, "does not run elsewhere"),
+        (Orders(status="inmigrate"), ConfigurationError, "waits for a guest"),
+        (Orders(status="guest-panicked"), ConfigurationError, "guest-panicked"),
+        (Orders(version=[3, 1, 0]), ConfigurationError, r"3\.1\.0 cannot be moved: that needs 4\.0"),
+        (Orders(capabilities=["events"]), ConfigurationError, "x-ignore-shared"),
+        (saying("query-migrate", {"status": "active"}), BusyError, r"somebody else \(active\)"),
+        (saying("query-migrate", {"status": "postcopy-paused"}), BusyError, "postcopy-paused"),
+        (saying("query-migrate", {"blocked-reasons": ["VFIO device"]}), ConfigurationError, "VFIO device"),
+        (
+            Orders(mib={}, ramblock=block("pc.ram", 128)),
+            ConfigurationError,
+            r"128 MiB \(pc.ram\) is private.*-object memory-backend-file,id=ram0,size=128M,mem-path=\S+,share=on"
+            r" -machine \.\.\.,memory-backend=ram0",
+        ),
+        (Orders(mib={}, ramblock=block("pc.bios", 1)), ConfigurationError, "no memory of this QEMU is shared"),
+        (Orders(mib={}), QemuAnswer, "info ramblock"),
+        (saying("query-block-jobs", [{"type": "backup", "device": "j0"}]), ConfigurationError, r"\(backup j0\): wait"),
+        (saying("query-block-jobs", [{"type": "mirror", "ready": True}]), ConfigurationError, "write-blocking"),
+        (Orders(ramblock=block("0000:00:02.0/vga.vram", 64)), ConfigurationError, "vgamem_mb=16"),
+        (Orders(ramblock=block("ram0", 64)), QemuAnswer, "8388608 bytes, and 67108864"),
+        (
+            saying("query-memdev", [{"id": "ram0", "size": 64 * MIB, "share": False}], {}, block("ram0", 64)),
+            ConfigurationError,
+            "ram0 of 64 MiB is private.*add share=on",
+        ),
+        (objects("memory-backend-memfd", [10, 0, 1]), ConfigurationError, r"memfd, which QEMU 10\.0\.1 sends itself"),
+        (objects("memory-backend-ram"), ConfigurationError, "memory-backend-ram"),
+        (saying("qom-get /objects/ram0 pmem", True), ConfigurationError, "pmem=on"),
+        (saying("qom-get /objects/ram0 readonly", True), ConfigurationError, "readonly=on"),
+        (saying("qom-get /objects/ram0 mem-path", "/dev/shm/another"), ConfigurationError, "is not certain"),
+        (saying("qom-get /objects/ram0 mem-path", "/dev/shm"), ConfigurationError, "is not certain"),
+        (saying("qom-get /objects/ram0 mem-path", "a\0b"), ConfigurationError, "is not certain"),
+        (device("vhost-user-fs-pci"), ConfigurationError, r"device\[0\] \(vhost-user-fs-pci\)"),
+        (device("virtio-mem-pci"), ConfigurationError, "virtio-mem-pci.*plugged in pieces"),
+        (device("nvdimm"), ConfigurationError, "nvdimm"),
+        (device("ivshmem-plain"), ConfigurationError, "shared with others"),
+        (
+            saying("human-monitor-command info network", "n0: index=0,type=vhost-user,x"),
+            ConfigurationError,
+            "network of type vhost-user",
+        ),
+        (saying("query-cpus-fast", []), QemuAnswer, "no CPU"),
+        (
+            saying("query-cpus-fast", [{"cpu-index": 0, "thread-id": 1, "qom-path": "/c"}]),
+            ConfigurationError,
+            "not the QEMU",
+        ),
+        (saying("query-cpus-fast", [{"cpu-index": "x"}]), QemuAnswer, "makes no sense"),
+        (saying("query-memdev", {"a": 1}), QemuAnswer, "makes no sense"),
+        (saying("query-named-block-nodes", [1]), QemuAnswer, "makes no sense"),
+        (saying("query-kvm", None), QemuAnswer, "makes no sense"),
+        (saying("query-migrate-capabilities", [{"x": 1}]), MigrationError, "capable"),
+        (saying("query-status", 3), ConfigurationError, "no guest that runs"),
+        (Orders(dies=["query-memdev"]), QemuInDoubt, "may have ended"),
+        (Orders(drops=["qom-get"]), QemuInDoubt, "has closed its monitor"),
+        (Orders(raw={"query-status": "SSH-2.0\n"}), QemuAnswer, "not JSON"),
+    ],
+)
+async def test_what_cannot_be_moved_is_refused_by_name(
+    orders: Orders, error: type[PostcopyError], why: str, tmp_path: Path
+) -> None:
+    with fake_qemu(tmp_path, orders) as fake, trio.fail_after(BOUND_S):
+        async with QemuMachine.create(str(fake.qmp_path)) as machine:
+            with pytest.raises(error, match=why):
+                await machine.prepare()
+            assert fake.was_told() == []
+
+
+async def test_a_mirror_that_loses_nothing_may_run(tmp_path: Path) -> None:
+    jobs = [{"type": "mirror", "device": "j0", "ready": True, "actively-synced": True}]
+    async with prepared(tmp_path, saying("query-block-jobs", jobs)) as (fake, machine):
+        await machine.pause()
+        await machine.resume()
+        fake.order(saying("query-block-jobs", [jobs[0] | {"actively-synced": False}]))
+        with pytest.raises(ConfigurationError, match="j0"):
+            await machine.before_pause()
+        assert await status(machine) == "running"
+
+
+async def test_memory_that_was_plugged_since_is_noticed(tmp_path: Path) -> None:
+    async with prepared(tmp_path) as (fake, machine):
+        fake.order(Orders(ramblock=" dimm1 4 KiB 0x0 0x4000000 0x4000000"))
+        with pytest.raises(MigrationError, match="other memory than when it was looked at"):
+            await machine.before_pause()
+        assert fake.was_told() == []
+
+
+async def test_a_guest_that_was_stopped_by_somebody_else(tmp_path: Path) -> None:
+    async with prepared(tmp_path) as (fake, machine):
+        fake.order(Orders(says={"query-status": {"status": "paused"}}))
+        with pytest.raises(ConfigurationError, match="stopped"):
+            await machine.before_pause()
+        assert fake.was_told() == []
+
+
+async def test_it_is_stopped_for_a_look_where_disks_pin_memory(tmp_path: Path) -> None:
+    async with prepared(tmp_path) as (fake, machine):
+        async with machine.settled():
+            assert fake.was_told() == []
+        fake.order(Orders(says=PINS))  # a disk that was plugged
+        async with machine.settled():
+            assert await status(machine) == "paused"
+        assert await status(machine) == "running"
+        with pytest.raises(ZeroDivisionError):
+            async with machine.settled():
+                raise ZeroDivisionError
+        assert fake.was_told() == ["stop", "cont"] * 2
+        async with machine.settled():
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await trio.sleep_forever()
+        assert await status(machine) == "running"
+        await machine.pause()
+        async with machine.settled():
+            assert fake.was_told()[-1] == "migrate"
+        await machine.resume()
+
+
+async def test_it_stays_stopped_where_somebody_else_has_stopped_it(tmp_path: Path) -> None:
+    async with prepared(tmp_path) as (fake, machine):
+        fake.order(Orders(says=PINS | {"query-status": {"status": "paused"}}))
+        with pytest.raises(ConfigurationError, match="is stopped"):
+            async with machine.settled():
+                pytest.fail("it was looked at")
+        assert fake.was_told() == []
+
+
+async def test_the_command_line_of_its_twin(tmp_path: Path) -> None:
+    with fake_qemu(tmp_path) as fake:
+        assert (await trio.to_thread.run_sync(command_line_of, fake.process.pid))[-1].endswith("orders.json")
+    with pytest.raises(MigrationError, match="no process"):
+        command_line_of(fake.process.pid)
+    words = [
+        "qemu",
+        "-S",
+        "-m",
+        "1G",
+        "--incoming",
+        "tcp:0:1",
+        "-loadvm",
+        "x",
+        "-drive",
+        "file=/a b",
+        "-netdev",
+        "tap,fd=3",
+    ]
+    command, warnings = twin(words)
+    assert command == ["qemu", "-m", "1G", "-drive", "file=/a b", "-netdev", "tap,fd=3", "-incoming", "defer", "-S"]
+    assert [warning.partition(":")[0] for warning in warnings] == ["tap,fd=3"]
+    assert twin(command)[0] == command
