@@ -120,18 +120,15 @@ static int new_pager(const struct pc_metrics *metrics, struct pc_pager **out)
     return 0;
 }
 
-int pc_pager_new(struct pc_pager **pager)
+int pc_pager_new(int metrics_fd, struct pc_pager **pager)
 {
-    struct pc_metrics metrics = {.fd = -1, .map = pc_buffer_new(sizeof(*metrics.map))};
+    struct pc_metrics metrics = {.fd = -1}; /* that of the map stays the caller's */
+    int error = 0;
 
-    return metrics.map ? new_pager(&metrics, pager) : -ENOMEM;
-}
-
-int pc_pager_new_with_metrics(int metrics_fd, struct pc_pager **pager)
-{
-    struct pc_metrics metrics = {.fd = -1}; /* it stays the caller's */
-    int error = pc_metrics_map(metrics_fd, &metrics.map);
-
+    if (metrics_fd >= 0)
+        error = pc_metrics_map(metrics_fd, &metrics.map);
+    else if (!(metrics.map = pc_buffer_new(sizeof(*metrics.map))))
+        error = -ENOMEM;
     return error ? error : new_pager(&metrics, pager);
 }
 

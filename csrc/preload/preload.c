@@ -36,7 +36,7 @@
 #include "uffd/uffd_abi.h"
 
 #define LIBRARY "libpostcopy-preload.so"
-#define REQUEST_TIMEOUT_MS 2000
+#define REQUEST_TIMEOUT_MS 1000
 #define STACK_BYTES ((size_t)256 << 10)
 
 /* A descriptor of ours among the program's. The program may close it, as one does that closes all it has; its number may then be
@@ -152,8 +152,9 @@ static struct descriptor moved_up(int fd)
 static uint32_t page_bytes_of(int fd)
 {
     struct statfs file_system;
+    struct stat file;
 
-    if (fstatfs(fd, &file_system))
+    if (fstat(fd, &file) || !S_ISREG(file.st_mode) || fstatfs(fd, &file_system))
         return 0;
     if (file_system.f_type == HUGETLBFS_MAGIC)
         return (uint32_t)file_system.f_bsize;

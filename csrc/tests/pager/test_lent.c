@@ -86,9 +86,9 @@ static struct owner *lend(struct rig *rig, int kind)
     CHECK_SYS(munmap(rig->dest[0].base, rig->dest[0].size_bytes));
     rig->dest[0].base = NULL;
     owner = start_owner(&rig->dest[0], FEATURES, work_at_random);
-    CHECK_EQ(pc_pager_new(&rig->pager), 0);
+    CHECK_EQ(pc_pager_new(-1, &rig->pager), 0);
     rig->from_pager = (struct inbox){.owner = rig->pager, .fd = pc_pager_event_fd(rig->pager), .next = next_pager_event};
-    CHECK_EQ(pc_pager_add_block(rig->pager, &rig->dest[0]), 0);
+    CHECK_EQ(pc_pager_add_block(rig->pager, &rig->dest[0], -1), 0);
     if (pc_pager_adopt_shard(rig->pager, owner->uffd, FEATURES, 0, message, sizeof(message)))
         FAIL("%s", message);
     return owner;

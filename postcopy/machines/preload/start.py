@@ -23,8 +23,14 @@ from postcopy.uffd import How, UffdFeature, explain_unavailable, probe
 
 MAX_SOCKET_PATH_BYTES = 107  # sun_path, and its null (unix(7))
 _DEVICE = "/dev/userfaultfd"
-_LAZY = UffdFeature.EVENT_REMOVE | UffdFeature.THREAD_ID | UffdFeature.MISSING_SHMEM | UffdFeature.MINOR_SHMEM
-_LAZY_HUGE = UffdFeature.MISSING_HUGETLBFS | UffdFeature.MINOR_HUGETLBFS
+LAZY_FEATURES = (
+    UffdFeature.THREAD_ID
+    | UffdFeature.MISSING_SHMEM
+    | UffdFeature.MINOR_SHMEM
+    | UffdFeature.MISSING_HUGETLBFS
+    | UffdFeature.MINOR_HUGETLBFS
+)
+"""Of the userfaultfd that guards a program from the start on, as far as the kernel has them."""
 
 
 def library() -> str:
@@ -67,7 +73,7 @@ def environment(path: str, *, lazy: bool = False) -> Iterator[dict[str, str]]:
     preloaded = [library(), *filter(None, [os.environ.get("LD_PRELOAD")])]
     variables = {**os.environ, "LD_PRELOAD": ":".join(preloaded), VARIABLE: path}
     if lazy:
-        variables[f"{VARIABLE}_LAZY"] = hex((_LAZY | _LAZY_HUGE) & probe(How.ANY).features)
+        variables[f"{VARIABLE}_LAZY"] = hex(LAZY_FEATURES & probe(How.ANY).features)
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # there are other ways to a userfaultfd
             device = stack.enter_context(FdHolder(_inherited()))

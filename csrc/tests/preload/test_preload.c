@@ -1,0 +1,614 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The preload library, called as a program would call it, and asked as hostile and other clients do. (Its code is linked in: under
+ * a sanitizer nothing can be preloaded. tests/integration/test_program.py preloads it.)
+ */
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+
+#include "preload/preload.h"
+#include "tests/support/test.h"
+#include "uffd/uffd_abi.h"
+
+#define PAGE ((size_t)4096)
+#define BYTES (16 * PAGE)
+#define FEATURES (UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MINOR_SHMEM)
+
+static struct sockaddr_un path = {.sun_family = AF_UNIX};
+static int got[PRELOAD_MAPPINGS]; /* descriptors of the last reply */
+
+static void begin(uint64_t lazy_features)
+{
+    char lazy[32];
+
+    (void)snprintf(path.sun_path, sizeof(path.sun_path), "/tmp/pc-preload-%d.sock", (int)getpid());
+    (void)unlink(path.sun_path);
+    CHECK(!setenv("POSTCOPY_PRELOAD", path.sun_path, 1));
+    (void)snprintf(lazy, sizeof(lazy), "%#llx", (unsigned long long)lazy_features);
+    CHECK(!setenv("POSTCOPY_PRELOAD_LAZY", lazy_features ? lazy : "", 1));
+    CHECK(!setenv("LD_PRELOAD", "/a/libone.so /x/libpostcopy-preload.so:/b/libtwo.so", 1));
+    preload_begin();
+}
+
+/* The least number of a descriptor of the library. */
+static int lowest(void)
+{
+    struct rlimit limit;
+
+    CHECK_SYS(getrlimit(RLIMIT_NOFILE, &limit));
+    return limit.rlim_cur < 2048 ? (int)limit.rlim_cur / 2 : 1024;
+}
+
+static int memory_file(size_t bytes)
+{
+    int fd = CHECK_SYS(memfd_create("arena", MFD_CLOEXEC));
+
+    CHECK_SYS(ftruncate(fd, (off_t)bytes));
+    return fd;
+}
+
+static char *map_at(void *at, int fd, size_t bytes, off_t offset)
+{
+    char *mapped = preload_mmap(at, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | (at ? MAP_FIXED : 0), fd, offset);
+
+    CHECK(mapped != MAP_FAILED);
+    return mapped;
+}
+
+/* A new file, mapped, its descriptor closed: as programs do it. */
+static char *map_new(size_t bytes)
+{
+    int fd = memory_file(bytes);
+    char *mapped = map_at(NULL, fd, bytes, 0);
+
+    CHECK_SYS(close(fd));
+    return mapped;
+}
+
+static int connection(void)
+{
+    int fd = CHECK_SYS(socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+
+    CHECK_SYS(connect(fd, (struct sockaddr *)&path, sizeof(path)));
+    return fd;
+}
+
+/* How many bytes came, and in `*fds` how many descriptors, into `got`. */
+static ssize_t receive(int fd, struct preload_reply *reply, size_t *fds)
+{
+    union {
+        struct cmsghdr header;
+        char bytes[CMSG_SPACE(sizeof(got))];
+    } control;
+    struct iovec part = {reply, sizeof(*reply)};
+    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control)};
+    ssize_t bytes = recvmsg(fd, &message, MSG_CMSG_CLOEXEC);
+    struct cmsghdr *header = bytes > 0 ? CMSG_FIRSTHDR(&message) : NULL;
+
+    *fds = 0;
+    if (header) {
+        *fds = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+        memcpy(got, CMSG_DATA(header), *fds * sizeof(int));
+    }
+    return bytes;
+}
+
+static struct preload_reply reply; /* the last one */
+
+static size_t ask_raw(const void *request, size_t bytes)
+{
+    int fd = connection();
+    size_t fds;
+
+    CHECK_EQ(send(fd, request, bytes, MSG_NOSIGNAL), bytes);
+    CHECK(receive(fd, &reply, &fds) >= (ssize_t)offsetof(struct preload_reply, mappings));
+    CHECK_SYS(close(fd));
+    CHECK_EQ(reply.magic, PRELOAD_MAGIC);
+    return fds;
+}
+
+static size_t ask(enum preload_op op, uint32_t flags, uint64_t features, uint64_t mode, const char *at, size_t bytes)
+{
+    struct preload_request request = {.magic = PRELOAD_MAGIC, .version = PRELOAD_VERSION, .op = (uint16_t)op, .flags = flags,
+                                      .features = features, .mode = mode, .count = at != NULL};
+
+    request.ranges[0] = (struct preload_range){(uint64_t)at, bytes};
+    return ask_raw(&request, offsetof(struct preload_request, ranges) + request.count * sizeof(request.ranges[0]));
+}
+
+/* Lists; closes what came. Returns the number of mappings. */
+static size_t list(void)
+{
+    size_t fds = ask(PRELOAD_LIST, 0, 0, 0, NULL, 0);
+
+    CHECK_EQ(reply.error, 0);
+    CHECK_EQ(fds, reply.count);
+    for (size_t i = 0; i < fds; i++) {
+        struct stat file;
+
+        CHECK_SYS(fstat(got[i], &file));
+        CHECK_EQ(file.st_ino, reply.mappings[i].inode);
+        CHECK_SYS(close(got[i]));
+    }
+    return fds;
+}
+
+static size_t arm(uint32_t flags, const char *at, size_t bytes)
+{
+    return ask(PRELOAD_ARM, flags, FEATURES, UFFDIO_REGISTER_MODE_MISSING, at, bytes);
+}
+
+static void place(int uffd, char *at, int value)
+{
+    static char page[4096];
+    struct uffdio_copy copy = {.dst = (uint64_t)at, .src = (uint64_t)page, .len = PAGE};
+
+    memset(page, value, PAGE);
+    CHECK_SYS(ioctl(uffd, UFFDIO_COPY, &copy));
+}
+
+struct reader {
+    const char *at;
+    _Atomic int value; /* -1: it waits */
+};
+
+static void *read_it(void *argument)
+{
+    struct reader *reader = argument;
+
+    reader->value = *(volatile const char *)reader->at;
+    return NULL;
+}
+
+static pthread_t read_in_thread(struct reader *reader, const char *at)
+{
+    pthread_t thread;
+
+    *reader = (struct reader){at, -1};
+    CHECK(!pthread_create(&thread, NULL, read_it, reader));
+    return thread;
+}
+
+/* Until a page fault is told, and none else. */
+static uint64_t fault(int uffd)
+{
+    struct pollfd waiting = {.fd = uffd, .events = POLLIN};
+    struct uffd_msg message;
+
+    CHECK_EQ(poll(&waiting, 1, -1), 1);
+    CHECK_EQ(read(uffd, &message, sizeof(message)), sizeof(message));
+    CHECK_EQ(message.event, UFFD_EVENT_PAGEFAULT);
+    return message.arg.pagefault.address;
+}
+
+/* ---- what is remembered */
+
+static void remembers_shared_writable_mappings_of_files_in_memory(void)
+{
+    char name[] = "/var/tmp/pc-preload-XXXXXX";
+    int fd = memory_file(BYTES), disk = CHECK_SYS(mkstemp(name)), zero = CHECK_SYS(open("/dev/zero", O_RDWR));
+    char *first;
+
+    begin(0);
+    CHECK_SYS(ftruncate(disk, (off_t)BYTES));
+    errno = 4711;
+    first = map_at(NULL, fd, BYTES, 0);
+    CHECK_EQ(errno, 4711);
+    (void)map_at(NULL, fd, BYTES - PAGE, (off_t)PAGE);
+    CHECK(preload_mmap(NULL, BYTES, PROT_READ, MAP_SHARED, fd, 0) != MAP_FAILED);
+    CHECK(preload_mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0) != MAP_FAILED);
+    CHECK(preload_mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0) != MAP_FAILED);
+    CHECK(preload_mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, disk, 0) != MAP_FAILED);
+    CHECK(preload_mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, zero, 0) != MAP_FAILED);
+    CHECK(preload_mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, 9999, 0) == MAP_FAILED && errno == EBADF);
+    CHECK_SYS(unlink(name));
+    CHECK_EQ(list(), 2);
+    CHECK_EQ(reply.mappings[0].address, (uint64_t)first);
+    CHECK_EQ(reply.mappings[0].bytes, BYTES);
+    CHECK_EQ(reply.mappings[0].page_bytes, PAGE);
+    CHECK(!strcmp(reply.mappings[0].name, "/memfd:arena (deleted)"));
+    CHECK_EQ(reply.mappings[1].offset, PAGE);
+    CHECK(!strcmp(getenv("LD_PRELOAD"), "/a/libone.so /b/libtwo.so"));
+}
+
+static void check_pieces(size_t count, const char *base, const size_t (*pages)[2])
+{
+    CHECK_EQ(list(), count);
+    for (size_t i = 0; i < count; i++) {
+        CHECK_EQ(reply.mappings[i].address, (uint64_t)base + pages[i][0] * PAGE);
+        CHECK_EQ(reply.mappings[i].offset, pages[i][0] * PAGE);
+        CHECK_EQ(reply.mappings[i].bytes, (pages[i][1] - pages[i][0]) * PAGE);
+    }
+}
+
+static void forgets_what_is_unmapped(void)
+{
+    char *base = mmap(NULL, 64 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void *moved;
+
+    begin(0);
+    CHECK(base != MAP_FAILED);
+    CHECK(map_at(base, memory_file(BYTES), BYTES, 0) == base);
+    CHECK_SYS(preload_munmap(base + 4 * PAGE, 2 * PAGE));
+    check_pieces(2, base, (const size_t[][2]){{0, 4}, {6, 16}});
+    CHECK_SYS(preload_munmap(base + 14 * PAGE, 9 * PAGE - 1)); /* its end, and what is behind it */
+    check_pieces(2, base, (const size_t[][2]){{0, 4}, {6, 14}});
+    CHECK(preload_munmap(base + 1, PAGE) < 0 && errno == EINVAL);
+    CHECK(preload_mmap(base, PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == base);
+    check_pieces(2, base, (const size_t[][2]){{1, 4}, {6, 14}});
+    moved = preload_mremap(base + 6 * PAGE, 8 * PAGE, 9 * PAGE, MREMAP_MAYMOVE, NULL);
+    CHECK(moved != MAP_FAILED);
+    CHECK_EQ(list(), 2);
+    CHECK_EQ(reply.mappings[1].address, (uint64_t)moved);
+    CHECK_EQ(reply.mappings[1].bytes, 9 * PAGE);
+    CHECK_EQ(reply.mappings[1].offset, 6 * PAGE);
+    CHECK_SYS(preload_munmap(moved, 9 * PAGE));
+    CHECK_SYS(preload_munmap(base, BYTES));
+    CHECK_EQ(list(), 0);
+    CHECK_EQ(reply.state, 0);
+}
+
+static void keeps_no_file_that_is_unmapped(void)
+{
+    int fd;
+
+    begin(0);
+    (void)map_new(BYTES);
+    fd = CHECK_SYS(fcntl(0, F_DUPFD, lowest())); /* the lowest number of ours that is free, before and after */
+    CHECK_SYS(close(fd));
+    for (int i = 0; i < 1000; i++)
+        CHECK_SYS(preload_munmap(map_new(BYTES), BYTES));
+    CHECK_EQ(fcntl(0, F_DUPFD, lowest()), fd);
+    CHECK_EQ(list(), 1);
+}
+
+static void says_that_there_are_more_than_it_knows(void)
+{
+    char *some[PRELOAD_MAPPINGS + 1];
+
+    begin(0);
+    for (size_t i = 0; i <= PRELOAD_MAPPINGS; i++)
+        some[i] = map_new(PAGE);
+    CHECK_EQ(list(), PRELOAD_MAPPINGS);
+    CHECK(reply.state & PRELOAD_LOST);
+    for (size_t i = 0; i <= PRELOAD_MAPPINGS; i++)
+        CHECK_SYS(preload_munmap(some[i], PAGE));
+    CHECK_EQ(list(), 0);
+}
+
+static void takes_no_descriptor_of_the_program_for_its_own(void)
+{
+    int others[64], zero = CHECK_SYS(open("/dev/zero", O_RDWR | O_CLOEXEC));
+    char *base;
+
+    begin(0);
+    base = map_new(BYTES);
+    CHECK_EQ(list(), 1);
+    CHECK_SYS(close_range((unsigned)lowest(), ~0U, 0)); /* as a program that closes all it has */
+    for (int i = 0; i < 64; i++)
+        others[i] = CHECK_SYS(fcntl(zero, F_DUPFD, lowest())); /* and opens others */
+    CHECK_SYS(preload_munmap(base, BYTES));
+    for (int i = 0; i < 64; i++)
+        CHECK(fcntl(others[i], F_GETFD) >= 0);
+}
+
+/* ---- requests */
+
+static void guards_and_undoes_it(void)
+{
+    struct reader reader;
+    pthread_t thread;
+    char *base;
+
+    begin(0);
+    base = map_new(BYTES);
+    memset(base, 1, BYTES);
+    CHECK_EQ(arm(PRELOAD_EMPTY, base, BYTES), 1);
+    CHECK_EQ(reply.error, 0);
+    CHECK_EQ(reply.features, FEATURES);
+    CHECK_EQ(reply.state, 0);
+    thread = read_in_thread(&reader, base + 3 * PAGE + 5);
+    CHECK_EQ(fault(got[0]), (uint64_t)base + 3 * PAGE);
+    place(got[0], base + 3 * PAGE, 9);
+    CHECK(!pthread_join(thread, NULL));
+    CHECK_EQ(reader.value, 9);
+    CHECK_SYS(close(got[0])); /* the end of the asker: nothing is guarded any more */
+    CHECK_EQ(base[4 * PAGE], 0);
+    CHECK_EQ(ask(PRELOAD_TAKE, 0, 0, 0, NULL, 0), 0);
+    CHECK_EQ(reply.step, PRELOAD_KEPT);
+    CHECK_EQ(arm(0, base, PAGE), 1); /* again */
+    CHECK_EQ(ask(PRELOAD_ARM, 0, UFFD_FEATURE_WP_ASYNC, 0, NULL, 0), 1); /* one with nothing registered, beside it */
+    CHECK_EQ(list(), 1);
+}
+
+static void keeps_a_copy_until_it_is_disarmed(void)
+{
+    struct uffdio_range whole = {.len = BYTES};
+    struct reader reader;
+    pthread_t thread;
+    char *base;
+
+    begin(0);
+    base = map_new(BYTES);
+    whole.start = (uint64_t)base;
+    CHECK_EQ(arm(PRELOAD_KEEP, base, BYTES), 1);
+    CHECK_EQ(reply.state, PRELOAD_IS_KEPT);
+    CHECK_SYS(close(got[0])); /* the end of the asker */
+    thread = read_in_thread(&reader, base);
+    CHECK_EQ(arm(PRELOAD_KEEP, base, BYTES), 0);
+    CHECK_EQ(reply.error, EBUSY);
+    CHECK_EQ(reply.step, PRELOAD_KEPT);
+    CHECK_EQ(ask(PRELOAD_TAKE, 0, 0, 0, NULL, 0), 1);
+    CHECK_EQ(reply.features, FEATURES);
+    CHECK_EQ(fault(got[0]), (uint64_t)base);
+    CHECK_EQ(reader.value, -1);
+    place(got[0], base, 5);
+    CHECK(!pthread_join(thread, NULL));
+    CHECK_EQ(reader.value, 5);
+    CHECK_SYS(ioctl(got[0], UFFDIO_UNREGISTER, &whole));
+    CHECK_EQ(ask(PRELOAD_DISARM, 0, 0, 0, NULL, 0), 0);
+    CHECK_EQ(reply.error, 0);
+    CHECK_EQ(ask(PRELOAD_DISARM, 0, 0, 0, NULL, 0), 0);
+    CHECK_EQ(reply.error, ENOENT);
+    CHECK_EQ(arm(PRELOAD_KEEP, base, BYTES), 1);
+    CHECK_EQ(reply.error, 0);
+}
+
+static void guards_from_the_first_touch_on(void)
+{
+    struct reader reader, other;
+    pthread_t thread, another;
+    char *base;
+    int fd;
+
+    begin(FEATURES);
+    fd = memory_file(BYTES);
+    CHECK_EQ(pwrite(fd, "old", 3, 0), 3);
+    base = map_at(NULL, fd, BYTES, 0);
+    thread = read_in_thread(&reader, base); /* what is in the file already is not seen */
+    another = read_in_thread(&other, base + PAGE);
+    CHECK_EQ(list(), 1);
+    CHECK_EQ(reply.state, PRELOAD_IS_LAZY);
+    CHECK_EQ(ask(PRELOAD_ARM, PRELOAD_KEEP, UFFD_FEATURE_SIGBUS, 1, base, BYTES), 0);
+    CHECK_EQ(reply.step, PRELOAD_FEATURES);
+    CHECK_EQ(arm(PRELOAD_KEEP | PRELOAD_EMPTY, base, BYTES), 1);
+    CHECK_EQ(reply.state, PRELOAD_IS_KEPT);
+    place(got[0], base, 'n');
+    place(got[0], base + PAGE, 'm');
+    CHECK(!pthread_join(thread, NULL));
+    CHECK(!pthread_join(another, NULL));
+    CHECK_EQ(reader.value, 'n');
+    CHECK_EQ(other.value, 'm');
+    map_new(PAGE)[0] = 1; /* does not wait any more */
+}
+
+static void refuses_what_makes_no_sense(void)
+{
+    static struct {
+        struct preload_request request;
+        char more[64];
+    } sent;
+    struct preload_request *request = &sent.request;
+    char *base;
+
+    begin(0);
+    base = map_new(BYTES);
+    for (int i = 0; i < 2000; i++) { /* of any length, right at the beginning or not */
+        size_t bytes = 1 + test_below(i % 2 ? 80 : sizeof(sent));
+
+        for (size_t at = 0; at < sizeof(sent); at += 8)
+            *(uint64_t *)(void *)((char *)&sent + at) = test_below(3) ? test_random() : 0;
+        if (i % 4) {
+            request->magic = PRELOAD_MAGIC;
+            request->version = PRELOAD_VERSION;
+            request->op = (uint16_t)test_below(6);
+            request->count = (uint32_t)test_below(4);
+            request->flags = (uint32_t)test_below(8);
+            if (i % 3)
+                bytes = offsetof(struct preload_request, ranges) + request->count * sizeof(request->ranges[0]);
+        }
+        for (size_t fds = ask_raw(&sent, bytes); fds > 0; fds--)
+            CHECK_SYS(close(got[fds - 1]));
+        if (reply.state & PRELOAD_IS_KEPT)
+            (void)ask(PRELOAD_DISARM, 0, 0, 0, NULL, 0);
+    }
+    request->magic = PRELOAD_MAGIC;
+    request->version = PRELOAD_VERSION + 1;
+    CHECK_EQ(ask_raw(&sent, 32), 0);
+    CHECK_EQ(reply.error, EPROTONOSUPPORT);
+    CHECK_EQ(arm(0, base + PAGE, BYTES), 0);
+    CHECK_EQ(reply.step, PRELOAD_RANGE);
+    CHECK_EQ(ask(PRELOAD_ARM, PRELOAD_KEEP, FEATURES, 1, base + 1, PAGE), 0);
+    CHECK_EQ(reply.step, PRELOAD_REGISTER);
+    CHECK_EQ(reply.state, 0);
+    CHECK_EQ(ask(PRELOAD_ARM, 0, (uint64_t)1 << 60, 1, base, PAGE), 0);
+    CHECK_EQ(reply.step, PRELOAD_FEATURES);
+    base[0] = 1;
+    CHECK_EQ(list(), 1);
+}
+
+static void outlives_clients_that_say_nothing(void)
+{
+    struct preload_request request = {.magic = PRELOAD_MAGIC, .version = PRELOAD_VERSION, .op = PRELOAD_LIST};
+    int silent, gone;
+
+    begin(0);
+    (void)map_new(BYTES);
+    for (int i = 0; i < 100; i++) /* that is gone before it is answered */
+        for (int part = 0; part < 2; part++) {
+            gone = connection();
+            if (part)
+                (void)send(gone, &request, offsetof(struct preload_request, ranges), MSG_NOSIGNAL);
+            CHECK_SYS(close(gone));
+        }
+    silent = connection(); /* the next one is served when its time is over */
+    CHECK_EQ(list(), 1);
+    CHECK_SYS(close(silent));
+}
+
+static void answers_its_own_user_only(void)
+{
+    struct preload_request request = {.magic = PRELOAD_MAGIC, .version = PRELOAD_VERSION, .op = PRELOAD_LIST};
+    struct stat file;
+    pid_t child;
+    int status;
+
+    if (geteuid())
+        SKIP("root", "another user cannot be tried by this one");
+    begin(0);
+    (void)umask(0);
+    (void)map_new(BYTES);
+    CHECK_SYS(stat(path.sun_path, &file));
+    CHECK_EQ(file.st_mode & 07777, 0600);
+    CHECK_SYS(chmod(path.sun_path, 0666)); /* so that the question itself is asked */
+    child = CHECK_SYS(fork());
+    if (!child) {
+        CHECK(!setuid(65534));
+        CHECK_EQ(ask_raw(&request, offsetof(struct preload_request, ranges)), 0);
+        CHECK_EQ(reply.error, EACCES);
+        CHECK_EQ(reply.step, PRELOAD_PEER);
+        _exit(0);
+    }
+    CHECK_EQ(waitpid(child, &status, 0), child);
+    CHECK_EQ(status, 0);
+    CHECK_EQ(list(), 1);
+}
+
+/* ---- processes and threads */
+
+static int in_child(void (*run)(void))
+{
+    pid_t child = CHECK_SYS(fork());
+    int status;
+
+    if (!child) {
+        run();
+        _exit(0);
+    }
+    CHECK_EQ(waitpid(child, &status, 0), child);
+    return status;
+}
+
+static void map_and_end(void)
+{
+    (void)map_new(BYTES);
+    preload_end();
+}
+
+static void map_and_answer(void)
+{
+    (void)map_new(BYTES);
+    CHECK_EQ(list(), 1);
+    preload_end();
+    CHECK(access(path.sun_path, F_OK) < 0);
+}
+
+static void serves_a_daemon_and_no_child(void)
+{
+    begin(0);
+    CHECK_EQ(in_child(map_and_answer), 0); /* which has forked before anything was mapped */
+    (void)map_new(BYTES);
+    CHECK_EQ(list(), 1);
+    CHECK_EQ(in_child(map_and_end), 0); /* it has not what the parent has, and removes nothing */
+    CHECK_EQ(list(), 1);
+    preload_end();
+    CHECK(access(path.sun_path, F_OK) < 0);
+}
+
+static _Atomic bool enough;
+
+static void *map_and_unmap(void *unused)
+{
+    while (!enough) {
+        char *mapped = map_new(4 * PAGE);
+
+        mapped[0] = 1;
+        CHECK_SYS(preload_munmap(mapped + 2 * PAGE, PAGE));
+        CHECK_SYS(preload_munmap(mapped, 4 * PAGE));
+    }
+    return unused;
+}
+
+static void nothing(void)
+{
+}
+
+static void *fork_again_and_again(void *unused)
+{
+    while (!enough)
+        CHECK_EQ(in_child(nothing), 0);
+    return unused;
+}
+
+static void unmap_in_handler(int number)
+{
+    int error = errno;
+
+    (void)number;
+    CHECK_SYS(preload_munmap(map_new(PAGE), PAGE));
+    errno = error;
+}
+
+static void *signal_again_and_again(void *target)
+{
+    while (!enough) {
+        (void)pthread_kill(*(pthread_t *)target, SIGUSR1);
+        (void)poll(NULL, 0, 1);
+    }
+    return NULL;
+}
+
+static void answers_while_the_program_maps_forks_and_is_signalled(void)
+{
+    void *(*const runs[])(void *) = {map_and_unmap, map_and_unmap, fork_again_and_again, signal_again_and_again};
+    pthread_t threads[4];
+    char *base;
+
+    begin(0);
+    base = map_new(BYTES);
+    (void)signal(SIGUSR1, unmap_in_handler);
+    for (size_t i = 0; i < 4; i++)
+        CHECK(!pthread_create(&threads[i], NULL, runs[i], &threads[0]));
+    for (int i = 0; i < 100; i++) {
+        size_t fds = ask(PRELOAD_LIST, 0, 0, 0, NULL, 0);
+
+        while (fds)
+            CHECK_SYS(close(got[--fds]));
+        CHECK_EQ(reply.mappings[0].address, (uint64_t)base);
+        while (!arm(i % 2 ? PRELOAD_KEEP : 0, base, BYTES)) /* a child of ours may still have the last one of the asker's */
+            CHECK(reply.error == EBUSY && reply.step == PRELOAD_REGISTER);
+        CHECK_SYS(close(got[0]));
+        if (i % 2)
+            CHECK_EQ(ask(PRELOAD_DISARM, 0, 0, 0, NULL, 0), 0);
+        CHECK_EQ(reply.error, 0);
+    }
+    enough = true;
+    for (size_t i = 0; i < 4; i++)
+        CHECK(!pthread_join(threads[i], NULL));
+    CHECK_EQ(list(), 1);
+}
+
+int main(int argc, char **argv)
+{
+    test_begin(argc, argv);
+    RUN(remembers_shared_writable_mappings_of_files_in_memory);
+    RUN(forgets_what_is_unmapped);
+    RUN(keeps_no_file_that_is_unmapped);
+    RUN(says_that_there_are_more_than_it_knows);
+    RUN(takes_no_descriptor_of_the_program_for_its_own);
+    RUN(guards_and_undoes_it);
+    RUN(keeps_a_copy_until_it_is_disarmed);
+    RUN(guards_from_the_first_touch_on);
+    RUN(refuses_what_makes_no_sense);
+    RUN(outlives_clients_that_say_nothing);
+    RUN(answers_its_own_user_only);
+    RUN(serves_a_daemon_and_no_child);
+    RUN(answers_while_the_program_maps_forks_and_is_signalled);
+    return test_end();
+}
