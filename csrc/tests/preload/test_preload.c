@@ -595,7 +595,7 @@ static void answers_while_the_program_maps_forks_and_is_signalled(void)
 }
 
 /* TSan gives a thread that still runs at the end, as the library's does, a second for more reports: for each case. */
-const char *__tsan_default_options(void);
+__attribute__((visibility("default"))) const char *__tsan_default_options(void);
 const char *__tsan_default_options(void)
 {
     return "atexit_sleep_ms=0";
