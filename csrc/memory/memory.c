@@ -9,6 +9,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "core/runtime.h"
 #include "memory/internal.h"
 #include "memory/states.h"
 
@@ -47,6 +48,27 @@ int pc_memfd_map(int fd, uint64_t bytes, void **base)
         return -errno;
     (void)madvise(*base, bytes, MADV_DONTFORK);
     return 0;
+}
+
+int pc_memfd_new_of(const char *name, uint64_t size_bytes, struct pc_memfd_head head)
+{
+    int fd = pc_memfd_new(name, size_bytes, 0);
+    int error = fd < 0 ? fd : pc_pwrite_all(fd, &head, sizeof(head), 0);
+
+    if (error && fd >= 0)
+        close(fd);
+    return error ? error : fd;
+}
+
+int pc_memfd_count(int fd, uint64_t magic, uint64_t *count)
+{
+    struct pc_memfd_head head;
+    int error = pc_pread_all(fd, &head, sizeof(head), 0);
+
+    if (error)
+        return error == -ENODATA ? -EINVAL : error;
+    *count = head.count;
+    return head.magic == magic ? 0 : -EINVAL;
 }
 
 /* No transparent huge pages: one page written would install 512, of which 511 have no content yet. And a forked child must not share,

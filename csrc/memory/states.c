@@ -39,11 +39,6 @@
 #define HEADER_BYTES 4096
 #define PAGEMAP_THERE (UINT64_C(3) << 62) /* present, or swapped out */
 
-struct header {
-    uint64_t magic;
-    uint64_t pages;
-};
-
 _Static_assert(sizeof(struct pc_journal) == HEADER_BYTES, "a journal is a page");
 
 static uint64_t journals_at(uint64_t pages)
@@ -60,33 +55,19 @@ static uint64_t file_bytes(uint64_t pages)
 
 int pc_states_new(uint64_t pages)
 {
-    struct header header = {.magic = MAGIC, .pages = pages};
-    int fd, error;
-
     if (!pages || pages > UINT64_MAX / 64)
         return -EINVAL;
-    fd = pc_memfd_new("postcopy-states", file_bytes(pages), 0);
-    if (fd < 0)
-        return fd;
-    error = pc_pwrite_all(fd, &header, sizeof(header), 0);
-    if (!error)
-        return fd;
-    close(fd);
-    return error;
+    return pc_memfd_new_of("postcopy-states", file_bytes(pages), (struct pc_memfd_head){.magic = MAGIC, .count = pages});
 }
 
 int pc_states_map(int fd, uint64_t pages, struct pc_states *states)
 {
-    uint64_t words = pc_bitmap_words(pages);
-    struct header header;
-    int error = pc_pread_all(fd, &header, sizeof(header), 0);
+    uint64_t words = pc_bitmap_words(pages), count;
+    int error = pc_memfd_count(fd, MAGIC, &count);
     void *base;
 
-    if (error)
-        return error == -ENODATA ? -EINVAL : error;
-    if (header.magic != MAGIC || header.pages != pages)
-        return -EINVAL;
-    error = pc_memfd_map(fd, file_bytes(pages), &base);
+    if (!error)
+        error = count == pages ? pc_memfd_map(fd, file_bytes(pages), &base) : -EINVAL;
     if (error)
         return error;
     states->base = base;

@@ -41,5 +41,12 @@ void pc_states_unclaim(const struct pc_states *states, uint64_t pages);
 int pc_memfd_new(const char *name, uint64_t size_bytes, unsigned int flags);
 /* Maps one of that size; undone by pc_buffer_free. 0, -EINVAL when it is something else, or -errno. */
 int pc_memfd_map(int fd, uint64_t bytes, void **base);
+/* With which a memfd may begin: what it is, and how many of what it is made for. */
+struct pc_memfd_head {
+    uint64_t magic, count;
+};
+int pc_memfd_new_of(const char *name, uint64_t size_bytes, struct pc_memfd_head head);
+/* How many; 0, -EINVAL when it is something else, or -errno. What it says is a stranger's. */
+int pc_memfd_count(int fd, uint64_t magic, uint64_t *count);
 
 #endif

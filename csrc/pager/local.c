@@ -36,6 +36,7 @@
 #define BATCH_BYTES (256 * 1024) /* of a background read: it stays in a processor's own cache until it is placed */
 #define MAX_REQUESTS PENDING_MAX
 #define TOUCHES_MAGIC UINT64_C(0x31736568637574) /* "tuches1", little endian */
+#define TOUCHES_MAX (UINT32_MAX * UINT64_C(64))
 #define TOUCHED (UINT64_C(1) << 63)             /* an entry that has been written */
 
 enum reader_kind { DEMAND, BACKGROUND, READER_KINDS };
@@ -81,9 +82,15 @@ struct readers {
 };
 
 struct touches { /* in a memfd */
-    uint64_t magic, capacity, count;
+    struct pc_memfd_head head; /* its capacity */
+    uint64_t count;
     uint64_t entries[];
 };
+
+static uint64_t touches_bytes(uint64_t capacity)
+{
+    return sizeof(struct touches) + capacity * sizeof(uint64_t);
+}
 
 static bool is_ending(const struct readers *readers)
 {
@@ -637,7 +644,7 @@ void pc_readers_free(struct pc_pager *pager)
     pthread_mutex_destroy(&readers->background_lock);
     pc_buffer_free(readers, sizeof(*readers));
     if (touches)
-        pc_buffer_free(touches, sizeof(*touches) + touches->capacity * sizeof(uint64_t));
+        pc_buffer_free(touches, touches_bytes(touches->head.count));
 }
 
 int pc_pager_set_readers(struct pc_pager *pager, uint32_t demand, uint32_t background)
@@ -919,32 +926,19 @@ void pc_local_forget(struct block *block, const uint64_t *stale_words)
 
 int pc_touches_new(uint64_t pages)
 {
-    struct touches header = {.magic = TOUCHES_MAGIC, .capacity = pages};
-    int fd, error;
-
-    if (!pages || pages > UINT32_MAX * UINT64_C(64))
+    if (!pages || pages > TOUCHES_MAX)
         return -EINVAL;
-    fd = pc_memfd_new("postcopy-touches", sizeof(header) + pages * sizeof(uint64_t), 0);
-    if (fd < 0)
-        return fd;
-    error = pc_pwrite_all(fd, &header, sizeof(header), 0);
-    if (!error)
-        return fd;
-    close(fd);
-    return error;
+    return pc_memfd_new_of("postcopy-touches", touches_bytes(pages), (struct pc_memfd_head){.magic = TOUCHES_MAGIC, .count = pages});
 }
 
 static int map_touches(int fd, struct touches **touches)
 {
-    struct touches header;
+    uint64_t capacity;
     void *base;
-    int error = pc_pread_all(fd, &header, sizeof(header), 0);
+    int error = pc_memfd_count(fd, TOUCHES_MAGIC, &capacity);
 
-    if (error)
-        return error == -ENODATA ? -EINVAL : error;
-    if (header.magic != TOUCHES_MAGIC || !header.capacity || header.capacity > UINT32_MAX * UINT64_C(64))
-        return -EINVAL;
-    error = pc_memfd_map(fd, sizeof(header) + header.capacity * sizeof(uint64_t), &base);
+    if (!error)
+        error = capacity && capacity <= TOUCHES_MAX ? pc_memfd_map(fd, touches_bytes(capacity), &base) : -EINVAL;
     if (!error)
         *touches = base;
     return error;
@@ -957,7 +951,7 @@ int pc_pager_record_touches(struct pc_pager *pager, int fd)
 
     pthread_mutex_lock(&pager->lock);
     if (!error && pager->touches) {
-        pc_buffer_free(touches, sizeof(*touches) + touches->capacity * sizeof(uint64_t));
+        pc_buffer_free(touches, touches_bytes(touches->head.count));
         error = -EBUSY;
     }
     if (!error)
@@ -971,10 +965,10 @@ void pc_touch(struct pc_pager *pager, uint32_t block, uint64_t page)
     struct touches *touches = __atomic_load_n(&pager->touches, __ATOMIC_ACQUIRE);
     uint64_t at;
 
-    if (!touches || __atomic_load_n(&touches->count, __ATOMIC_RELAXED) >= touches->capacity)
+    if (!touches || __atomic_load_n(&touches->count, __ATOMIC_RELAXED) >= touches->head.count)
         return;
     at = __atomic_fetch_add(&touches->count, 1, __ATOMIC_RELAXED);
-    if (at < touches->capacity)
+    if (at < touches->head.count)
         __atomic_store_n(&touches->entries[at], TOUCHED | (uint64_t)block << 40 | page, __ATOMIC_RELEASE);
 }
 
@@ -987,8 +981,8 @@ int64_t pc_touches_read(int fd, uint64_t *out, uint64_t capacity)
     if (error)
         return error;
     count = __atomic_load_n(&touches->count, __ATOMIC_ACQUIRE);
-    if (count > touches->capacity)
-        count = touches->capacity;
+    if (count > touches->head.count)
+        count = touches->head.count;
     for (uint64_t i = 0; i < count && (!out || copied < capacity); i++) {
         uint64_t entry = __atomic_load_n(&touches->entries[i], __ATOMIC_ACQUIRE);
 
@@ -998,6 +992,6 @@ int64_t pc_touches_read(int fd, uint64_t *out, uint64_t capacity)
             out[copied] = entry & ~TOUCHED;
         copied++;
     }
-    pc_buffer_free(touches, sizeof(*touches) + touches->capacity * sizeof(uint64_t));
+    pc_buffer_free(touches, touches_bytes(touches->head.count));
     return (int64_t)copied;
 }

@@ -49,6 +49,8 @@
  * it has not; so a placement that was decided before the read must not happen after it. Hence the gate: a placement holds it from
  * looking at `received` to setting it, the fault thread holds it from the read until what it read is in the maps. It is the one lock
  * between bulk and fault thread, only for shards with such events, held for one run of pages at a time, and inherits priority.
+ * Memory that is a file is thrown away by a hole first, of which nothing tells: a page that is placed between that and the event is
+ * removed when the event is read.
  * What is read goes straight into a journal that outlives the pager (removed.c): the process goes on once its event was read, also when
  * the pager dies at that instant.
  * EAGAIN is never retried on the spot: it may be that only reading ends it, or that it ends without any event; the fault thread
@@ -120,18 +122,15 @@ static int new_pager(const struct pc_metrics *metrics, struct pc_pager **out)
     return 0;
 }
 
-int pc_pager_new(struct pc_pager **pager)
+int pc_pager_new(int metrics_fd, struct pc_pager **pager)
 {
-    struct pc_metrics metrics = {.fd = -1, .map = pc_buffer_new(sizeof(*metrics.map))};
+    struct pc_metrics metrics = {.fd = -1}; /* that of the map stays the caller's */
+    int error = 0;
 
-    return metrics.map ? new_pager(&metrics, pager) : -ENOMEM;
-}
-
-int pc_pager_new_with_metrics(int metrics_fd, struct pc_pager **pager)
-{
-    struct pc_metrics metrics = {.fd = -1}; /* it stays the caller's */
-    int error = pc_metrics_map(metrics_fd, &metrics.map);
-
+    if (metrics_fd >= 0)
+        error = pc_metrics_map(metrics_fd, &metrics.map);
+    else if (!(metrics.map = pc_buffer_new(sizeof(*metrics.map))))
+        error = -ENOMEM;
     return error ? error : new_pager(&metrics, pager);
 }
 

@@ -70,7 +70,7 @@ static int make_maps(struct block *block, int states_fd)
     return 0;
 }
 
-static int add_block(struct pc_pager *pager, const struct pc_memory *memory, int states_fd)
+int pc_pager_add_block(struct pc_pager *pager, const struct pc_memory *memory, int states_fd)
 {
     struct block *block;
     int index = -ENOSPC, error;
@@ -107,16 +107,6 @@ static int add_block(struct pc_pager *pager, const struct pc_memory *memory, int
     if (index < 0)
         pc_block_free(block);
     return index;
-}
-
-int pc_pager_add_block(struct pc_pager *pager, const struct pc_memory *memory)
-{
-    return add_block(pager, memory, -1);
-}
-
-int pc_pager_add_block_with_states(struct pc_pager *pager, const struct pc_memory *memory, int states_fd)
-{
-    return states_fd < 0 ? -EBADF : add_block(pager, memory, states_fd);
 }
 
 /* ---- shards ------------------------------------------------------------------------------------------------------- */

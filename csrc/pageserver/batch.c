@@ -61,9 +61,9 @@ const uint8_t *pc_page_content(struct channel *channel, struct batch *batch, con
     memset(staging + file_bytes, 0, bytes - file_bytes);
     *error = pc_pread_all(block->memory.fd, staging, file_bytes, offset);
     if (*error == -ENODATA)
-        *error = pc_fail(EIO, text, text_bytes, "the image file has become shorter than %llu bytes",
+        *error = pc_fail(EIO, text, text_bytes, "the file of the memory has become shorter than %llu bytes",
                          (unsigned long long)block->memory.size_bytes);
     else if (*error)
-        (void)pc_fail(EIO, text, text_bytes, "the image file cannot be read: %s", strerror(-*error));
+        (void)pc_fail(EIO, text, text_bytes, "the file of the memory cannot be read: %s", strerror(-*error));
     return *error ? NULL : staging;
 }

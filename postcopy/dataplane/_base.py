@@ -180,10 +180,10 @@ class CoreDataPlane(DataPlane):
 
     _end_by = "free"
 
-    def __init__(self, *arguments: int, made_by: str = "new") -> None:
+    def __init__(self, *arguments: int) -> None:
         pointer: Any = ffi.new(f"struct {self.PREFIX} **")
         what = f"making a {self.NAME}"
-        check(self._function(made_by)(*arguments, pointer), what)
+        check(self._function("new")(*arguments, pointer), what)
         try:
             self._event_fd = FdHolder.duplicate(self._function("event_fd")(pointer[0]))
         except OSError as error:

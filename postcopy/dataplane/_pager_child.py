@@ -40,7 +40,7 @@ class PagerChild:
 
     def __init__(self, metrics_fd: int) -> None:
         pointer: Any = ffi.new("struct pc_pager **")
-        result = lib.pc_pager_new_with_metrics(metrics_fd, pointer)
+        result = lib.pc_pager_new(metrics_fd, pointer)
         if result < 0:
             raise OSError(-result, os.strerror(-result))
         self._pager: Any = pointer[0]
@@ -81,7 +81,7 @@ class PagerChild:
         memory_fd = fds.pop() if len(fds) > 1 else -1
         base = ffi.cast("void *", address)
         memory: Any = ffi.new("struct pc_memory *", [base, size_bytes, page_bytes, kind, memory_fd])
-        result = lib.pc_pager_add_block_with_states(self._pager, memory, fds[0])
+        result = lib.pc_pager_add_block(self._pager, memory, fds[0])
         if result < 0 and memory_fd >= 0:
             os.close(memory_fd)
         return result

@@ -122,10 +122,7 @@ class Pager(CoreDataPlane, PagerCounters):
 
     def __init__(self, metrics_fd: int = -1) -> None:
         """`metrics_fd`: where it counts (`new_metrics`), so that its successor goes on counting; stays the caller's."""
-        if metrics_fd < 0:
-            super().__init__()
-        else:
-            super().__init__(metrics_fd, made_by="new_with_metrics")
+        super().__init__(metrics_fd)
         self._counters = self._struct
         self._staged: set[int] = set()  # blocks
 
@@ -138,9 +135,12 @@ class Pager(CoreDataPlane, PagerCounters):
         The descriptor stays the caller's. A `ForeignMemory`, whose userfaultfd `adopt_shard` gets, needs them, and must
         exist for as long as the pager.
         """
-        name, states = ("add_block", ()) if states_fd < 0 else ("add_block_with_states", (states_fd,))
         what = "giving memory to the pager"
-        return self._add_block(memory, memory.pages, lambda: self._call(what, name, memory.struct, *states), states_fd)
+
+        def give() -> None:
+            self._call(what, "add_block", memory.struct, states_fd)
+
+        return self._add_block(memory, memory.pages, give, states_fd)
 
     def set_zero(self, block: int, zero: Bitmap) -> None:
         """Says which pages of a block are zero at the source (`Bitmap.inverted` of those present): they are never

@@ -16,10 +16,7 @@ from postcopy.memory.bitmap import Bitmap
 from postcopy.uffd import How, UffdFeature, probe
 
 FEATURES_OF_PROCESS = (
-    UffdFeature.PAGEFAULT_FLAG_WP
-    | UffdFeature.WP_HUGETLBFS_SHMEM
-    | UffdFeature.WP_UNPOPULATED
-    | UffdFeature.WP_ASYNC
+    UffdFeature.PAGEFAULT_FLAG_WP | UffdFeature.WP_HUGETLBFS_SHMEM | UffdFeature.WP_UNPOPULATED | UffdFeature.WP_ASYNC
 )
 """What a userfaultfd of another process is opened with, for `DirtyLog.of_process`."""
 ENDED = "the process whose memory is sent has ended"
@@ -74,9 +71,7 @@ class DirtyLog:
         log._fill(pointer[0], memories, None)
         return log
 
-    def _fill(
-        self, struct: Any, memories: Iterable[tuple[Memory, int]], tell: Callable[[Any], object] | None
-    ) -> None:
+    def _fill(self, struct: Any, memories: Iterable[tuple[Memory, int]], tell: Callable[[Any], object] | None) -> None:
         self._struct = struct
         self._memories: list[tuple[Memory, int]] = []
         self._tell: Callable[[Any], object] | None = None

@@ -46,8 +46,8 @@ _BUFFER = "buffer"
 
 
 class Memory:
-    """Made by `create`, `from_fd`, `from_shared_file`, `from_address`, `from_buffer` or `from_file`. A context manager; `close()` unmaps.
-    Methods may run in any thread, and beside each other as far as they only read."""
+    """Made by `create`, `from_fd`, `from_shared_file`, `from_address`, `from_buffer` or `from_file`. A context manager;
+    `close()` unmaps. Methods may run in any thread, and beside each other as far as they only read."""
 
     def __init__(
         self, struct: Any, kind: MemoryKind, file_bytes: int, *, mapped: bool = True, owner: object = None
@@ -161,8 +161,8 @@ class Memory:
     @classmethod
     def from_shared_file(cls, fd: int, size_bytes: int, page_bytes: int | None = None) -> Memory:
         """The first `size_bytes` of a memory file (memfd, tmpfs, hugetlbfs) that other processes have mapped: looked at
-        and read by its descriptor alone, which is duplicated, and never mapped here. So nothing is populated by looking,
-        and a process that cuts the file short makes a `CoreError` (ENODATA) and no SIGBUS.
+        and read by its descriptor alone, which is duplicated, and never mapped here. So nothing is populated by
+        looking, and a process that cuts the file short makes a `CoreError` (ENODATA) and no SIGBUS.
 
         `page_bytes`: as mapped there. `ConfigurationError` when it is no memory file of so many whole pages.
         """

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -58,6 +59,7 @@ from postcopy.net import Address, Link, OpenChannels, Session
 from postcopy.wire import EndedElsewhere, SourceProtocol, State
 
 DEFAULT_BULK_CHANNELS = 2  # while one of its threads copies a page into place, the other receives
+
 PREPARE_TIMEOUT_S = 10.0
 """How long a paused machine waits for the destination's `prepared` before it goes on here; where the rest of its memory
 is sent first, how long nothing of that may be taken."""
@@ -601,9 +603,12 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         """In the pause nothing is done that could be done before or after: no statistics, no callback."""
         machine, protocol, options = self.machine, self._protocol, self._options
         assert self._accepted is not None
+        began_ns = now_ns()
         await machine.before_pause()
         control.hurry()
         parts = {"paused": now_ns()}
+        if began_ns <= (stopped_ns := machine.statistics().paused_ns) < parts["paused"]:  # it was then already
+            parts["paused"] = stopped_ns
         self.paused_ns = parts["paused"]
         await machine.pause()
         parts["stop_ns"] = now_ns()
@@ -775,6 +780,12 @@ def _time_for(sent_bytes: int) -> float:
 
 def _count(bitmaps: Sequence[Bitmap]) -> int:
     return sum(bitmap.count() for bitmap in bitmaps)
+
+
+def bulk_channels_for_host(cpus: int | None = None) -> int:
+    """One for each processor of this host, and two at least: while the thread of one waits, that of the other works."""
+    found = len(os.sched_getaffinity(0)) if cpus is None else cpus
+    return min(max(DEFAULT_BULK_CHANNELS, found), wire.MAX_BULK_CHANNELS)
 
 
 def offered(machine: Machine) -> Statistics:

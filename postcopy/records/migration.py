@@ -26,9 +26,7 @@ Process = Annotated[str, doc("What the process is; `source` with --hold, too.", 
 Name = Annotated[
     str, doc("The machine's name; in `source` and `dest`, where machines have none, its kind; empty until it is known.")
 ]
-Kind = Annotated[
-    str | None, doc("Kind of the machine: `kvm`, `rv64`, `image` or `firecracker`; null where none has come.")
-]
+Kind = Annotated[str | None, doc("Kind of the machine, as --machine names it; null where none has come.")]
 MigrationId = Annotated[str, doc("Of the migration: 32 hexadecimal digits, the same on both hosts.")]
 Peer = Annotated[str, doc("Address of the other side, as HOST:PORT.")]
 Direction = Annotated[str, doc("Whether the machine leaves or comes.", of="outgoing|incoming")]
@@ -274,8 +272,8 @@ class Network(Record, kw_only=True):
 
 
 class Guest(Record, kw_only=True):
-    """What a machine says of itself. One that does not run (`image`) has a state only, a microVM (`firecracker`) that
-    and its process."""
+    """What a machine says of itself. One that does not run (`image`) has a state only; one that is a process of its
+    own (`firecracker`, `qemu`, `program`) has that and its process."""
 
     state: Annotated[str, doc("Of the machine on this host.", of="created|paused|running|failed")]
     nonce: Annotated[
@@ -295,8 +293,8 @@ class Guest(Record, kw_only=True):
     vcpus: Annotated[list[Vcpu] | None, doc("By number.")] = None
     disk: Annotated[Disk | None, doc("Its disk.")] = None
     network: Annotated[Network | None, doc("Its network device, where it has one.")] = None
-    pid: Annotated[int | None, doc("Of the Firecracker that runs it, on this host.")] = None
-    api_socket: Annotated[str | None, doc("Path of that one's API socket.")] = None
+    pid: Annotated[int | None, doc("Of the process that runs it, on this host.")] = None
+    api_socket: Annotated[str | None, doc("Path at which it is spoken to: API socket, monitor.")] = None
 
 
 class Machine(Record, kw_only=True):

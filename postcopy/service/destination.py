@@ -107,7 +107,7 @@ class Destination(Service):
             what = describe(machine) if machine is not None else "no machine"
             verified = "all of its memory is as it must be" if result.verified else "its memory was not verified"
             if machine is not None and machine.process is not None:
-                verified = "it runs on as process {}, with its API at {}".format(*machine.process)
+                verified = "it runs on as process {}, and is spoken to at {}".format(*machine.process)
             self.output.say(f"dest: {what}: {result.status}; {verified}", about=migration)
 
     def _progress(self) -> Progress:

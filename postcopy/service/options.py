@@ -25,10 +25,9 @@ from postcopy.errors import ConfigurationError
 from postcopy.machines.kinds import BACKINGS, KINDS, is_live, parse_pairs
 from postcopy.machines.toy.machine import WORKLOADS, ToyOptions
 from postcopy.machines.toy.tap import format_ipv4, format_mac, parse_ipv4, parse_mac, parse_net
-from postcopy.migration.channels import bulk_channels_for_host
 from postcopy.migration.connection import MISSED_HEARTBEATS
 from postcopy.migration.precopy import Mode
-from postcopy.migration.source import SourceOptions
+from postcopy.migration.source import SourceOptions, bulk_channels_for_host
 from postcopy.net import parse_address
 from postcopy.service.config import ArrivalOptions, DaemonConfig, DestinationConfig, PagerConfig, SourceConfig
 from postcopy.units import (

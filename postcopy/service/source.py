@@ -29,6 +29,16 @@ from postcopy.wire import State
 MAX_SESSIONS = 16  # destinations served at the same time
 MAX_LOST = 16  # destinations of an image that were lost, and that may still come back
 
+_HOW_TO_START = {
+    "firecracker": "a microVM is not started from here: what the directory has is a snapshot, which a Firecracker loads"
+    " (PUT /snapshot/load, snapshot_path {0}/state, mem_backend File {0}/00.memory)",
+    "qemu": "a QEMU is not started from here: give one the files {0}/NN.memory as mem-path= of its memory backends, by"
+    " their names in {0}/manifest.json, and -incoming defer; then migrate-set-capabilities x-ignore-shared, and"
+    ' migrate-incoming "exec:cat {0}/state"',
+    "program": "a program is not started from here: give it the files {0}/NN.memory as its own",
+}
+"""What a salvage of a machine that is a process of its own is good for."""
+
 
 class Source(Service):
     def __init__(self, config: SourceConfig, output: Output) -> None:
@@ -127,12 +137,8 @@ class Source(Service):
             )
         for doubt in found.doubts:
             self.output.say(f"source: in doubt: {doubt}")
-        if found.salvage.manifest.machine == "firecracker":
-            raise ConfigurationError(
-                f"--from {origin.path}: a microVM is not started from here: what the directory has is a snapshot, which"
-                f" a Firecracker loads (PUT /snapshot/load, snapshot_path {origin.path}/state, mem_backend File"
-                f" {origin.path}/00.memory)"
-            )
+        if how := _HOW_TO_START.get(found.salvage.manifest.machine):
+            raise ConfigurationError(f"--from {origin.path}: {how.format(origin.path)}")
         options = config.machine
         make = partial(create_destination, host=HostOptions(options.backing or "memfd", options.disk, options.net))
         machine = await salvage.restore(found, make)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The program of `lender`: it reads orders from standard input, one a line, and answers each with a line.
 
-``address``: where its memory is; ``run SEED``: writes to it at random from then on; ``crc``: of all of it; ``uffd
-FEATURES``: opens a userfaultfd, and answers with its descriptor; ``close``: closes that. (It imports nothing of the
-package: that would take longer than the test.)
+``address``: where its memory is; ``write PAGE``: to its first word; ``run SEED``: at random from then on; ``crc``: of
+all of it; ``uffd FEATURES``: opens a userfaultfd, and answers with its descriptor; ``close``: closes that. (It imports
+nothing of the package: that would take longer than the test.)
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ def main(fd: int) -> None:
         answer = 0
         if order == "address":
             answer = ctypes.addressof(words)
+        elif order == "write":
+            words[int(arguments[0]) * (mmap.PAGESIZE // 8)] = 1
         elif order == "run":
             threading.Thread(target=run, args=(words, int(arguments[0])), daemon=True).start()
         elif order == "crc":

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,7 +33,6 @@ class Orders:
 
     version: list[int] = field(default_factory=lambda: [7, 2, 22])
     greeting: str | None = None  # in place of its own; "": none
-    status: str = "running"  # at its start
     mib: dict[str, int] = field(default_factory=lambda: {"ram0": 8})  # shared files, mapped
     ramblock: str = ""  # more lines of "info ramblock"
     says: dict[str, Any] = field(default_factory=dict)  # other answers, by "COMMAND" or "COMMAND ARGUMENT"
@@ -41,8 +41,8 @@ class Orders:
     hangs: list[str] = field(default_factory=list)  # commands that are never answered
     drops: list[str] = field(default_factory=list)  # commands at which it closes the connection
     dies: list[str] = field(default_factory=list)
-    capabilities: list[str] = field(default_factory=lambda: list(CAPABILITIES))
     migrates: str = "completed"  # or: failed, endless, silent, dies, unstopped, unread
+    clock_us: int = 0  # of its events; 0: the true one
     events: int = 0  # other ones, before each answer
     state: int = len(STATE)  # how much of it
 
@@ -106,8 +106,8 @@ class _Qemu:
     def __init__(self, directory: Path, orders: Path) -> None:
         self._directory, self._orders_path = directory, orders
         self._told = open(directory / "told", "a", buffering=1)  # noqa: SIM115 -- as long as the process
-        self.status = self._orders.status
-        self._capabilities = dict.fromkeys(self._orders.capabilities, False)
+        self.status = "running"
+        self._capabilities = dict.fromkeys(CAPABILITIES, False)
         self._parameters = {"max-bandwidth": 1 << 27, "downtime-limit": 300, "announce-rounds": 5}
         self._refused: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -170,7 +170,8 @@ class _Qemu:
         self._write(json.dumps(message).encode() + b"\r\n")
 
     def event(self, name: str, **data: Any) -> None:
-        self._say({"event": name, "data": data, "timestamp": {"seconds": 1, "microseconds": 2}})
+        seconds, microseconds = divmod(self._orders.clock_us or time.time_ns() // 1000, 10**6)
+        self._say({"event": name, "data": data, "timestamp": {"seconds": seconds, "microseconds": microseconds}})
 
     def _answer(self, request: dict[str, Any], fds: list[int]) -> bool:
         """Whether the connection goes on."""

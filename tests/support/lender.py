@@ -13,7 +13,6 @@ from typing import Any
 
 import trio
 
-from postcopy._fd import FdHolder
 from postcopy._native import lib
 from postcopy.errors import MigrationError
 from postcopy.machines import Adopt, Check, Extent, Machine, MachineState, MachineStatistics, RamBlock
@@ -43,9 +42,9 @@ class Lender(Machine):
             [sys.executable, "-S", PROGRAM, str(fd)], stdin=-1, stdout=-1, pass_fds=[fd], bufsize=0, text=False
         )
         os.close(fd)
-        self._pidfd = os.pidfd_open(self._process.pid)
+        self.pid = self._process.pid
+        self.pidfd = os.pidfd_open(self.pid)
         self._address = 0
-        self._log_uffd: FdHolder | None = None
         self._state = MachineState.PAUSED
         self.refuses = False
         self.whole = False
@@ -63,13 +62,13 @@ class Lender(Machine):
             return await trio.to_thread.run_sync(self.order, *words, abandon_on_cancel=True)
 
     def _stop(self) -> None:
-        signal.pidfd_send_signal(self._pidfd, signal.SIGSTOP)
-        os.waitid(os.P_PIDFD, self._pidfd, os.WSTOPPED)
+        signal.pidfd_send_signal(self.pidfd, signal.SIGSTOP)
+        os.waitid(os.P_PIDFD, self.pidfd, os.WSTOPPED)
 
-    def _open(self, features: int) -> int:
+    def open(self, features: int) -> int:
         """A copy of a userfaultfd that it has opened."""
         number = self.order("uffd", int(features))
-        fd: int = lib.pc_remote_descriptor(self._pidfd, number)
+        fd: int = lib.pc_remote_descriptor(self.pidfd, number)
         assert fd >= 0, os.strerror(-fd)
         return fd
 
@@ -87,7 +86,7 @@ class Lender(Machine):
         pass
 
     async def resume(self) -> None:
-        signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)
+        signal.pidfd_send_signal(self.pidfd, signal.SIGCONT)
         self._state = MachineState.RUNNING
         self.resumed.set()
 
@@ -103,16 +102,16 @@ class Lender(Machine):
         try:
             yield
         finally:
-            signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)
+            signal.pidfd_send_signal(self.pidfd, signal.SIGCONT)
 
     def dirty_log(self) -> DirtyLog:
         """In a worker thread; the program, which has to answer, runs for a moment."""
-        signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)
-        uffd = self._open(FEATURES_OF_PROCESS)
+        signal.pidfd_send_signal(self.pidfd, signal.SIGCONT)
+        uffd = self.open(FEATURES_OF_PROCESS)
         try:
             self.order("close")
             self._stop()
-            return DirtyLog.of_process([(self.memory, self._address)], uffd, self._process.pid, self._pidfd)
+            return DirtyLog.of_process([(self.memory, self._address)], uffd, self.pid, self.pidfd)
         finally:
             os.close(uffd)
 
@@ -125,7 +124,7 @@ class Lender(Machine):
 
     async def lend(self, adopt: Adopt) -> None:
         pages = self.memory.pages
-        await adopt(await trio.to_thread.run_sync(self._open, LENT), int(LENT), [Extent(0, 0, pages, self._address)])
+        await adopt(await trio.to_thread.run_sync(self.open, LENT), int(LENT), [Extent(0, 0, pages, self._address)])
 
     async def made_whole(self) -> None:
         await self.ask("close")
@@ -150,14 +149,17 @@ class Lender(Machine):
         """What was lent and is not whole is given back: nobody has run here."""
         if not self.memory.closed:
             if self._state is MachineState.PAUSED and not self.whole:
-                signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)
+                signal.pidfd_send_signal(self.pidfd, signal.SIGCONT)
                 await self.ask("close")
             self.memory.drop()
 
-    def end(self) -> None:
+    def kill(self) -> None:
         self._process.kill()
         self._process.wait()
-        os.close(self._pidfd)
+
+    def end(self) -> None:
+        self.kill()
+        os.close(self.pidfd)
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             pipe.close()

@@ -58,28 +58,27 @@ struct pc_pager_stats {
     uint64_t retries;                        /* placements that the kernel refused for the moment */
     uint64_t first_fault_ns, fault_100_ns, fault_1000_ns, fault_10000_ns; /* when a shard had served so many, by CLOCK_MONOTONIC */
 };
-int pc_pager_new(struct pc_pager **pager); /* free with pc_pager_free */
+/* `metrics_fd`: where it counts, of struct pc_metrics, and stays the caller's; -1: in memory of its own. Free with pc_pager_free. */
+int pc_pager_new(int metrics_fd, struct pc_pager **pager);
 /* What a pager has counted, where it outlives the pager: made and read by one process, counted by the pagers of another one, one
  * after the other. Reading takes no lock; pages and bytes of the blocks are 0 in these statistics. */
 struct pc_metrics;
 int pc_metrics_new(struct pc_metrics **metrics);
 void pc_metrics_free(struct pc_metrics *metrics);
-int pc_metrics_fd(struct pc_metrics *metrics); /* a memfd, for pc_pager_new_with_metrics; stays the metrics' */
+int pc_metrics_fd(struct pc_metrics *metrics); /* a memfd, for pc_pager_new; stays the metrics' */
 int pc_metrics_track_thread(struct pc_metrics *metrics, uint32_t slot, int32_t tid); /* see pc_pager_track_thread */
 int pc_metrics_stats(struct pc_metrics *metrics, struct pc_pager_stats *stats);
 int pc_metrics_latency(struct pc_metrics *metrics, int stage, struct pc_histogram *histogram);
 int pc_metrics_blocktime(struct pc_metrics *metrics, uint64_t *blocktime_ns, uint32_t slots);
-/* A pager that counts there. The descriptor stays the caller's. */
-int pc_pager_new_with_metrics(int metrics_fd, struct pc_pager **pager);
 /* Adds the next RAM block (index returned). The memory stays the caller's and must outlive the pager. memory->base may be NULL: pages
- * of the block are then where pc_pager_arm_at says, once for each part of it. Locks. */
-int pc_pager_add_block(struct pc_pager *pager, const struct pc_memory *memory);
-/* The same with states that outlive this pager: what they say is known is not missing. memory->base may be an address of
- * another process then, of which this one has a userfaultfd (pc_pager_adopt_shard); this pager touches no memory through it. The pager
+ * of the block are then where pc_pager_arm_at says, once for each part of it. Locks.
+ *
+ * `states_fd`: states that outlive this pager, or -1. What they say is known is not missing. memory->base may be an address of another
+ * process then, of which this one has a userfaultfd (pc_pager_adopt_shard); this pager touches no memory through it. The pager
  * that had them before has ended: its process has been waited for, or its pidfd says so. What it had under way counts as missing where
  * memory->fd is -1 (private memory); else pc_states_settle comes first (-EUCLEAN). What it had read of memory that was taken away is
- * applied by arming; a shard's is in the states of the block that it is armed with first, so arm in the same order. Locks. */
-int pc_pager_add_block_with_states(struct pc_pager *pager, const struct pc_memory *memory, int states_fd);
+ * applied by arming; a shard's is in the states of the block that it is armed with first, so arm in the same order. */
+int pc_pager_add_block(struct pc_pager *pager, const struct pc_memory *memory, int states_fd);
 /* Pages of a block that are zero at the source: a fault on them is answered here. At any time: what has been placed stays. */
 int pc_pager_set_zero(struct pc_pager *pager, uint32_t block, const uint64_t *zero_words);
 /* Opens a userfaultfd with its fault thread (index returned). busy_poll_us: how long the thread busy-waits after each

@@ -153,7 +153,7 @@ static struct move begin_move(struct pc_machine_config *from, struct pc_machine_
     struct move m;
     uint32_t shards = from->vcpus + 1;
 
-    CHECK_EQ(pc_pager_new(&m.pager), 0);
+    CHECK_EQ(pc_pager_new(-1, &m.pager), 0);
     CHECK_EQ(pc_pageserver_new(0, &m.server), 0);
     for (uint32_t i = 0; i < shards; i++) {
         uint64_t pages = block(to, i)->size_bytes / 4096, words = pc_bitmap_words(pages);
@@ -165,7 +165,7 @@ static struct move begin_move(struct pc_machine_config *from, struct pc_machine_
         for (uint64_t page = 0; page < pages; page++)
             if (!(present[page / 64] >> page % 64 & 1))
                 zero[page / 64] |= 1ull << page % 64;
-        CHECK_EQ(pc_pager_add_block(m.pager, block(to, i)), i);
+        CHECK_EQ(pc_pager_add_block(m.pager, block(to, i), -1), i);
         CHECK_EQ(pc_pager_set_zero(m.pager, i, zero), 0);
         CHECK_EQ(pc_pager_add_shard(m.pager, PC_UFFD_USER_ONLY, 0, error, sizeof error), i);
         CHECK_EQ(pc_pager_arm(m.pager, i, i, 0, pages, error, sizeof error), 0);

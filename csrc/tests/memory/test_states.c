@@ -63,8 +63,8 @@ static int pager_process(char **arguments)
                                 .page_bytes = number[6],
                                 .kind = (int)number[7],
                                 .fd = (int)number[3]};
-    CHECK_EQ(pc_pager_new(&pager), 0);
-    CHECK_EQ(pc_pager_add_block_with_states(pager, &memory, (int)number[2]), 0);
+    CHECK_EQ(pc_pager_new(-1, &pager), 0);
+    CHECK_EQ(pc_pager_add_block(pager, &memory, (int)number[2]), 0);
     if (pc_pager_adopt_shard(pager, (int)number[0], number[1], 0, line, LINE) ||
         pc_pager_arm(pager, 0, 0, 0, memory.size_bytes / memory.page_bytes, line, LINE))
         FAIL("%s", line);
@@ -351,8 +351,8 @@ static void swapped_out_before_it_was_settled(void)
         CHECK_EQ(known, 1);
         CHECK_EQ(words[0], 1 << 3);
     }
-    CHECK_EQ(pc_pager_new(&pager), 0);
-    CHECK_EQ(pc_pager_add_block_with_states(pager, &machine.memory, machine.states), -EUCLEAN);
+    CHECK_EQ(pc_pager_new(-1, &pager), 0);
+    CHECK_EQ(pc_pager_add_block(pager, &machine.memory, machine.states), -EUCLEAN);
     CHECK_EQ(pc_pager_free(pager), 0);
     CHECK_EQ(pread(machine.memory.fd, &byte, 1, 2 * (off_t)pc_page_bytes()), 1);
     CHECK_EQ(byte, 77);
@@ -372,8 +372,8 @@ static void counted_across_pagers(void)
     CHECK_EQ(pc_metrics_new(&metrics), 0);
     CHECK_EQ(pc_memory_create(PC_MEMORY_MEMFD, 64 * pc_page_bytes(), &memory, line, LINE), 0);
     for (uint64_t i = 1; i <= 2; i++) {
-        CHECK_EQ(pc_pager_new_with_metrics(pc_metrics_fd(metrics), &pager), 0);
-        CHECK_EQ(pc_pager_add_block(pager, &memory), 0);
+        CHECK_EQ(pc_pager_new(pc_metrics_fd(metrics), &pager), 0);
+        CHECK_EQ(pc_pager_add_block(pager, &memory, -1), 0);
         CHECK_EQ(pc_pager_set_zero(pager, 0, &zero), 0);
         CHECK_EQ(pc_metrics_stats(metrics, &stats), 0);
         CHECK_EQ(stats.zero_pages, 8 * i);
@@ -386,8 +386,7 @@ static void counted_across_pagers(void)
     CHECK_EQ(pc_metrics_latency(metrics, PC_STAGE_TOTAL, &histogram), 0);
     CHECK_EQ(pc_metrics_latency(metrics, PC_STAGES, &histogram), -EINVAL);
     CHECK_EQ(pc_metrics_blocktime(metrics, blocked_ns, 2), 2);
-    CHECK_EQ(pc_pager_new_with_metrics(memory.fd, &pager), -EINVAL);
-    CHECK_EQ(pc_pager_new_with_metrics(-1, &pager), -EINVAL);
+    CHECK_EQ(pc_pager_new(memory.fd, &pager), -EINVAL);
     pc_memory_destroy(&memory);
     pc_metrics_free(metrics);
 }
@@ -412,13 +411,12 @@ static void strangers_are_refused(void)
     CHECK_EQ(pc_states_received(-1, 100, word), -EBADF);
 
     CHECK_EQ(pc_memory_create(PC_MEMORY_MEMFD, 100 * pc_page_bytes(), &memory, line, LINE), 0);
-    CHECK_EQ(pc_pager_new(&pager), 0);
-    CHECK_EQ(pc_pager_add_block_with_states(pager, &memory, -1), -EBADF);
-    CHECK_EQ(pc_pager_add_block_with_states(pager, &memory, other), -EINVAL);
+    CHECK_EQ(pc_pager_new(-1, &pager), 0);
+    CHECK_EQ(pc_pager_add_block(pager, &memory, other), -EINVAL);
     claimed = mmap(NULL, 8192, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     CHECK(claimed != MAP_FAILED);
     claimed[4096 / sizeof(*claimed)] = 4;
-    CHECK_EQ(pc_pager_add_block_with_states(pager, &memory, fd), -EUCLEAN); /* nobody has settled them */
+    CHECK_EQ(pc_pager_add_block(pager, &memory, fd), -EUCLEAN); /* nobody has settled them */
     CHECK_EQ(pc_pager_adopt_shard(pager, -1, 0, 0, line, LINE), -EBADF);
     CHECK_EQ(pc_pager_free(pager), 0);
     pc_memory_destroy(&memory);

@@ -295,9 +295,9 @@ static void open_adopted(struct rig *rig, struct guest *guest)
     rig->blocks = 1;
     rig->pages[0] = guest->vmm->pages;
     rig->dest[0] = guest->memory;
-    CHECK_EQ(pc_pager_new(&rig->pager), 0);
+    CHECK_EQ(pc_pager_new(-1, &rig->pager), 0);
     rig->from_pager = (struct inbox){.owner = rig->pager, .fd = pc_pager_event_fd(rig->pager), .next = next_pager_event};
-    CHECK_EQ(pc_pager_add_block_with_states(rig->pager, &guest->memory, guest->states), 0);
+    CHECK_EQ(pc_pager_add_block(rig->pager, &guest->memory, guest->states), 0);
     if (pc_pager_adopt_shard(rig->pager, CHECK_SYS(fcntl(guest->uffd, F_DUPFD_CLOEXEC, 0)), 0, 0, message, sizeof(message)))
         FAIL("%s", message); /* its features it finds out itself */
 }
@@ -628,7 +628,7 @@ static void ends_before_it_is_armed(void)
     struct pc_pager *pager;
 
     start_vmm(&guest, (struct vmm){.features = EVENT_REMOVE, .pages = 64});
-    CHECK_EQ(pc_pager_new(&pager), 0);
+    CHECK_EQ(pc_pager_new(-1, &pager), 0);
     CHECK_EQ(pc_pager_adopt_shard(pager, CHECK_SYS(fcntl(guest.uffd, F_DUPFD_CLOEXEC, 0)), 0, 0, message, sizeof(message)), 0);
     CHECK_EQ(pc_pager_disarm(pager), 0);
     CHECK_EQ(pc_pager_free(pager), 0);
@@ -811,8 +811,8 @@ static int pager_process(char **arguments)
                                 .kind = (int)number[5],
                                 .fd = -1};
     death = (enum death)number[8];
-    CHECK_EQ(pc_pager_new(&pager), 0);
-    CHECK_EQ(pc_pager_add_block_with_states(pager, &memory, (int)number[1]), 0);
+    CHECK_EQ(pc_pager_new(-1, &pager), 0);
+    CHECK_EQ(pc_pager_add_block(pager, &memory, (int)number[1]), 0);
     if (pc_pager_adopt_shard(pager, (int)number[0], 0, 0, message, sizeof(message)) ||
         pc_pager_arm(pager, 0, 0, 0, memory.size_bytes / memory.page_bytes, message, sizeof(message)))
         FAIL("%s", message);

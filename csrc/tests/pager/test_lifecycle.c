@@ -103,7 +103,7 @@ static void blocks_may_come_later(void)
     CHECK_EQ(pc_pager_set_zero(rig.pager, 0, zero), 0);
     EXPECT_EVENT(&rig.from_pager, PC_EVENT_COMPLETE, 0, 0, NULL);
     more = make_memory(PC_MEMORY_MEMFD, 10);
-    CHECK_EQ(pc_pager_add_block(rig.pager, &more), 1);
+    CHECK_EQ(pc_pager_add_block(rig.pager, &more, -1), 1);
     CHECK_EQ(pc_pager_disarm(rig.pager), -EBUSY);
     CHECK_EQ(pc_pager_set_zero(rig.pager, 1, zero), 0);
     EXPECT_EVENT(&rig.from_pager, PC_EVENT_COMPLETE, 0, 0, NULL);
@@ -125,10 +125,10 @@ static void misuse_is_refused(void)
     open_pager(&rig, PC_MEMORY_ANON, 1, pages);
     odd = rig.dest[0];
     odd.size_bytes -= 1;
-    CHECK_EQ(pc_pager_add_block(rig.pager, &odd), -EINVAL);
+    CHECK_EQ(pc_pager_add_block(rig.pager, &odd, -1), -EINVAL);
     odd = rig.dest[0];
     odd.page_bytes = odd.size_bytes = UINT64_C(2) * PC_FRAME_MAX_PAYLOAD_BYTES; /* could never be sent */
-    CHECK_EQ(pc_pager_add_block(rig.pager, &odd), -EINVAL);
+    CHECK_EQ(pc_pager_add_block(rig.pager, &odd, -1), -EINVAL);
     CHECK_EQ(pc_pager_arm(rig.pager, 0, 0, 0, 1, message, sizeof(message)), -EINVAL);
     CHECK_EQ(add_shard(&rig, 0), 0);
     CHECK_EQ(pc_pager_arm(rig.pager, 0, 1, 0, 1, message, sizeof(message)), -EINVAL);

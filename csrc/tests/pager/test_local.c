@@ -302,9 +302,9 @@ static int open_parts(struct rig *rig, struct parts *parts, const struct pc_memo
     parts->high = parts->low + parts->second * bytes;
     parts->apart =
         CHECK_SYS(mmap(NULL, parts->third * bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-    CHECK_EQ(pc_pager_new(&rig->pager), 0);
+    CHECK_EQ(pc_pager_new(-1, &rig->pager), 0);
     rig->from_pager = (struct inbox){.owner = rig->pager, .fd = pc_pager_event_fd(rig->pager), .next = next_pager_event};
-    CHECK_EQ(pc_pager_add_block(rig->pager, memory), 0);
+    CHECK_EQ(pc_pager_add_block(rig->pager, memory, -1), 0);
     uffd = pc_uffd_open(PC_UFFD_ANY, features, NULL);
     if (uffd < 0)
         SKIP("uffd-features", "no userfaultfd with features %#llx: %s", (unsigned long long)features, strerror(-uffd));
@@ -737,9 +737,9 @@ static void leaving(bool staging)
     for (int turn = 0; turn < 5; turn++) {
         uint64_t zero[MAX_PAGES / 64] = {0}, more;
 
-        CHECK_EQ(pc_pager_new(&rig.pager), 0);
+        CHECK_EQ(pc_pager_new(-1, &rig.pager), 0);
         rig.from_pager = (struct inbox){.owner = rig.pager, .fd = pc_pager_event_fd(rig.pager), .next = next_pager_event};
-        CHECK_EQ(pc_pager_add_block_with_states(rig.pager, &nowhere, states), 0);
+        CHECK_EQ(pc_pager_add_block(rig.pager, &nowhere, states), 0);
         for (uint64_t page = 0; page < rig.pages[0]; page++)
             if (content_of(0, page) == ABSENT)
                 pc_bitmap_set_range(zero, page, 1);

@@ -173,7 +173,7 @@ static void a_turn_is_bounded(void)
     CHECK(flood != NULL);
     open_pager(&rig, PC_MEMORY_MEMFD, 1, pages);
     CHECK_EQ(pc_memory_create(PC_MEMORY_MEMFD, FLOOD_PAGES * rig.page_bytes, &large, message, sizeof(message)), 0);
-    CHECK_EQ(pc_pager_add_block(rig.pager, &large), 1);
+    CHECK_EQ(pc_pager_add_block(rig.pager, &large, -1), 1);
     arm_all(&rig, 0);
     for (int i = 0; i < FRAMES; i++)
         pc_frame_encode(&frame, flood + i * PC_FRAME_HEADER_BYTES);

@@ -332,12 +332,12 @@ static void open_pager(struct rig *rig, int kind, uint32_t blocks, const uint64_
     rig->kind = kind;
     rig->page_bytes = kind_page_bytes(kind);
     rig->blocks = blocks;
-    CHECK_EQ(pc_pager_new(&rig->pager), 0);
+    CHECK_EQ(pc_pager_new(-1, &rig->pager), 0);
     rig->from_pager = (struct inbox){.owner = rig->pager, .fd = pc_pager_event_fd(rig->pager), .next = next_pager_event};
     for (uint32_t i = 0; i < blocks; i++) {
         rig->pages[i] = pages[i];
         rig->dest[i] = make_memory(kind, pages[i]);
-        CHECK_EQ(pc_pager_add_block(rig->pager, &rig->dest[i]), i);
+        CHECK_EQ(pc_pager_add_block(rig->pager, &rig->dest[i], -1), i);
     }
 }
 

@@ -73,6 +73,7 @@ class Event:
 
     name: str
     data: Mapping[str, Any]
+    when_ns: int = 0  # CLOCK_REALTIME, as QEMU says; 0: it does not
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class QmpProtocol:
             return None
         if isinstance(name := said.get("event"), str):
             data = said.get("data", {})
-            return Event(name, data if isinstance(data, dict) else {})
+            return Event(name, data if isinstance(data, dict) else {}, _when_ns(said.get("timestamp")))
         refusal = None
         if "error" in said:
             why = said["error"] if isinstance(said["error"], dict) else {}
@@ -152,6 +153,14 @@ def _version(greeting: Mapping[str, Any]) -> tuple[int, int, int]:
         return msgspec.convert((number["major"], number["minor"], number["micro"]), tuple[int, int, int])
     except (LookupError, TypeError, msgspec.ValidationError):
         raise QemuAnswer("what answers there is no QEMU: it does not say its version") from None
+
+
+def _when_ns(timestamp: object) -> int:
+    try:
+        said = msgspec.convert(timestamp, dict[str, int])
+        return said["seconds"] * 10**9 + said["microseconds"] * 1000
+    except (LookupError, msgspec.ValidationError):
+        return 0
 
 
 class Monitor:

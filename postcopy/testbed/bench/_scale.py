@@ -111,11 +111,11 @@ def main(what: str, size: str = "") -> None:
 def _counters_us(size_bytes: int) -> float:
     """Of a pager that never arms the memory: only its maps are there."""
     pager = ffi.new("struct pc_pager **")
-    check(lib.pc_pager_new(pager), "making a pager")
+    check(lib.pc_pager_new(-1, pager), "making a pager")
     memory = ffi.new("struct pc_memory *", {"base": ffi.cast("void *", 1 << 46), "size_bytes": size_bytes, "fd": -1})
     memory.page_bytes = lib.pc_page_bytes()
     memory.kind = lib.PC_MEMORY_ANON
-    check(lib.pc_pager_add_block(pager[0], memory), "adding memory")
+    check(lib.pc_pager_add_block(pager[0], memory, -1), "adding memory")
     stats = ffi.new("struct pc_pager_stats *")
     return _each_us(lambda: lib.pc_pager_stats(pager[0], stats))
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import json
 import os
@@ -26,8 +28,35 @@ ANSWER_S = 60.0
 SHARED_FILE = "memory-backend-file,share=on"
 """A backend of memory that `Qemu.start` gives the path of a file of its own, on a tmpfs."""
 
+_MEMORY = Path("/dev/shm")
+_PREFIX = "postcopy-qemu-"
+
 # A process dies with the thread that has started it (PR_SET_PDEATHSIG): one that lives as long as we do.
 _starter = ThreadPoolExecutor(1, "qemu-starter")
+
+
+def _directory() -> tuple[Path, int]:
+    """A new one in memory, and a descriptor of it whose lock says that it is in use. What processes that were killed
+    have left is removed: it would hold the memory of their guests."""
+    for old in _MEMORY.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            found = old.stat()
+            if found.st_uid == os.geteuid() and time.time() - found.st_mtime > 2 * START_S:  # else not locked yet
+                lock = _locked(old)
+                shutil.rmtree(old, ignore_errors=True)
+                os.close(lock)
+    directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_MEMORY))
+    return directory, _locked(directory)
+
+
+def _locked(directory: Path) -> int:
+    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
 
 
 class QmpError(MigrationError):
@@ -156,8 +185,9 @@ class Qemu(GuestProcess):
     It dies with this process, whatever ends that.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], directory: Path, monitor: Monitor) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], directory: Path, lock: int, monitor: Monitor) -> None:
         super().__init__("QEMU", process, directory, True)
+        self._lock = lock
         self.monitor = monitor
         self.qmp_path = str(directory / "qmp.sock")
 
@@ -182,7 +212,7 @@ class Qemu(GuestProcess):
         before it, as ``postcopy run --`` or ``setpriv`` with its arguments. `ResourceError` when it cannot be started,
         `MigrationError` when it does not come up.
         """
-        directory = Path(tempfile.mkdtemp(prefix="postcopy-qemu-", dir="/dev/shm"))
+        directory, lock = _directory()
         try:
             if prefix:
                 directory.chmod(0o777)  # another user's
@@ -209,8 +239,9 @@ class Qemu(GuestProcess):
                     raise ResourceError(f"{command[0]} cannot be started: {error.strerror}", REMEDY) from None
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
+            os.close(lock)
             raise
-        self = cls(process, directory, Monitor(ours))
+        self = cls(process, directory, lock, Monitor(ours))
         try:
             self.monitor.greet()
         except MigrationError as error:
@@ -272,3 +303,6 @@ class Qemu(GuestProcess):
     def close(self) -> None:
         self.monitor.close()
         super().close()
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1

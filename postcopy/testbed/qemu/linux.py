@@ -9,7 +9,6 @@ installed, and no right of root's is needed. The kernel stays the one that was f
 from __future__ import annotations
 
 import fcntl
-import gzip
 import hashlib
 import lzma
 import os
@@ -22,6 +21,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from postcopy._files import share_file
 from postcopy.errors import ResourceError
@@ -56,7 +56,7 @@ class Linux:
     initrd: str
     version: str
 
-    def boot(self, words: str = "") -> dict[str, str]:
+    def boot(self, words: str = "") -> dict[str, Any]:
         """What `Qemu.start` needs to boot it, with `MEMORY_MIB` and the machine pc or q35. `words`: options of the
         first process on the command line, as ``work=64`` (MiB that it works on; 32)."""
         append = f"console=ttyS0 quiet mitigations=off panic=-1 {words}".rstrip()
@@ -92,7 +92,7 @@ def build() -> Linux:
                 for old in home.glob("initrd-*"):
                     old.unlink()
                 part = home / "part"
-                part.write_bytes(gzip.compress(content, 6, mtime=0))
+                part.write_bytes(content)
                 part.rename(initrd)
     except OSError as error:
         raise ResourceError(

@@ -56,7 +56,7 @@ def test_a_command_is_a_line() -> None:
 
 
 SAID: list[tuple[dict[str, Any], Event | Answer]] = [
-    ({"event": "STOP", "timestamp": {"seconds": 1, "microseconds": 2}}, Event("STOP", {})),
+    ({"event": "STOP", "timestamp": {"seconds": 1, "microseconds": 2}}, Event("STOP", {}, 1_000_002_000)),
     ({"return": {"status": "running"}, "id": 1}, Answer(1, {"status": "running"})),
     ({"event": "MIGRATION", "data": {"status": "active"}}, Event("MIGRATION", {"status": "active"})),
     (
@@ -64,7 +64,7 @@ SAID: list[tuple[dict[str, Any], Event | Answer]] = [
         Answer(3, None, ("GenericError", "no [1m way")),
     ),
     ({"return": None, "id": 2}, Answer(2, None)),
-    ({"event": "JOB", "data": ["what", "is", "this"]}, Event("JOB", {})),
+    ({"event": "JOB", "data": ["what", "is", "this"], "timestamp": {"seconds": "x"}}, Event("JOB", {})),
 ]
 
 

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from lender import Lender
 
 from postcopy._native import ffi, lib
-from postcopy.errors import BusyError, ResourceError
-from postcopy.memory import DirtyLog, Memory, page_bytes_of
+from postcopy.errors import BusyError, CoreError, MigrationError, ResourceError
+from postcopy.memory import FEATURES_OF_PROCESS, DirtyLog, Memory, page_bytes_of
 from postcopy.memory.bitmap import Bitmap
 from postcopy.uffd import UffdFeature, probe
 
@@ -98,7 +101,61 @@ def test_memory_that_is_not_mapped_cannot_be_logged(tmp_path: Any) -> None:
     with (
         Memory.from_file(path) as image,
         Memory.create("memfd", PAGE) as memory,
-        pytest.raises(OSError, match="not mapped here"),
+        pytest.raises(OSError, match="not mapped"),
     ):
         DirtyLog([memory, image])
     assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+# ---- of another process
+
+
+@contextlib.contextmanager
+def another_process() -> Iterator[tuple[Lender, int, int]]:
+    """With a userfaultfd of it, and where its memory is."""
+    program = Lender(PAGES)
+    try:
+        uffd, address = program.open(FEATURES_OF_PROCESS), program.order("address")
+        try:
+            yield program, uffd, address
+        finally:
+            os.close(uffd)
+    finally:
+        program.end()
+
+
+def test_what_another_process_writes() -> None:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with another_process() as (program, uffd, address):
+        program.order("write", 1)
+        with DirtyLog.of_process([(program.memory, address)], uffd, program.pid, program.pidfd) as log:
+            assert pages(log.collect(0)) == []
+            program.order("write", 1)
+            program.order("write", 63)
+            log.mark(0, 40, 2)
+            assert pages(log.collect(0)) == [1, 40, 41, 63]
+            assert pages(log.collect(0)) == []
+            with pytest.raises(BusyError, match="dirty log"):
+                program.memory.close()
+            other = program.open(int(FEATURES_OF_PROCESS | UffdFeature.EVENT_REMOVE))
+            with pytest.raises(CoreError, match="features"):
+                DirtyLog.of_process([(program.memory, address)], other, program.pid, program.pidfd)
+            os.close(other)
+            program.kill()
+            with pytest.raises(MigrationError, match="has ended"):
+                log.collect(0)
+        with pytest.raises(MigrationError, match="has ended"):
+            DirtyLog.of_process([(program.memory, address)], uffd, program.pid, program.pidfd)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
+def test_a_process_of_another_user() -> None:
+    with another_process() as (program, uffd, address):
+        os.seteuid(65534)
+        try:
+            with pytest.raises(ResourceError, match="may not see what process") as caught:
+                DirtyLog.of_process([(program.memory, address)], uffd, program.pid, program.pidfd)
+        finally:
+            os.seteuid(0)
+        assert "--precopy off" in str(caught.value)

@@ -274,3 +274,37 @@ def test_memory_without_content_says_how_large_it_is() -> None:
         assert memory.present() == Bitmap.full(4)
         with pytest.raises(ValueError, match="not mapped"):
             memory.read(0, 1)
+
+
+def test_a_shared_file_is_looked_at_by_its_descriptor(tmp_path: Path) -> None:
+    """Nothing of it is mapped or populated, and it may be longer; who cuts it short makes an error."""
+    with Memory.create("memfd", 8 * PAGE) as memory:
+        memory.write(2 * PAGE, b"content")
+        with Memory.from_shared_file(memory.fd, 4 * PAGE) as shared:
+            assert (shared.address, shared.size_bytes, shared.kind) == (0, 4 * PAGE, "memfd")
+            assert [page for page in range(4) if shared.present()[page]] == [2]
+            assert shared.digest() == memory.digest(4 * PAGE)
+            with (tmp_path / "dump").open("w+b") as file:
+                shared.dump(file.fileno())
+                assert file.read().rstrip(b"\0").lstrip(b"\0") == b"content"
+            assert shared.unpopulated_bytes() == 3 * PAGE
+            with pytest.raises(ValueError, match="not mapped"):
+                shared.read(0, 1)
+            shared.discard_pages(Bitmap.full(4))
+            assert memory.read(2 * PAGE, 7) == bytes(7)
+        for size_bytes in (0, 9 * PAGE, PAGE + 1):
+            with pytest.raises(ConfigurationError, match="whole pages"):
+                Memory.from_shared_file(memory.fd, size_bytes)
+    fd = os.memfd_create("short")
+    try:
+        os.truncate(fd, 4 * PAGE)
+        with Memory.from_shared_file(fd, 4 * PAGE) as shared:
+            os.truncate(fd, 2 * PAGE)
+            with pytest.raises(CoreError):
+                shared.present()
+            with pytest.raises(CoreError):
+                shared.digest()
+    finally:
+        os.close(fd)
+    with pytest.raises(ConfigurationError, match="Bad file descriptor"):
+        Memory.from_shared_file(fd, PAGE)
