@@ -75,9 +75,10 @@ test-1:
 	$(STEP) 300 --log $(LOGS)/c.log "C tests" ctest --test-dir $(B)-plain --output-on-failure -L unit -LE slow -j2 || failed=1; \
 	$(STEP) 600 --log $(LOGS)/sanitize.log "C tests, sanitized" $(MAKE) --no-print-directory sanitize || failed=1; \
 	$(STEP) 180 --log $(LOGS)/fuzz.log "fuzz targets: corpus and a short run" $(MAKE) --no-print-directory fuzz-replay || failed=1; \
-	$(STEP) 500 --log $(LOGS)/containers.log "containers" $(MAKE) --no-print-directory test-containers OR_SKIP=--or-skip PYTEST_ARGS= || failed=1; \
 	$(STEP) 400 --log $(LOGS)/hostile.log "hostile peers" $(MAKE) --no-print-directory check-hostile PYTEST_ARGS= || failed=1; \
 	$(STEP) 600 --log $(LOGS)/packages.log "packages" $(MAKE) --no-print-directory check-packages PYTEST_ARGS= || failed=1; \
+	$(STEP) 500 --log $(LOGS)/containers.log "containers" $(MAKE) --no-print-directory test-containers OR_SKIP=--or-skip PYTEST_ARGS= \
+		POSTCOPY_WHEEL="$$(ls dist/*.whl 2>/dev/null)" || failed=1; \
 	[ -z "$$failed" ]
 test-2:
 	@failed=; \
@@ -139,8 +140,9 @@ guests-rv64: ## build the guest programs of the rv64 machine again (needs Debian
 	sh csrc/machine/guest/build_rv64.sh csrc/machine/guest/rv64
 
 # OR_SKIP=--or-skip: a machine that has no Docker says so and goes on (unless POSTCOPY_INSTALL=1 lets it be installed).
+# POSTCOPY_WHEEL=FILE: what to install in the image; else a wheel is built.
 test-containers: setup ## migrate between containers; as root it starts its own Docker daemon (POSTCOPY_INSTALL=1: installs it)
-	$(BIN)/python tools/containers.py test $(OR_SKIP) -- $(PYTEST_ARGS)
+	POSTCOPY_WHEEL="$(POSTCOPY_WHEEL)" $(BIN)/python tools/containers.py test $(OR_SKIP) -- -n 2 --dist worksteal $(PYTEST_ARGS)
 
 check-python: setup ## pytest, PYTEST_JOBS (3) at a time, without the containers and the hostile peers
 	$(ONCE_MORE) $(BIN)/pytest -v -n $(PYTEST_JOBS) --dist worksteal --ignore=tests/hostile --ignore=tests/packages --ignore=tests/containers --durations=25 $(PYTEST_ARGS)
@@ -189,7 +191,7 @@ wheel: sdist ## build the abi3 wheel from it into dist/, tag it for manylinux, a
 
 # In minimal Debian 12 and 13, which are made here as root (POSTCOPY_INSTALL=1: installs debootstrap).
 check-packages: wheel ## look into the packages, and install them in fresh Debian 12 and 13 as root and as a user
-	$(BIN)/pytest tests/packages $(PYTEST_ARGS)
+	$(BIN)/pytest -n 2 --dist loadgroup tests/packages $(PYTEST_ARGS)
 
 clean: ## remove everything that was built, .venv too
 	rm -rf build dist $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

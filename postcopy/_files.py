@@ -20,7 +20,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from postcopy.errors import ConfigurationError
+from postcopy.errors import ConfigurationError, ResourceError
 
 _MAX_PATH_BYTES, _MAX_NAME_BYTES = 4095, 255  # PATH_MAX with its null, NAME_MAX
 _WHAT = {
@@ -43,6 +43,17 @@ def share_file(name: str) -> str:
     above = Path(str(_native.__file__)).parents
     path = above[min(4, len(above) - 1)] / "share" / "postcopy" / name
     return str(path) if path.is_file() else name
+
+
+def installed_program(name: str) -> str:
+    """The path of a program of this package that is not for users: ``postcopy-`` and its name, beside the extension.
+    `ResourceError` where it is not installed, as beside a checkout that was never built."""
+    from postcopy import _native
+
+    path = os.path.join(os.path.dirname(str(_native.__file__)), f"postcopy-{name}")
+    if not os.access(path, os.X_OK):
+        raise ResourceError(f"{path} is not there, or cannot be run", "install postcopy again")
+    return path
 
 
 UDEV_RULE = "60-postcopy.rules"

@@ -10,9 +10,9 @@ the one that is killed here. What outlives a namespace (a directory of files, co
 program itself was killed, the next run removes it. Debian's docker.io, debootstrap and iproute2 are installed where
 they are missing and POSTCOPY_INSTALL=1 says that this may be done.
 
-*The base image.* Debian's minimal system with Python (tools/debian.py). *The wheels*: postcopy's own is built with
-.venv, those it needs come from pip's index. So no image registry is needed. The image is the one that docker/Dockerfile
-describes, every step without a network.
+*The base image.* Debian's minimal system with Python (tools/debian.py). *The wheels*: postcopy's own is the one that
+POSTCOPY_WHEEL names, or built with .venv; those it needs come from pip's index. So no image registry is needed. The
+image is the one that docker/Dockerfile describes, every step without a network.
 
 *profile* writes docker/seccomp-userfaultfd.json anew: what this daemon's own default allows a container without
 capabilities, and userfaultfd(2) with UFFD_USER_MODE_ONLY.
@@ -189,7 +189,7 @@ def build_image(docker: Docker, name: str) -> None:
     wheels = CACHE / "wheels"
     shutil.rmtree(wheels, ignore_errors=True)
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--wheel-dir", str(wheels))
-    run([*pip, "--no-build-isolation", "."], 180, "pip wheel", cwd=ROOT)
+    run([*pip, "--no-build-isolation", os.environ.get("POSTCOPY_WHEEL") or "."], 180, "pip wheel", cwd=ROOT)
     with tempfile.TemporaryDirectory(dir=CACHE) as context:
         shutil.copytree(wheels, f"{context}/wheels")
         shutil.copytree(ROOT / "docker", f"{context}/docker")

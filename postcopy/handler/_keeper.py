@@ -31,14 +31,15 @@ from typing import NoReturn
 
 import trio
 
-from postcopy import _native
 from postcopy._child import python
+from postcopy._files import installed_program
 from postcopy._native import lib
 from postcopy.errors import NO_FILES, ConfigurationError, ResourceError, out_of_files
 from postcopy.handler._store import MAX_FDS, LocalStore, Store, check_name, is_listening, kind_of
 from postcopy.records import VERSION
 
 ENVIRONMENT = "POSTCOPY_KEEPER"
+PROGRAM = "keeper"
 RESTART_S = 1.0
 """At least, between the starts of two keepers."""
 _HEAD = struct.Struct("=Ii")
@@ -50,14 +51,6 @@ log = logging.getLogger(__name__)
 
 
 # ---- before there is an engine
-
-
-def program() -> str:
-    """The keeper's file. `ResourceError` where it is not installed, as beside a checkout that was never built."""
-    path = os.path.join(os.path.dirname(_native.__file__), "postcopy-keeper")
-    if not os.access(path, os.X_OK):
-        raise ResourceError(f"{path} is not there, or cannot be run", "install postcopy again, or use --no-keeper")
-    return path
 
 
 def in_keeper() -> bool:
@@ -75,7 +68,7 @@ def keep(command: Sequence[str], *, spare: bool = True, log_json: bool = False, 
     """Becomes the keeper, which runs `command` (the absolute path of a program first) as its engine. With the listening
     sockets that systemd has passed; with a `spare` engine while one serves. After `burst` deaths in short order the
     next engine has to wait."""
-    keeper = program()
+    keeper = installed_program(PROGRAM)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(keeper, [keeper, *_options(spare, log_json, burst), "--", *command])
@@ -388,7 +381,7 @@ class KeeperStore:
                     adopt = ["--adopt", f"{theirs.fileno()},{pidfd}", "--deaths", str(self.deaths)]
                     command = python(*sys.orig_argv[1:])
                     self._keeper = subprocess.Popen(
-                        [program(), *adopt, *self._options, "--", *command],
+                        [installed_program(PROGRAM), *adopt, *self._options, "--", *command],
                         stdin=subprocess.DEVNULL,
                         pass_fds=[theirs.fileno(), pidfd],
                         process_group=0,

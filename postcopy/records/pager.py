@@ -14,6 +14,8 @@ VmName = Annotated[str, doc("Of the virtual machine in this process: its image's
 Side = Annotated[str, doc("Which command this is.", of="pager")]
 Socket = Annotated[str, doc("Path of the socket that a VMM connects to.")]
 Pid = Annotated[int, doc("Of the process.")]
+Reason = Annotated[str, doc("Why, in one line.")]
+Killed = Annotated[bool, doc("Whether its process was killed (`--on-lost kill`).")]
 
 
 class WorkingSet(Record, kw_only=True):
@@ -167,16 +169,16 @@ class VmRefused(Record, kw_only=True):
 
     pid: Pid
     socket: Socket
-    reason: Annotated[str, doc("Why, in one line.")]
-    killed: Annotated[bool, doc("Whether its process was killed (`--on-lost kill`).")]
+    reason: Reason
+    killed: Killed
 
 
 class VmLost(Record, kw_only=True):
     """The pages of a virtual machine cannot be had any more: it is held where it needs them, or was killed."""
 
     vm: VmName
-    reason: Annotated[str, doc("Why, in one line.")]
-    killed: Annotated[bool, doc("Whether its process was killed (`--on-lost kill`).")]
+    reason: Reason
+    killed: Killed
 
 
 class VmRecovered(Record, kw_only=True):
@@ -189,7 +191,7 @@ class VmEnded(Record, kw_only=True):
     """A virtual machine is not served any more."""
 
     vm: VmName
-    reason: Annotated[str, doc("Why, in one line.")]
+    reason: Reason
     figures: Annotated[Vm, doc("What was counted.")]
 
 

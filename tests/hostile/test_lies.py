@@ -165,6 +165,19 @@ MAPS: dict[str, list[Fields]] = {
 }
 
 
+def serves_the_next(dest: Program, version: int) -> None:
+    """A source that means well, to the end."""
+    dest.check()
+
+    def let_in() -> Source | None:
+        with contextlib.suppress(Refused, Closed):
+            return Source(dest.address, Machine.image(1 << 20), version).until("running")
+        return None
+
+    wait_until("place", let_in, 40).finish()
+    assert dest.end() == 0, dest.tail()
+
+
 @pytest.mark.parametrize("what", MAPS)
 def test_page_maps(start: Start, version: int, tmp_path: Path, what: str) -> None:
     """Refused before PREPARED; who comes next is served."""
@@ -175,15 +188,7 @@ def test_page_maps(start: Start, version: int, tmp_path: Path, what: str) -> Non
     with contextlib.suppress(Closed):
         source.switch()
     refused(source)
-    dest.check()
-
-    def let_in() -> Source | None:
-        with contextlib.suppress(Refused, Closed):
-            return Source(dest.address, Machine.image(1 << 20), version).until("running")
-        return None
-
-    wait_until("place", let_in, 40).finish()
-    assert dest.end() == 0, dest.tail()
+    serves_the_next(dest, version)
     assert (tmp_path / "copy").stat().st_size == 1 << 20
 
 
@@ -281,15 +286,7 @@ def test_rounds(start: Start, version: int, what: str) -> None:
         for message in ROUNDS.get(what) or BEFORE[what]:
             source.control.line.send(message)
     refused(source)
-    dest.check()
-
-    def let_in() -> Source | None:
-        with contextlib.suppress(Refused, Closed):
-            return Source(dest.address, Machine.image(1 << 20), version).until("running")
-        return None
-
-    wait_until("place", let_in, 40).finish()
-    assert dest.end() == 0, dest.tail()
+    serves_the_next(dest, version)
 
 
 def push(source: Source, *pages: int) -> None:

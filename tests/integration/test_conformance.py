@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 import trio
 
+from postcopy._files import installed_program
 from postcopy.errors import ConfigurationError
 from postcopy.testbed.conformance import command
 from postcopy.testbed.conformance._cases import CASES
-from postcopy.testbed.conformance._client import executable
 from postcopy.testbed.conformance._handler import Handler, HandlerCommands
 from postcopy.testbed.conformance._image import Image, make_image
 from postcopy.testbed.conformance._kit import Settings
@@ -105,7 +105,15 @@ DEFECTS = {
 
 
 def settings(image: str, *options: str) -> Settings:
-    words = [executable("conformance-handler"), "--socket", "{socket}", "--image", "{image}", "--allow-uid", "65534"]
+    words = [
+        installed_program("conformance-handler"),
+        "--socket",
+        "{socket}",
+        "--image",
+        "{image}",
+        "--allow-uid",
+        "65534",
+    ]
     commands = HandlerCommands(" ".join([*words, "--state", "{dir}/state", *options]), takes_over=True)
     return Settings(
         Image(image), commands, None, deadline_s=PATIENT_S, slow_s=2.0, idle_s=2.5, silent_s=PATIENT_S, jail_uid=65534
@@ -219,7 +227,7 @@ def test_each_planted_defect_is_caught_by_its_case(run_in_child: Callable[..., A
 
 
 def test_each_defect_and_each_number_is_in_the_table(run_in_child: Callable[..., Any]) -> None:
-    listed = run_in_child([executable("conformance-handler"), "--list-defects"]).stdout.split()
+    listed = run_in_child([installed_program("conformance-handler"), "--list-defects"]).stdout.split()
     assert sorted(listed) == sorted(DEFECTS)
     caught = {name.split("-")[0] for name, _ in DEFECTS.values()}
     assert {f"{number:02d}" for number in range(1, 46)} == caught
@@ -238,7 +246,7 @@ def test_the_command_says_what_it_saw(run_in_child: Callable[..., Any], tmp_path
     path = tmp_path / "mem.img"
     done = run_in_child([*CONFORMANCE, "--image", str(path), "--make-image", "32MiB"])
     assert done.returncode == 0, done.stderr
-    handler = f"{executable('conformance-handler')} --socket {{socket}} --image {{image}}"
+    handler = f"{installed_program('conformance-handler')} --socket {{socket}} --image {{image}}"
     some = ["--cases", "01-missing,18", "--image", str(path), "--deadline", str(PATIENT_S)]
     done = run_in_child([*CONFORMANCE, *some, "--handler-cmd", handler, "--json"])
     assert done.returncode == 0, done.stdout + done.stderr
@@ -255,7 +263,7 @@ def test_the_command_says_what_it_saw(run_in_child: Callable[..., Any], tmp_path
 def test_a_handler_that_runs_already(run_in_child: Callable[..., Any], spawn_child: Any, image: str) -> None:
     with tempfile.TemporaryDirectory() as directory:  # a short path
         path = f"{directory}/s"
-        spawn_child([executable("conformance-handler"), "--socket", path, "--image", image])
+        spawn_child([installed_program("conformance-handler"), "--socket", path, "--image", image])
         line = [
             "--image",
             image,
@@ -314,7 +322,7 @@ def test_nothing_passed_is_no_success(run_in_child: Callable[..., Any], image: s
 @pytest.mark.skipif(not os.path.exists("/dev/fuse"), reason="no /dev/fuse")
 def test_one_that_is_told_to_end_leaves_no_mount(image: str) -> None:
     """In the middle of a read that is not answered."""
-    handler = f"{executable('conformance-handler')} --socket {{socket}} --image {{image}}"
+    handler = f"{installed_program('conformance-handler')} --socket {{socket}} --image {{image}}"
     with tempfile.TemporaryDirectory() as directory:
         line = ["--image", image, "--handler-cmd", handler, "--cases", "32-slow", "--slow", "1000"]
         environment = {**os.environ, "TMPDIR": directory}

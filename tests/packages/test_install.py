@@ -76,7 +76,7 @@ def test_with_venv_as_a_user(system: debian.Root) -> None:
     program = "from postcopy._files import share_file; print(share_file('60-postcopy.rules'))"
     rule = system(f'~/postcopy/bin/python -c "{program}"', user=True).strip()
     assert rule == "/home/user/postcopy/share/postcopy/60-postcopy.rules"
-    program = "from postcopy.handler._keeper import program; print(program())"
+    program = "from postcopy._files import installed_program; print(installed_program('keeper'))"
     keeper = system(f'~/postcopy/bin/python -c "{program}"', user=True).strip()
     assert "started by `postcopy pager`" in system(f"{keeper} 2>&1 || true", user=True)
 

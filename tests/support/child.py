@@ -10,14 +10,9 @@ An asynchronous function runs in Trio, with warnings as errors.
 from __future__ import annotations
 
 import ctypes
-import functools
-import importlib.util
-import inspect
 import os
-import pickle
 import signal
 import sys
-import warnings
 
 PR_SET_PDEATHSIG = 1
 
@@ -28,6 +23,16 @@ def main() -> None:
         raise OSError(ctypes.get_errno(), "PR_SET_PDEATHSIG")
     if sys.argv[1] == "exec":
         os.execvp(sys.argv[2], sys.argv[2:])
+    _call()
+
+
+def _call() -> None:
+    import functools  # only here: of most children the command is what takes time
+    import importlib.util
+    import inspect
+    import pickle
+    import warnings
+
     path, name, result_fd = sys.argv[2:]
     # The test's module, from its file: it has no name that another process could import it by.
     spec = importlib.util.spec_from_file_location("_module_under_test", path)

@@ -401,6 +401,16 @@ def need_hits(answer: Json) -> None:
         raise NotApplicable(f"the handler was always first, {answer['tried']} times: it could not be tried")
 
 
+async def goes_on_after(kit: Kit, which: int, pages: int, hits: int, words: str, what: str) -> str:
+    """A race in so many pages at most, after which others are still served."""
+    first, count = longest(kit, pages)
+    async with kit.client() as vm:
+        answer = await race(kit, vm, which, first, count, hits, 6000, words)
+        await kit.check(vm, kit.image.pages - 256, 256, what=f"after {what}")
+    need_hits(answer)
+    return f"{answer['hits']} times"
+
+
 @case("11-eexist", "another one places a page, without a wake, while a thread waits for it", "EEXIST: WAKE")
 async def eexist(kit: Kit) -> str:
     first, count = longest(kit, 2048)
@@ -437,12 +447,7 @@ async def partial(kit: Kit) -> None:
 
 @case("13-negative", "COPY says EEXIST, the field is negative", "nothing was placed: the others still come")
 async def negative(kit: Kit) -> str:
-    first, count = longest(kit, 2048)
-    async with kit.client() as vm:
-        answer = await race(kit, vm, c.RACE_PLACE_WAKE, first, count, 3, 6000, "a race for pages")
-        await kit.check(vm, kit.image.pages - 256, 256, what="after COPY had said EEXIST")
-    need_hits(answer)
-    return f"{answer['hits']} times"
+    return await goes_on_after(kit, c.RACE_PLACE_WAKE, 2048, 3, "a race for pages", "COPY had said EEXIST")
 
 
 @case("14-unread", "REMOVEs one after the other, and faults beside them", "EAGAIN: read the event, decide anew")
@@ -940,12 +945,8 @@ async def blocking(kit: Kit) -> None:
 
 @case("36-spurious", "POLLIN, and nothing can be read", "go on")
 async def spurious(kit: Kit) -> str:
-    first, count = longest(kit, 4096)
-    async with kit.client() as vm:
-        answer = await race(kit, vm, c.RACE_STEAL, first, count, 40, 6000, "events that are gone when they are read")
-        await kit.check(vm, kit.image.pages - 64, 64, what="after events that were gone when they were read")
-    need_hits(answer)
-    return f"{answer['hits']} times"
+    words = "events that are gone when they are read"
+    return await goes_on_after(kit, c.RACE_STEAL, 4096, 40, words, "events that were gone when they were read")
 
 
 @case("37-idle", "nothing happens for long", "no timeout: the first touch is served at once")

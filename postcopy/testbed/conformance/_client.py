@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -20,8 +19,7 @@ from enum import IntFlag
 
 import trio
 
-from postcopy import _native
-from postcopy.errors import ResourceError
+from postcopy._files import installed_program
 from postcopy.testbed.conformance._model import Failed, Json
 
 HUGE_BYTES = 2 << 20
@@ -47,14 +45,6 @@ class Content(IntFlag):
 
 class Gone(Exception):
     """The client was killed: by the handler, where that is its policy."""
-
-
-def executable(name: str) -> str:
-    """A program that is installed beside the extension."""
-    path = os.path.join(os.path.dirname(_native.__file__), "libexec", f"postcopy-{name}")
-    if not os.access(path, os.X_OK):
-        raise ResourceError(f"there is no {path}", "install postcopy again")
-    return path
 
 
 class Pending:
@@ -224,7 +214,7 @@ async def open_client(image: str) -> AsyncIterator[Client]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         # Not by a thread of Trio's: it takes a millisecond, and a process without an owner must not be.
-        process = subprocess.Popen([executable("conformance-client"), image], stdin=theirs.fileno())  # noqa: ASYNC220
+        process = subprocess.Popen([installed_program("conformance-client"), image], stdin=theirs.fileno())  # noqa: ASYNC220
     control = trio.socket.from_stdlib_socket(ours)
     client = Client(process, control)
     try:

@@ -26,6 +26,7 @@ import trio.testing
 import kept
 from kept import kill_all, processes
 from postcopy import _native
+from postcopy._files import installed_program
 from postcopy._native import lib
 from postcopy.errors import ResourceError
 from postcopy.handler import _keeper
@@ -169,10 +170,10 @@ def test_another_version_goes_on(toy: Callable[..., Toy]) -> None:
 
 
 def test_a_keeper_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert os.access(_keeper.program(), os.X_OK)
+    assert os.access(installed_program("keeper"), os.X_OK)
     monkeypatch.setattr(_native, "__file__", str(tmp_path / "_native.abi3.so"))
     with pytest.raises(ResourceError, match="postcopy-keeper is not there, or cannot be run"):
-        _keeper.program()
+        installed_program("keeper")
 
 
 HEAD = struct.Struct("=Ii")
@@ -341,7 +342,16 @@ class _Systemd:
     def start(self, marker: str) -> subprocess.Popen[bytes]:
         passed = [("pager.socket", self.listener.fileno()), *self.stored]
         fds, names = [fd for _, fd in passed], ":".join(name for name, _ in passed)
-        command = [_keeper.program(), "--no-spare", "--", sys.executable, "-P", str(TOY), marker, "--no-spare"]
+        command = [
+            installed_program("keeper"),
+            "--no-spare",
+            "--",
+            sys.executable,
+            "-P",
+            str(TOY),
+            marker,
+            "--no-spare",
+        ]
         program = f"import sys; sys.path.insert(0, {str(Path(kept.__file__).parent)!r}); import kept; "
         program += f"kept.become({fds}, {names!r}, {command})"
         return subprocess.Popen([sys.executable, "-S", "-c", program], pass_fds=fds, env=self.environment)

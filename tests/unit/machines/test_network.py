@@ -437,7 +437,7 @@ async def test_a_machine_that_falls_silent() -> None:
                 "127.0.0.1",
                 port=echo.port,
                 interval_s=0.001,
-                seconds=0.1,
+                seconds=0.5,
                 on_answer=lambda statistics: fall_silent(echo, statistics),
             )
             nursery.cancel_scope.cancel()
