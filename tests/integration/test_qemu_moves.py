@@ -24,8 +24,9 @@ import trio
 from lines import Json
 from qemus import DEADLINE_S, SANDBOX, UNDER_RUN, UNNAMED_FILE, Host, check_went_on, is_whole, start
 
+import sides
 from postcopy.testbed.chaos import ChaosPlan, open_chaos_proxy
-from postcopy.testbed.qemu import Qemu, command_line, lines_of
+from postcopy.testbed.qemu import Qemu, command_line, lines_of, linux
 
 pytestmark = pytest.mark.needs("qemu", "uffd")
 
@@ -157,6 +158,29 @@ def test_rollback_at_each_step(host: Callable[..., Host], machine: dict[str, Any
         check_went_on(seen, to.wait_pass(seen["pass"]))
 
 
+def both_sides(
+    side: Callable[..., Any], a: str | Path, b: str | Path, *arguments: str, **how: Any
+) -> tuple[sides.Side, sides.Side]:
+    """The two commands that move the guest of the QEMU with monitor `a` into that with monitor `b`: `dest`, `source`."""
+    dest = side("dest", "--json", "--listen", "127.0.0.1:0", "--machine", "qemu", "--qmp", b, **how)
+    connect = ("--connect", dest.address, "--machine", "qemu", "--qmp", a)
+    return dest, side("source", "--json", *connect, *arguments, **how)
+
+
+def results_of(*commands: sides.Side) -> list[Json]:
+    """When they have ended as they should."""
+    results = []
+    for one in commands:
+        status, result, errors = one.end()
+        assert (status, result["status"]) == (0, "completed"), errors
+        results.append(result)
+    return results
+
+
+def move(side: Callable[..., Any], a: Qemu, b: Qemu, *arguments: str, **how: Any) -> list[Json]:
+    return results_of(*both_sides(side, a.qmp_path, b.qmp_path, *arguments, **how))
+
+
 def wait_ballooned(qemu: Qemu, mib: int) -> None:
     """Only lines from now on."""
     before = len(qemu.lines())
@@ -170,18 +194,12 @@ def test_balloon_while_pages_are_missing(side: Callable[..., Any], machine: dict
     with boot(machine, append) as a, boot(machine, append, incoming=True) as b:
         a.wait_ready()
         wait_ballooned(a, 4)
-        dest = side("dest", "--json", "--listen", "127.0.0.1:0", "--machine", "qemu", "--qmp", b.qmp_path)
-        source = side(
-            *("source", "--json", "--connect", dest.address, "--machine", "qemu", "--qmp", a.qmp_path),
-            *("--max-bandwidth", "1MiB/s"),
-        )
+        dest, source = both_sides(side, a.qmp_path, b.qmp_path, "--max-bandwidth", "1MiB/s")
         dest.wait_status("postcopy-active")
         wait_ballooned(b, 12)
         wait_ballooned(b, 0)
         assert b.status() == "running"
-        for one in (dest, source):
-            status, result, errors = one.end()
-            assert (status, result["status"]) == (0, "completed"), errors
+        results_of(dest, source)
         wait_ballooned(b, 12)  # nobody is asked any more
         wait_ballooned(b, 0)
         last = b.wait_passes(3)[-1].values
@@ -204,14 +222,7 @@ def test_two_backends_in_a_sandbox_and_a_daemon(side: Callable[..., Any], tmp_pa
         subprocess.run([*UNDER_RUN, *waiting], check=True, timeout=DEADLINE_S)
         pid = int((tmp_path / "pid").read_text())
         try:
-            dest = side("dest", "--json", "--listen", "127.0.0.1:0", "--machine", "qemu", "--qmp", tmp_path / "qmp")
-            source = side(
-                *("source", "--json", "--connect", dest.address, "--machine", "qemu", "--qmp", a.qmp_path),
-                *("--precopy", "auto"),
-            )
-            for one in (dest, source):
-                status, result, errors = one.end()
-                assert (status, result["status"]) == (0, "completed"), errors
+            results_of(*both_sides(side, a.qmp_path, tmp_path / "qmp", "--precopy", "auto"))
             seen = a.passes()[-1].values
             deadline = time.monotonic() + DEADLINE_S
             while not (found := [line for line in lines_of((tmp_path / "serial").read_text()) if is_whole(line)][1:]):
@@ -237,12 +248,7 @@ def test_huge_pages(side: Callable[..., Any]) -> None:
         )  # fmt: skip
         with a, b:
             a.wait_ready()
-            dest = side("dest", "--json", "--listen", "127.0.0.1:0", "--machine", "qemu", "--qmp", b.qmp_path)
-            source = side("source", "--json", "--connect", dest.address, "--machine", "qemu", "--qmp", a.qmp_path)
-            for one in (dest, source):
-                status, result, errors = one.end()
-                assert (status, result["status"]) == (0, "completed"), errors
-                assert result["ram"]["page-size"] == 2 << 20
+            assert {result["ram"]["page-size"] for result in move(side, a, b)} == {2 << 20}
             check_went_on(a.passes()[-1].values, b.wait_passes(2)[-1].values)
     finally:
         for file in files:
@@ -273,15 +279,31 @@ def test_ordinary_user(side: Callable[..., Any], readable_package: list[str]) ->
             status = Path(f"/proc/{qemu.pid}/status").read_text()
             assert re.search(r"^CapEff:\s+0+$", status, re.MULTILINE)
             assert re.search(rf"^Uid:\s+{NOBODY}\s", status, re.MULTILINE)
-        dest = side(
-            "dest", "--json", "--listen", "127.0.0.1:0", "--machine", "qemu", "--qmp", b.qmp_path, command=nobody
-        )
-        source = side(
-            *("source", "--json", "--connect", dest.address, "--machine", "qemu", "--qmp", a.qmp_path),
-            *("--precopy", "auto"),
-            command=nobody,
-        )
-        for one in (dest, source):
-            status, result, errors = one.end()
-            assert (status, result["status"]) == (0, "completed"), errors
+        move(side, a, b, "--precopy", "auto", command=nobody)
         check_went_on(a.passes()[-1].values, b.wait_passes(2)[-1].values)
+
+
+@pytest.mark.needs("linux-guest")
+def test_linux_that_reports_its_free_pages(side: Callable[..., Any], tmp_path: Path) -> None:
+    """It computes, reads and writes its disk, and tells QEMU what memory it does not use, also while pages are
+    missing. Then it looks at all of its memory."""
+    guest = linux.build()
+    options: dict[str, Any] = {
+        **guest.boot("work=32 disk=256 churn=4"),
+        "machine": "pc",
+        "disk": make_disk(tmp_path / "disk"),
+        "backends": (UNNAMED_FILE,),
+        "arguments": ("-device", "virtio-balloon-pci,free-page-reporting=on"),
+        "prefix": UNDER_RUN,
+    }
+    with Qemu.start(linux.MEMORY_MIB, **options) as a, Qemu.start(linux.MEMORY_MIB, incoming=True, **options) as b:
+        a.wait_ready()
+        a.wait_passes(2)
+        before = a.ask("status").values
+        move(side, a, b, "--precopy", "auto")
+        now, looked = b.ask("status").values, b.ask("check").values
+        assert now["nonce"] == before["nonce"]
+        assert (looked["errors"], looked["stale"]) == (0, 0)
+        assert now["clock_ns"] > before["clock_ns"]
+        assert now["saved"] > before["saved"]
+        assert "Linux" in b.shell("uname -a")
