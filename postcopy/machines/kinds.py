@@ -52,6 +52,7 @@ class HostOptions:
     qmp: str | None = None  # qemu: path of the monitor of one that waits for a machine
     qemu: tuple[str, ...] | None = None  # qemu: the command line with which one is started for each machine
     preload: str | None = None  # qemu, program: path of the preload library's socket
+    name: str = ""  # of the machine, for what is started for it
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def _qemu_source(options: QemuOptions) -> Machine:
 def _qemu_destination(config: Mapping[str, Any], layout: Sequence[BlockLayout], host: HostOptions) -> Machine:
     from postcopy.machines.qemu.destination import ArrivingQemu, QemuHost
 
-    return ArrivingQemu.for_destination(config, layout, QemuHost(host.qmp, host.qemu, host.preload))
+    return ArrivingQemu.for_destination(config, layout, QemuHost(host.qmp, host.qemu, host.preload, host.name))
 
 
 def _program_source(options: ProgramOptions) -> Machine:

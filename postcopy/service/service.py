@@ -27,7 +27,7 @@ import secrets
 import shlex
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -61,7 +61,7 @@ from postcopy.service import report
 from postcopy.service._attempts import Attempts
 from postcopy.service._contain import contained, contained_call
 from postcopy.service.config import ArrivalOptions
-from postcopy.service.options import sending
+from postcopy.service.options import record, sending
 from postcopy.service.report import Json, Migration
 from postcopy.units import format_size
 from postcopy.wire import ID_BYTES, State
@@ -508,7 +508,7 @@ class Service(abc.ABC):
         """The machine that a source offers. Errors as for `create_destination`."""
         arrival = self.arrival
         owned.name = self.name_arriving(owned, kind, config)
-        host = HostOptions(**{item.name: getattr(arrival, item.name) for item in fields(HostOptions)})
+        host = record(HostOptions, vars(arrival), name=owned.name)
         machine = create_destination(kind, config, layout, host)
         if machine.lends and arrival.pager_process:
             raise ConfigurationError(

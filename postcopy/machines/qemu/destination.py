@@ -29,7 +29,7 @@ import fcntl
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,8 @@ START_S = 10.0
 LOAD_S = 30.0
 """How long it may take to load the state; it takes some 10 ms."""
 MONITOR, PRELOAD, STATE = "qmp.sock", "preload.sock", "postcopy-state"
+NAME_VARIABLE = "POSTCOPY_MACHINE"
+"""By which a command that is started for any machine that comes knows for which one it is."""
 SET_ACTIVE = "blockdev-set-active"
 EXIT_ON_ERROR = (9, 1)
 """The first version that can be told to stay when it cannot load, and so to say why."""
@@ -92,6 +94,7 @@ class QemuHost:
     qmp: str | None = None  # the monitor of one that waits for its state
     command: Sequence[str] | None = None  # with which one is started
     preload: str | None = None  # the library's socket, where it is not as the process's environment says
+    name: str = ""  # of the machine, which the command finds in its environment
 
 
 class ArrivingQemu(ArrivingProcess, QemuMachine):
@@ -105,6 +108,7 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
         self._offered = offered
         self._layout = layout
         self._command = host.command
+        self._machine_name = host.name
         self._library: Preload | None = None
         self._guard: Userfaultfd | None = None  # a copy of what guards its memory
         self._takes_disks_late = False
@@ -166,10 +170,15 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
                 *("-qmp", f"unix:{directory.replace(',', ',,')}/{MONITOR},server=on,wait=off"),
                 *("-incoming", "defer", "-S"),
             ],
-            lambda directory: environment(f"{directory}/{PRELOAD}"),
+            self._environment,
         )
         self._qmp = self._own.path(MONITOR)
         await self._own.until_it_answers(name, self._answers, START_S)
+
+    @contextlib.contextmanager
+    def _environment(self, directory: str) -> Iterator[Mapping[str, str]]:
+        with environment(f"{directory}/{PRELOAD}") as variables:
+            yield {**variables, NAME_VARIABLE: self._machine_name}
 
     async def _answers(self) -> bool:
         with contextlib.suppress(QemuUnreachable):

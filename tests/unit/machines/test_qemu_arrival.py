@@ -118,7 +118,7 @@ def waiting(source: Stood) -> Iterator[Qemu]:
 
 
 def arriving(guest: Stood, qemu: Qemu | None = None, command: str = "", **offer: Any) -> ArrivingQemu:
-    host = HostOptions(qmp=qemu.qmp_path) if qemu is not None else HostOptions(qemu=QEMU_OPTION.parse(command))
+    host = HostOptions(qmp=qemu.qmp_path) if qemu is not None else HostOptions(qemu=QEMU_OPTION.parse(command), name="vm1")
     machine = create_destination("qemu", guest.config | offer, guest.layout, host)
     assert isinstance(machine, ArrivingQemu)
     return machine
@@ -281,7 +281,7 @@ async def test_a_state_that_is_cut_ends_it(guest: Stood, waiting: Qemu, part: fl
             await machine.load_state(guest.state[: int(part * len(guest.state))])
         await machine.close()
         nursery.cancel_scope.cancel()
-    assert not part or await run_sync(waiting.process.wait, 30)
+    assert not part or (await run_sync(waiting.process.wait, 30)) != 0
 
 
 async def test_a_page_that_does_not_come_ends_it(guest: Stood, waiting: Qemu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,6 +363,7 @@ async def test_one_that_is_started_is_killed_until_it_is_whole(guest: Stood, on_
         await machine.prepare()
         assert machine.process is not None
         pid, monitor = machine.process
+        assert b"\0POSTCOPY_MACHINE=vm1\0" in await trio.Path(f"/proc/{pid}/environ").read_bytes()
         await guest.lend(machine, nursery)
         await machine.load_state(guest.state)
         await machine.close()
