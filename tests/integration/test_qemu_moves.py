@@ -33,7 +33,7 @@ pytestmark = pytest.mark.needs("qemu", "uffd")
 GUEST = "pages=1024 spread=1 disk=64"
 MEMORY_MIB = 64
 # The disk is opened with cache=none: what the guest reads goes by O_DIRECT into pages that have not arrived.
-MACHINE = {"machine": "microvm", "balloon": True, "backends": (UNNAMED_FILE,)}
+MACHINE: dict[str, Any] = {"machine": "microvm", "balloon": True, "backends": (UNNAMED_FILE,)}
 NOBODY = 65534
 AS_NOBODY = (
     "setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all",
@@ -161,7 +161,7 @@ def test_rollback_at_each_step(host: Callable[..., Host], machine: dict[str, Any
 def both_sides(
     side: Callable[..., Any], a: str | Path, b: str | Path, *arguments: str, **how: Any
 ) -> tuple[sides.Side, sides.Side]:
-    """The two commands that move the guest of the QEMU with monitor `a` into that with monitor `b`: `dest`, `source`."""
+    """`dest` and `source`, which move the guest of the QEMU with monitor `a` into that with monitor `b`."""
     dest = side("dest", "--json", "--listen", "127.0.0.1:0", "--machine", "qemu", "--qmp", b, **how)
     connect = ("--connect", dest.address, "--machine", "qemu", "--qmp", a)
     return dest, side("source", "--json", *connect, *arguments, **how)
@@ -269,9 +269,8 @@ def test_ordinary_user(side: Callable[..., Any], readable_package: list[str]) ->
         def begin(incoming: bool) -> Qemu:
             run = ("-m", "postcopy", "run", "--socket", str(directory / f"preload-{int(incoming)}"), "--")
             prefix = (*readable_package, *run, *AS_NOBODY)
-            return stack.enter_context(
-                Qemu.start(MEMORY_MIB, GUEST, prefix=prefix, incoming=incoming, **MACHINE, disk=disk)
-            )
+            options: dict[str, Any] = {**MACHINE, "disk": disk}
+            return stack.enter_context(Qemu.start(MEMORY_MIB, GUEST, prefix=prefix, incoming=incoming, **options))
 
         a, b = begin(False), begin(True)
         a.wait_ready()
