@@ -39,8 +39,14 @@ REQUESTS = 256  # of each pass to the disk: it is full after four of them, and f
 TRACE = "trace"  # of the destination
 PASSES = 6  # of the guest, before it moves
 WAITS_S = 3.0  # so long after the network is whole again QEMU's own migration is looked at: it waits for an operator
+NOTICES_S = 30.0  # for QEMU's own migration to end, or to notice that it was cut
 ENDS_S = 10.0  # for the source's QEMU to end, which has been told so
 COMPLETED, PAUSED = "completed", "postcopy-paused"
+WAITS = {
+    PAUSED: ": it waits for an operator, and so does the guest",
+    "postcopy-active": ": it has not noticed that the network is silent, and the guest waits",
+}
+"""What else is to be said of a status."""
 
 
 class Pair(NamedTuple):
@@ -80,7 +86,7 @@ class QemuDemo:
         async with self._open_pair(directory, "own", by_qemu=True) as pair:
             theirs = await _move_by_qemu(pair, directory / TRACE, bandwidth, plan)
         version = "{major}.{minor}.{micro}".format(**said)
-        result.qemu = DemoQemu(version=version, guest=f"Linux {self._linux.version}", postcopy=ours, own=theirs)
+        result.qemu = DemoQemu(version=version, system=f"Linux {self._linux.version}", postcopy=ours, own=theirs)
         return result
 
     @asynccontextmanager
@@ -147,7 +153,7 @@ async def _examine(pair: Pair, result: DemoResult) -> DemoMove:
         total_ms=result.total_ms,
         fault_p50_us=latency.p50 if latency is not None else None,
         fault_p99_us=latency.p99 if latency is not None else None,
-        recoveries=result.recoveries.count if result.recoveries is not None else 0,
+        recovered=result.recoveries.count if result.recoveries is not None else 0,
         **_since(before, after),
     )
 
@@ -205,7 +211,7 @@ async def _move_by_qemu(pair: Pair, trace: Path, bandwidth: int, plan: ChaosPlan
         if bandwidth:
             await thread(own.limit, source, bandwidth)
         switched.set()
-        status = await thread(own.outcome, source, dest)
+        status = await thread(own.outcome, source, dest, NOTICES_S)
         if status == PAUSED:
             await trio.sleep(WAITS_S)
             # The destination's monitor may not answer: a device that waits for a page holds QEMU's lock.
@@ -237,18 +243,17 @@ def table(found: DemoQemu) -> tuple[tuple[str, ...], list[Row]]:
     def words(move: DemoMove) -> Span:
         if move.status == COMPLETED:
             return Span(COMPLETED, "good")
-        waits = ": it waits for an operator, and so does the guest" if move.status == PAUSED else ""
-        return Span(f"{move.status}{waits}", "bad")
+        return Span(f"{move.status}{WAITS.get(move.status, '')}", "bad")
 
     moves = (ours, theirs)
     rows = [
-        each("guest", found.guest, "the same"),
+        each("guest", found.system, "the same"),
         row("migration", *map(words, moves)),
         each("guest stood still", *(time(move.stop_to_run_ms, 1e-3) for move in moves)),
         each("until all memory had come", *(time(move.total_ms, 1e-3) for move in moves)),
         each("fault, median", *(time(move.fault_p50_us, 1e-6) for move in moves)),
         each("fault, 99 % within", *(time(move.fault_p99_us, 1e-6) for move in moves)),
-        each("recoveries by itself", *(str(move.recoveries) for move in moves)),
+        each("recoveries by itself", *(str(move.recovered) for move in moves)),
         each("the guest afterwards", *map(_guest, moves)),
     ]
     return ("", "by postcopy", f"by QEMU {found.version} itself"), rows
