@@ -202,7 +202,8 @@ class Machine(abc.ABC):
         yield
 
     async def before_pause(self) -> None:  # noqa: B027
-        """Source: a `pause` follows at once. Does what would make that longer. Cancellable; bounded in time."""
+        """Source: a `pause` follows at once. Does what would make that longer; it may have stopped when this returns,
+        and then `statistics` has since when. Cancellable, and then, or after an error, it runs; bounded in time."""
 
     @abc.abstractmethod
     async def pause(self, timeout_s: float = 10.0) -> None:

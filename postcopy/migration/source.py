@@ -603,9 +603,12 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         """In the pause nothing is done that could be done before or after: no statistics, no callback."""
         machine, protocol, options = self.machine, self._protocol, self._options
         assert self._accepted is not None
+        began_ns = now_ns()
         await machine.before_pause()
         control.hurry()
         parts = {"paused": now_ns()}
+        if began_ns <= (stopped_ns := machine.statistics().paused_ns) < parts["paused"]:  # it was then already
+            parts["paused"] = stopped_ns
         self.paused_ns = parts["paused"]
         await machine.pause()
         parts["stop_ns"] = now_ns()
