@@ -32,7 +32,7 @@
 #define WORDS      (PAGE_BYTES / 8)
 #define MAX_SHOWN  8u
 
-/* Who includes this has them. */
+/* Of the file that includes this. */
 static void say(const char *text);
 static volatile uint64_t *page_at(uint64_t page);
 

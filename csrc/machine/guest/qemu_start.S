@@ -14,7 +14,6 @@
 	.globl	_start
 _start:
 	cld
-	mov	$stack_end, %esp
 	movl	$pointers + 3, top
 	movl	$directories + 3, pointers
 	xor	%ecx, %ecx
@@ -45,6 +44,7 @@ _start:
 	mov	%eax, %ds
 	mov	%eax, %es
 	mov	%eax, %ss
+	mov	$stack_end, %esp	/* here, so that the upper half of RSP is zero */
 	mov	%ebx, %edi
 	call	guest_main		/* does not return */
 

@@ -42,7 +42,7 @@ static void say(const char *text)
 
 /* ---- memory */
 
-/* Who comes here has mapped the first GiB. Devices are above its memory and below 4 GiB: not cached. */
+/* The code at the entry has mapped the first GiB. Devices are above its memory and below 4 GiB: not cached. */
 static void map_gib(uint64_t gib, uint64_t uncached_from)
 {
     uint64_t cr3;
