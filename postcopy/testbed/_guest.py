@@ -54,12 +54,20 @@ class GuestProcess:
         self.serial_path = directory / "serial"
         self.log_path = directory / "log"
         self._owns_directory = owns_directory
+        self._lines: list[GuestLine] = []  # each is parsed once
+        self._parsed_bytes = 0
 
     # ---- its guest
 
     def lines(self) -> list[GuestLine]:
         """All so far that are whole."""
-        return lines_of(self.serial_path.read_text(errors="replace"))
+        with self.serial_path.open("rb") as serial:
+            serial.seek(self._parsed_bytes)
+            text = serial.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self._parsed_bytes += len(whole)
+        self._lines += lines_of(whole.decode(errors="replace"))
+        return list(self._lines)
 
     def passes(self) -> list[GuestLine]:
         return [line for line in self.lines() if line.kind == "pass"]
@@ -102,8 +110,11 @@ class GuestProcess:
     def send(self, text: str) -> None:
         """To the serial port."""
         assert self.process.stdin is not None
-        self.process.stdin.write(text.encode())
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write(text.encode())
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise MigrationError(f"{self._name} has ended\n{self.said()}") from None
 
     def said(self) -> str:
         """The end of what it and its guest have written, for a message."""

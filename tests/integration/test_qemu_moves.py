@@ -270,8 +270,8 @@ def test_ordinary_user(side: Callable[..., Any], readable_package: list[str]) ->
 
         def begin(incoming: bool) -> Qemu:
             run = ("-m", "postcopy", "run", "--socket", str(directory / f"preload-{int(incoming)}"), "--")
-            prefix = (*readable_package, *run, *AS_NOBODY)
-            options: dict[str, Any] = {**MACHINE, "disk": disk}
+            prefix = (*readable_package, *run, *AS_NOBODY, "--pdeathsig=KILL")
+            options: dict[str, Any] = {**MACHINE, "disk": disk, "user": NOBODY}
             return stack.enter_context(Qemu.start(MEMORY_MIB, GUEST, prefix=prefix, incoming=incoming, **options))
 
         a, b = begin(False), begin(True)

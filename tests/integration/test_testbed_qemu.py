@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from postcopy.errors import MigrationError, ResourceError
-from postcopy.testbed.qemu import Qemu, QmpError, linux
+from postcopy.testbed.qemu import MonitorClosed, Qemu, QmpError, _process, linux
 
 GUEST = "pages=1024 spread=1 disk=512"
 ZEROS = bytes(4096)
@@ -113,8 +113,33 @@ def test_what_cannot_be_started_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(MigrationError, match="no-such-option"):
         Qemu.start(64, arguments=["-no-such-option"])
     monkeypatch.setenv("PATH", "/nonexistent")
-    with pytest.raises(ResourceError, match="cannot be started"):
+    with pytest.raises(ResourceError, match=r"cannot be started: .*qemu-system"):
         Qemu.start(64)
+    monkeypatch.setattr(_process, "guest_path", no_guest)
+    before = open_files()
+    with pytest.raises(ResourceError, match="no guest here"):
+        Qemu.start(64)
+    assert open_files() == before
+
+
+def no_guest() -> str:
+    raise ResourceError("no guest here")
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.needs("qemu")
+def test_one_that_has_ended_is_an_error_to_all_who_ask() -> None:
+    with Qemu.start(64, "pages=1024") as qemu:
+        qemu.wait_ready()
+        qemu.kill()
+        for ask in (qemu.status, lambda: qemu.wait_event("STOP")):
+            with pytest.raises(MonitorClosed):
+                ask()
+        with pytest.raises(MigrationError, match="has ended"):
+            qemu.wait_passes(1000)
 
 
 START = """
@@ -142,11 +167,9 @@ def test_it_dies_with_the_process_that_has_started_it() -> None:
         while runs(int(pid)):
             assert time.monotonic() < deadline
             time.sleep(0.005)
-    # Its memory goes when another one is started, a while later.
-    os.utime(directory, (0, 0))
+    # Its memory goes when another one is started.
     with Qemu.start(64, "pages=1024") as qemu:
         assert not Path(directory).exists()
-        os.utime(qemu.directory, (0, 0))
         with Qemu.start(64, "pages=1024"):
             assert qemu.ram_paths
 
@@ -187,6 +210,23 @@ def test_linux_works_and_answers(disk: Path) -> None:
 def test_without_debians_tools_there_is_no_linux_guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
+    (linux.cache() / ".fetch-killed").mkdir(parents=True)
     with pytest.raises(ResourceError, match="Debian's packages"):
         linux.build()
     assert {path.name for path in linux.cache().iterdir()} == {"lock"}
+
+
+def test_installations_share_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another one boots from is not taken away from it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    packages = linux.cache() / "packages"
+    (packages / "modules").mkdir(parents=True)
+    for name in ("vmlinuz", "busybox", "version"):
+        (packages / name).write_text(name)
+    theirs = Path(linux.build().initrd)
+    (packages / "busybox").write_text("another one")
+    assert Path(linux.build().initrd) != theirs
+    assert theirs.exists()
+    os.utime(theirs, (0, 0))
+    linux.build()
+    assert not theirs.exists()

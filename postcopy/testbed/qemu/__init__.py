@@ -10,6 +10,17 @@ from __future__ import annotations
 
 from postcopy.testbed._guest import GuestLine, lines_of
 from postcopy.testbed.qemu._find import QEMU, check, guest_path
-from postcopy.testbed.qemu._process import Monitor, Qemu, QmpError, command_line
+from postcopy.testbed.qemu._process import Monitor, MonitorClosed, Qemu, QmpError, command_line
 
-__all__ = ["QEMU", "GuestLine", "Monitor", "Qemu", "QmpError", "check", "command_line", "guest_path", "lines_of"]
+__all__ = [
+    "QEMU",
+    "GuestLine",
+    "Monitor",
+    "MonitorClosed",
+    "Qemu",
+    "QmpError",
+    "check",
+    "command_line",
+    "guest_path",
+    "lines_of",
+]

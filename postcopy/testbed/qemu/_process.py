@@ -36,21 +36,20 @@ _starter = ThreadPoolExecutor(1, "qemu-starter")
 
 
 def _directory() -> tuple[Path, int]:
-    """A new one in memory, and a descriptor of it whose lock says that it is in use. What processes that were killed
-    have left is removed: it would hold the memory of their guests."""
+    """A new one in memory, and a descriptor of it whose lock says that it is in use: it has that lock before it has its
+    name. What processes that were killed have left is removed: it would hold the memory of their guests."""
     for old in _MEMORY.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            found = old.stat()
-            if found.st_uid == os.geteuid() and time.time() - found.st_mtime > 2 * START_S:  # else not locked yet
-                lock = _locked(old)
-                shutil.rmtree(old, ignore_errors=True)
-                os.close(lock)
-    directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_MEMORY))
-    return directory, _locked(directory)
+        with contextlib.suppress(OSError):  # another user's, or in use
+            lock = _locked(old)
+            shutil.rmtree(old, ignore_errors=True)
+            os.close(lock)
+    unnamed = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=_MEMORY))
+    lock = _locked(unnamed)
+    return unnamed.rename(_MEMORY / unnamed.name[1:]), lock
 
 
 def _locked(directory: Path) -> int:
-    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -67,17 +66,28 @@ class QmpError(MigrationError):
         self.kind = kind
 
 
-class Monitor:
-    """A connection to QEMU's monitor (QMP). `events`: all so far, as they were sent, with QEMU's timestamps.
+class MonitorClosed(MigrationError):
+    """QEMU has closed its monitor: it has ended, as a rule."""
 
-    `MigrationError` when nothing is answered in time, or QEMU has closed it.
-    """
+
+class Monitor:
+    """A connection to QEMU's monitor (QMP). `MigrationError` when nothing is answered in time, `MonitorClosed` when
+    nothing will be."""
 
     def __init__(self, connection: socket.socket, name: str = "QEMU") -> None:
         self._connection = connection
         self._name = name
         self._input = b""
-        self.events: list[dict[str, Any]] = []
+        self._events: list[dict[str, Any]] = []
+        self._commands = 0
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """All that QEMU has sent so far, with its timestamps."""
+        with contextlib.suppress(MigrationError):
+            while True:
+                self._read(time.monotonic())
+        return self._events
 
     def greet(self, timeout_s: float = START_S) -> None:
         self._read(time.monotonic() + timeout_s)
@@ -86,15 +96,20 @@ class Monitor:
     def execute(self, command: str, *, timeout_s: float = ANSWER_S, fd: int | None = None, **arguments: Any) -> Any:
         """The answer, `QmpError` where it is refused. Underscores in names are hyphens; `fd` is sent along."""
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
-        request = json.dumps({"execute": command, "arguments": named}).encode() + b"\n"
+        self._commands += 1  # one that was given up may be answered later
+        request = json.dumps({"execute": command, "arguments": named, "id": self._commands}).encode() + b"\n"
         deadline = time.monotonic() + timeout_s
         try:
             self._connection.settimeout(timeout_s)
             socket.send_fds(self._connection, [request], [] if fd is None else [fd])
+        except TimeoutError:
+            raise MigrationError(f"{self._name}: takes no command: {command}") from None
         except OSError as error:
-            raise MigrationError(f"{self._name}: {command}: {error}") from None
+            raise MonitorClosed(f"{self._name}: {command}: {error}") from None
         while True:
             message = self._read(deadline, command)
+            if message.get("id") != self._commands:
+                continue
             if "error" in message:
                 raise QmpError(command, message["error"]["class"], message["error"]["desc"])
             if "return" in message:
@@ -106,9 +121,9 @@ class Monitor:
         deadline = time.monotonic() + deadline_s
         at = 0
         while True:
-            while at == len(self.events):
+            while at == len(self._events):
                 self._read(deadline, f"event {what}")
-            event = self.events[at]
+            event = self._events[at]
             if event["event"] == name and (not statuses or event.get("data", {}).get("status") in statuses):
                 return event
             at += 1
@@ -121,17 +136,19 @@ class Monitor:
             except TimeoutError:
                 raise MigrationError(f"{self._name}: no answer in time: {what}") from None
             except OSError as error:
-                raise MigrationError(f"{self._name}: {what}: {error}") from None
+                raise MonitorClosed(f"{self._name}: {what}: {error}") from None
             if not got:
-                raise MigrationError(f"{self._name} has closed its monitor: {what}")
+                raise MonitorClosed(f"{self._name} has closed its monitor: {what}")
             self._input += got
         line, _, self._input = self._input.partition(b"\n")
         message: dict[str, Any] = json.loads(line)
         if "event" in message:
-            self.events.append(message)
+            self._events.append(message)
         return message
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits for an answer
         self._connection.close()
 
 
@@ -201,6 +218,7 @@ class Qemu(GuestProcess):
         prefix: Sequence[str] = (),
         arguments: Sequence[str] = (),
         pass_fds: Sequence[int] = (),
+        user: int | None = None,
         **options: Any,
     ) -> Qemu:
         """One that has booted our guest, with `append` on its command line; with `incoming` one that waits for
@@ -209,38 +227,39 @@ class Qemu(GuestProcess):
         `options`, as `command_line` has them: `machine` (microvm; on pc and q35 our guest finds no disk, no balloon),
         `accel`, `cpus`, `backends` (objects of memory, a NUMA node each), `disk` (a raw image; O_DIRECT, locked),
         `balloon`, `kernel` and `initrd` in place of our guest. `arguments` go to the end of the command line, `prefix`
-        before it, as ``postcopy run --`` or ``setpriv`` with its arguments. `ResourceError` when it cannot be started,
-        `MigrationError` when it does not come up.
+        before it, as ``postcopy run --`` or ``setpriv`` with its arguments. `user`: its number, where `prefix` makes
+        QEMU another one's (which undoes that it dies with this process: see setpriv's ``--pdeathsig``).
+        `ResourceError` when it cannot be started, `MigrationError` when it does not come up.
         """
         directory, lock = _directory()
+        ours, its = socket.socketpair()
         try:
-            if prefix:
-                directory.chmod(0o777)  # another user's
-            ours, its = socket.socketpair()
             command = [*prefix, *command_line(directory, memory_mib, append, **options)]
             command += ["-qmp", f"unix:{directory / 'qmp.sock'},server=on,wait=off"]
             command += ["-chardev", f"socket,id=own,fd={its.fileno()}", "-mon", "chardev=own,mode=control"]
             if incoming:
                 command += ["-incoming", "defer", "-S"]
+            if user is not None:
+                os.chown(directory, user, -1)
             with its, open(directory / "serial", "wb") as serial:
                 (directory / "log").touch()
-                try:
-                    process = _starter.submit(
-                        subprocess.Popen[bytes],
-                        [*command, *arguments],
-                        stdin=subprocess.PIPE,
-                        stdout=serial,
-                        stderr=subprocess.STDOUT,
-                        pass_fds=[its.fileno(), *pass_fds],
-                        start_new_session=True,  # Ctrl-C is ours
-                        preexec_fn=functools.partial(_linux.die_with, os.getpid()),
-                    ).result()
-                except OSError as error:
-                    ours.close()
-                    raise ResourceError(f"{command[0]} cannot be started: {error.strerror}", REMEDY) from None
-        except BaseException:
+                process = _starter.submit(
+                    subprocess.Popen[bytes],
+                    [*command, *arguments],
+                    stdin=subprocess.PIPE,
+                    stdout=serial,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=[its.fileno(), *pass_fds],
+                    start_new_session=True,  # Ctrl-C is ours
+                    preexec_fn=functools.partial(_linux.die_with, os.getpid()),
+                ).result()
+        except BaseException as error:
+            ours.close()
+            its.close()
             shutil.rmtree(directory, ignore_errors=True)
             os.close(lock)
+            if isinstance(error, OSError):
+                raise ResourceError(f"QEMU cannot be started: {error}", REMEDY) from None
             raise
         self = cls(process, directory, lock, Monitor(ours))
         try:

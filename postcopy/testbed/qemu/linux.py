@@ -18,6 +18,7 @@ import stat
 import subprocess
 import tarfile
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ MEMORY_MIB = 192
 """That it boots in, with room for the memory that it works on."""
 PROGRAM = "linux-guest"
 FETCH_S = 300.0
+UNUSED_S = 86400.0
+"""An archive of another installation, which has the same cache, is kept so long after its last use."""
 INIT = """#!/bin/busybox sh
 /bin/busybox --install -s /bin
 mount -t devtmpfs dev /dev
@@ -88,12 +91,14 @@ def build() -> Linux:
                 _fetch(home, packages)
             content = _initrd(packages, program.read_bytes())
             initrd = home / f"initrd-{hashlib.sha256(content).hexdigest()[:16]}"
-            if not initrd.exists():
-                for old in home.glob("initrd-*"):
+            for old in home.glob("initrd-*"):
+                if time.time() - old.stat().st_mtime > UNUSED_S:
                     old.unlink()
+            if not initrd.exists():
                 part = home / "part"
                 part.write_bytes(content)
                 part.rename(initrd)
+            os.utime(initrd)
     except OSError as error:
         raise ResourceError(
             f"the Linux guest cannot be kept in {home}: {error}", "name a place by XDG_CACHE_HOME"
@@ -105,6 +110,8 @@ def build() -> Linux:
 
 
 def _fetch(home: Path, to: Path) -> None:
+    for old in home.glob(".fetch-*"):  # of one that was killed
+        shutil.rmtree(old, ignore_errors=True)
     if platform.machine() != "x86_64" or not all(shutil.which(name) for name in ("apt-get", "apt-cache", "dpkg-deb")):
         raise ResourceError("the Linux guest is made of Debian's packages for x86-64, by apt", "make it on a Debian")
     with tempfile.TemporaryDirectory(dir=home, prefix=".fetch-") as name:
@@ -138,7 +145,9 @@ def _download(directory: Path, options: Sequence[str]) -> str:
     said = _run(directory, ["apt-cache", *options, "depends", KERNEL])
     found = [line.split()[-1] for line in said.splitlines() if "Depends: linux-image-" in line]
     if len(found) != 1:
-        raise ResourceError(f"apt knows no kernel that {KERNEL} depends on", "apt-get update")
+        raise ResourceError(
+            f"apt knows no kernel that {KERNEL} depends on", "make it on a Debian, with a mirror of Debian's"
+        )
     _run(directory, ["apt-get", *options, "-oAPT::Sandbox::User=", "--quiet", "download", found[0], SHELL])
     return found[0]
 

@@ -11,9 +11,10 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from postcopy.errors import MigrationError
-from postcopy.testbed.qemu import Qemu
+from postcopy.testbed.qemu import MonitorClosed, Qemu
 
 REQUEST, PLACED = "postcopy_ram_fault_thread_request", "postcopy_place_page"
 """Trace events of the destination: a fault was read from the userfaultfd; a page was placed."""
@@ -42,10 +43,17 @@ class Times:
 def listen(source: Qemu, dest: Qemu, *, preempt: bool) -> str:
     """Tells both what the migration is to be capable of, and has the destination listen; where, as HOST:PORT.
     `preempt`: with a connection of its own for pages that are waited for."""
-    names = ["events", "postcopy-ram", "postcopy-blocktime", *(["postcopy-preempt"] if preempt else [])]
+    names = {
+        "x-ignore-shared": False,  # of a machine that has come by ours
+        "events": True,
+        "postcopy-ram": True,
+        "postcopy-blocktime": True,
+        "postcopy-preempt": preempt,
+    }
     for qemu in (source, dest):
-        states = [{"capability": name, "state": True} for name in names]
+        states = [{"capability": name, "state": state} for name, state in names.items()]
         qemu.execute("migrate-set-capabilities", capabilities=states)
+        qemu.events.clear()  # they are of other moves
     source.execute("migrate-set-parameters", **{"max-bandwidth": NO_LIMIT})
     dest.execute("migrate-incoming", uri="tcp:127.0.0.1:0")
     return f"127.0.0.1:{dest.execute('query-migrate')['socket-address'][0]['port']}"
@@ -64,18 +72,19 @@ def limit(source: Qemu, bandwidth: int) -> None:
 
 def outcome(source: Qemu, dest: Qemu, deadline_s: float = ANSWER_S) -> str:
     """Waits for both: ``completed``; ``postcopy-paused``: the connection was cut, and they wait for an operator;
-    ``failed``: what one of them says, or they do not say the same. Where they say nothing in time, as when a connection
-    is silent, which QEMU does not notice: what the source says then."""
+    ``failed``: one of them says so, or has ended, or they do not say the same. Where one of them says nothing in time,
+    as when a connection is silent, which QEMU does not notice: what the source says then."""
     ends = ("completed", "postcopy-paused", "failed")
     try:
-        found = {
+        found = [
             qemu.wait_event("MIGRATION", *ends, deadline_s=deadline_s)["data"]["status"] for qemu in (source, dest)
-        }
+        ]
+    except MonitorClosed:
+        return "failed"
     except MigrationError:
-        if dest.process.poll() is not None:
-            return "failed"
-        found = {str(source.execute("query-migrate")["status"])}
-    return found.pop() if len(found) == 1 else "failed"
+        status = str(source.execute("query-migrate")["status"])
+        return status if status != "completed" else "failed"
+    return str(found[0]) if found[0] == found[1] else "failed"
 
 
 def completed(source: Qemu, dest: Qemu) -> Times:
@@ -98,14 +107,22 @@ def completed(source: Qemu, dest: Qemu) -> Times:
 
 def stop_to_run_ms(source: Qemu, dest: Qemu) -> float:
     """From the event STOP of the source, whose vCPUs have stopped before it, to RESUME of the destination, whose vCPUs
-    run after it. Of a move by anyone: it is told by QEMU."""
-    return (event_us(dest, "RESUME") - event_us(source, "STOP")) / 1e3
+    run after it; of a source that was stopped before, as for a look at what it has written, the last one. It is told by
+    QEMU, whoever moves it."""
+    event_us(source, "STOP")
+    ran_us = event_us(dest, "RESUME")
+    stops = [event for event in source.events if event["event"] == "STOP"]
+    return (ran_us - _stamp_us(stops[-1])) / 1e3
 
 
 def event_us(qemu: Qemu, name: str, *statuses: str) -> int:
     """Waits for the first event of that name (and one of these statuses, of a migration); when it came, by the clock of
     the host. One may have come before: RESUME of a destination whose memory is small may follow ``completed``."""
-    stamp = qemu.wait_event(name, *statuses)["timestamp"]
+    return _stamp_us(qemu.wait_event(name, *statuses))
+
+
+def _stamp_us(event: dict[str, Any]) -> int:
+    stamp = event["timestamp"]
     return int(stamp["seconds"]) * 1_000_000 + int(stamp["microseconds"])
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -55,15 +56,25 @@ def test_without_qemu_nothing_is_measured_first(
 
 
 @contextmanager
-def monitor(*events: tuple[str, int, str | None]) -> Iterator[Qemu]:
-    """Of a QEMU that sends these: name, microseconds, status."""
+def monitor(*events: tuple[str, int, str | None], answers: Sequence[Any] | None = None) -> Iterator[Qemu]:
+    """Of a QEMU that sends these: name, microseconds, status; then it ends, or has these answers to commands."""
     ours, its = socket.socketpair()
-    with ours, its:
+    with ours, its, its.makefile("rw") as file, ThreadPoolExecutor(1) as qemu:
+
+        def answer() -> None:
+            for value, request in zip(answers or (), file, strict=False):
+                file.write(json.dumps({"return": value, "id": json.loads(request)["id"]}) + "\n")
+                file.flush()
+
         for name, us, status in events:
             event: dict[str, Any] = {"event": name, "timestamp": {"seconds": 1, "microseconds": us}}
-            its.sendall(json.dumps(event | ({"data": {"status": status}} if status else {})).encode() + b"\n")
-        its.shutdown(socket.SHUT_WR)
+            file.write(json.dumps(event | ({"data": {"status": status}} if status else {})) + "\n")
+        file.flush()
+        if answers is None:
+            its.shutdown(socket.SHUT_WR)
+        qemu.submit(answer)
         yield cast(Qemu, Monitor(ours))
+        ours.shutdown(socket.SHUT_RDWR)
 
 
 def test_events_in_any_order() -> None:
@@ -71,8 +82,26 @@ def test_events_in_any_order() -> None:
     with monitor(*came) as qemu, monitor(("STOP", 1, None)) as source:
         assert own.event_us(qemu, "MIGRATION", "completed") == 1_000_002
         assert own.stop_to_run_ms(source, qemu) == 0.002
+        assert [event["event"] for event in qemu.events] == ["MIGRATION", "MIGRATION", "RESUME"]
         with pytest.raises(MigrationError, match="STOP"):
             own.event_us(qemu, "STOP")
+
+
+def test_the_pause_begins_with_the_last_stop() -> None:
+    """A source with disks that use O_DIRECT is stopped for each look at what it has written."""
+    looks = [("STOP", 1000, None), ("RESUME", 1500, None), ("STOP", 9000, None)]
+    with monitor(*looks) as source, monitor(("RESUME", 9700, None)) as dest:
+        assert own.stop_to_run_ms(source, dest) == 0.7
+
+
+def test_an_answer_that_comes_late_is_not_that_of_the_next_command() -> None:
+    ours, its = socket.socketpair()
+    with ours, its:
+        qemu = Monitor(ours)
+        with pytest.raises(MigrationError, match="no answer in time: first"):
+            qemu.execute("first", timeout_s=0.001)
+        its.sendall(b'{"return": 1, "id": 1}\n{"return": 2, "id": 2}\n')
+        assert qemu.execute("second") == 2
 
 
 @pytest.mark.parametrize(
@@ -83,6 +112,20 @@ def test_how_it_ends(there: str | None, said: str) -> None:
     ends = [("MIGRATION", 1, "postcopy-active"), ("MIGRATION", 2, there or "completed")]
     with monitor(*ends) as source, monitor(("MIGRATION", 3, there or "postcopy-paused")) as dest:
         assert own.outcome(source, dest) == said
+
+
+@pytest.mark.parametrize(
+    ("status", "said"), [("postcopy-active", "postcopy-active"), ("completed", "failed"), ("failed", "failed")]
+)
+def test_a_destination_that_says_nothing(status: str, said: str) -> None:
+    """What the source says counts then, but that it has sent all is not that all has come."""
+    with monitor(("MIGRATION", 2, "completed"), answers=[{"status": status}]) as source, monitor(answers=()) as dest:
+        assert own.outcome(source, dest, deadline_s=0.01) == said
+
+
+def test_a_source_that_has_ended_has_failed() -> None:
+    with monitor() as source, monitor(answers=()) as dest:
+        assert own.outcome(source, dest) == "failed"
 
 
 def test_latencies_of_a_trace() -> None:
