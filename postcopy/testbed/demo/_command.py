@@ -194,7 +194,10 @@ class DemoCommand:
         try:
             with trio.fail_after(self._values["deadline_s"]):
                 with tempfile.TemporaryDirectory(prefix="postcopy-demo-") as directory:
-                    result = await self._both(directory, stop)
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(_interrupted, stop)
+                        result = await self._both(directory)
+                        nursery.cancel_scope.cancel()
         except trio.TooSlowError:
             failure = MigrationError(f"not done after {self._values['deadline_s']:g} s (--deadline)")
         except BaseExceptionGroup as group:
@@ -212,7 +215,7 @@ class DemoCommand:
             raise failure or MigrationError(result.error)
         return result.status == "completed" and result.verified is not False
 
-    async def _both(self, directory: str, stop: Stop) -> DemoResult:
+    async def _both(self, directory: str) -> DemoResult:
         values = self._values
         self._output.view.subject = self._subject()
         if values.get("workload") == "disk":
@@ -225,17 +228,12 @@ class DemoCommand:
             async def move(here: str, there: str) -> DemoResult:
                 values["qmp"] = here
                 dest = Side("dest", DestResult, self._dest_arguments("127.0.0.1", qmp=there))
-                return await self._run(Side("source", SourceResult, []), dest, stop)
+                return await self._run(Side("source", SourceResult, []), dest)
 
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_interrupted, stop)
-                bandwidth = values["max_bandwidth_bytes_per_s"]
-                result = await self._qemu.both(Path(directory), move, bandwidth, self._chaos)
-                nursery.cancel_scope.cancel()
-            return result
+            return await self._qemu.both(Path(directory), move, values["max_bandwidth_bytes_per_s"], self._chaos)
         if not self._lab:
             dest = Side("dest", DestResult, self._dest_arguments("127.0.0.1"))
-            return await self._run(Side("source", SourceResult, []), dest, stop)
+            return await self._run(Side("source", SourceResult, []), dest)
         from postcopy.testbed.lab._lab import open_lab
         from postcopy.testbed.lab._plan import MAX_RATE, LabPlan
 
@@ -247,19 +245,17 @@ class DemoCommand:
             source = Side("source", SourceResult, [], here)
             dest = Side("dest", DestResult, self._dest_arguments(there.ipv4), there)
             if not self._echo:
-                return await self._run(source, dest, stop)
-            return await self._watched(source, dest, others[0], stop)
+                return await self._run(source, dest)
+            return await self._watched(source, dest, others[0])
 
-    async def _watched(
-        self, source: Side[SourceResult], dest: Side[DestResult], observer: Host, stop: Stop
-    ) -> DemoResult:
+    async def _watched(self, source: Side[SourceResult], dest: Side[DestResult], observer: Host) -> DemoResult:
         """The machine is on the laboratory's network, and a third host asks it all the time."""
         for host in (source.host, dest.host):
             assert host is not None
             await trio.to_thread.run_sync(host.attach_tap, parse_net(self._values["net"]))
         address = format_ipv4(self._values["net_address"])
         async with open_ping_process(address, wrap=lambda command: observer.command(*command)) as pings:
-            result = await self._run(source, dest, stop)
+            result = await self._run(source, dest)
             statistics = await pings.stop()
         begin_ns, down_ms = (result.source.paused_at_ns, result.source.downtime_ms) if result.source else (0, 0)
         gap_ms = pings.gap_ms(begin_ns or 0, (begin_ns or 0) + round((down_ms or 0) * 1e6))
@@ -288,12 +284,11 @@ class DemoCommand:
         result.verified = result.verified if good else False
         return result
 
-    async def _run(self, source: Side[SourceResult], dest: Side[DestResult], stop: Stop) -> DemoResult:
+    async def _run(self, source: Side[SourceResult], dest: Side[DestResult]) -> DemoResult:
         seen: list[DemoLab] = []
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._output.follow, lambda: self._progress(source, dest))
             nursery.start_soon(dest.run, self._output)
-            nursery.start_soon(_interrupted, stop)
             await dest.address_known.wait()
             if dest.listening is None:
                 raise MigrationError(f"the destination did not start: {dest.last_error}")

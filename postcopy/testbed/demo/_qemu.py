@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`demo --machine qemu`: Linux in an unmodified QEMU moves to another one by postcopy; after that another one of the
-same moves by QEMU's own postcopy, so that both stand beside each other at the end.
+"""`demo --machine qemu`: Linux in an unmodified QEMU moves to a second one by postcopy, and on to a third one by QEMU's
+own postcopy, so that both stand beside each other at the end.
 
-The demo starts all four QEMUs. The guest computes, checks its memory and does O_DIRECT I/O all the time, and answers on
-its serial port: that is what is known from inside. What can be seen from outside is asked of QEMU's monitor and of the
-kernel.
+The demo starts all three QEMUs. The guest computes, checks its memory and does O_DIRECT I/O all the time, and answers
+on its serial port: that is what is known from inside. What can be seen from outside is asked of QEMU's monitor and of
+the kernel.
 """
 
 from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack, ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import trio
 from msgspec.structs import replace
@@ -31,12 +31,12 @@ from postcopy.testbed.qemu import Qemu, linux, own
 from postcopy.testbed.qemu import check as check_qemu
 from postcopy.units import format_size
 
-thread = trio.to_thread.run_sync
+# What is waited for ends with the QEMUs, and those end with the demo.
+thread = partial(trio.to_thread.run_sync, abandon_on_cancel=True)
 MEMORY_BYTES = 256 << 20
 OTHER_MIB = 128  # of the memory are not the guest's program's
 DISK_BYTES = 4 << 20
 REQUESTS = 256  # of each pass to the disk: it is full after four of them, and from then on is read, too
-TRACE = "trace"  # of the destination
 PASSES = 6  # of the guest, before it moves
 WAITS_S = 3.0  # so long after the network is whole again QEMU's own migration is looked at: it waits for an operator
 NOTICES_S = 30.0  # for QEMU's own migration to end, or to notice that it was cut
@@ -47,15 +47,6 @@ WAITS = {
     "postcopy-active": ": it has not noticed that the network is silent, and the guest waits",
 }
 """What else is to be said of a status."""
-
-
-class Pair(NamedTuple):
-    """Two QEMUs with the same virtual machine: one in which it works, and one that waits for it."""
-
-    source: Qemu
-    dest: Qemu
-    before: dict[str, int]
-    """What the guest said of itself, when it had worked for a while."""
 
 
 Move = Callable[[str, str], Awaitable[DemoResult]]
@@ -77,38 +68,35 @@ class QemuDemo:
     async def both(self, directory: Path, move: Move, bandwidth: int, plan: ChaosPlan | None) -> DemoResult:
         """The result of `move`, with what was verified, and both moves. `bandwidth` (bytes/s, 0: no limit) and `plan`:
         of the network. `ResourceError` where Debian's packages cannot be had."""
-        self._linux = await thread(linux.build)
-        async with self._open_pair(directory, "ours", by_qemu=False) as pair:
-            result = await move(pair.source.qmp_path, pair.dest.qmp_path)
-            ours = await _examine(pair, result)
-            said = pair.dest.execute("query-version")["qemu"]
-        result.verified = result.status == COMPLETED and all(item.ok for item in result.verification)
-        async with self._open_pair(directory, "own", by_qemu=True) as pair:
-            theirs = await _move_by_qemu(pair, directory / TRACE, bandwidth, plan)
-        version = "{major}.{minor}.{micro}".format(**said)
-        result.qemu = DemoQemu(version=version, system=f"Linux {self._linux.version}", postcopy=ours, own=theirs)
-        return result
-
-    @asynccontextmanager
-    async def _open_pair(self, directory: Path, name: str, *, by_qemu: bool) -> AsyncIterator[Pair]:
-        """Both end with the block. `by_qemu`: without our library, and with a trace at the destination."""
-        disk = directory / f"{name}.img"
+        system = await thread(linux.build)
+        disk, trace = directory / "disk.img", directory / "trace"
         await thread(_make_disk, disk)
         work_mib = self._mib - OTHER_MIB
         words = f"work={work_mib} disk={REQUESTS} stride={int(work_mib * 256 * own.GOLDEN)}"
-        guest: dict[str, Any] = self._linux.boot(words)
-        start = partial(Qemu.start, self._mib, machine="pc", cpus=self._cpus, disk=disk, **guest)
-        if by_qemu:
-            # Without -S: the machine is to run there as soon as it can.
-            twin = partial(start, arguments=("-incoming", "defer", *own.tracing(directory / TRACE)))
-        else:
-            start = partial(start, prefix=python("-m", "postcopy", "run", "--"))
-            twin = partial(start, incoming=True)
+        options: dict[str, Any] = {"machine": "pc", "cpus": self._cpus, "disk": disk, **system.boot(words)}
+        under_run = python("-m", "postcopy", "run", "--")
         with ExitStack() as stack:
-            source = stack.enter_context(await thread(start))
-            dest = stack.enter_context(await thread(twin))
-            await thread(source.wait_passes, PASSES)
-            yield Pair(source, dest, (await thread(source.ask, "status")).values)
+
+            async def start(**more: Any) -> Qemu:
+                # Never abandoned: it would be nobody's.
+                begin = partial(Qemu.start, self._mib, **options, **more)
+                return stack.enter_context(await trio.to_thread.run_sync(begin))
+
+            first = await start(prefix=under_run)
+            second = await start(prefix=under_run, incoming=True)
+            await thread(first.wait_passes, PASSES)
+            before = (await thread(first.ask, "status")).values
+            said = (await thread(first.execute, "query-version"))["qemu"]
+            result = await move(first.qmp_path, second.qmp_path)
+            ours, now = await _examine(first, second, before, result)
+            result.verified = result.status == COMPLETED and all(item.ok for item in result.verification)
+            first.close()
+            # Without -S: the machine is to run there as soon as it can.
+            third = await start(arguments=("-incoming", "defer", *own.tracing(trace)))
+            theirs = await _move_by_qemu(second, third, now, trace, bandwidth, plan)
+        version = "{major}.{minor}.{micro}".format(**said)
+        result.qemu = DemoQemu(version=version, system=f"Linux {system.version}", postcopy=ours, own=theirs)
+        return result
 
 
 def _make_disk(path: Path) -> None:
@@ -139,15 +127,17 @@ def _ended(qemu: Qemu) -> bool:
     return True
 
 
-async def _examine(pair: Pair, result: DemoResult) -> DemoMove:
-    """Of the move by postcopy: its figures, and what was verified, which is added to `result`."""
-    source, dest, before = pair
+async def _examine(
+    source: Qemu, dest: Qemu, before: dict[str, int], result: DemoResult
+) -> tuple[DemoMove, dict[str, int]]:
+    """Of the move by postcopy: its figures, and what the guest, which said `before`, says now. What was verified is
+    added to `result`."""
     await thread(dest.wait_passes, PASSES)
     after = await thread(_look_at_all, dest)
     status, missing, ended = await thread(dest.status), await thread(_missing_bytes, dest), await thread(_ended, source)
     result.verification += [_went_on(before, after), _disk(before, after), *_outside(source, status, missing, ended)]
     latency = result.fault_latency_us
-    return DemoMove(
+    move = DemoMove(
         status=result.status,
         stop_to_run_ms=await thread(own.stop_to_run_ms, source, dest),
         total_ms=result.total_ms,
@@ -156,6 +146,7 @@ async def _examine(pair: Pair, result: DemoResult) -> DemoMove:
         recovered=result.recoveries.count if result.recoveries is not None else 0,
         **_since(before, after),
     )
+    return move, after
 
 
 def _since(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
@@ -197,9 +188,10 @@ def _outside(source: Qemu, status: str, missing_bytes: int, ended: bool) -> list
     ]
 
 
-async def _move_by_qemu(pair: Pair, trace: Path, bandwidth: int, plan: ChaosPlan | None) -> DemoMove:
+async def _move_by_qemu(
+    source: Qemu, dest: Qemu, before: dict[str, int], trace: Path, bandwidth: int, plan: ChaosPlan | None
+) -> DemoMove:
     """By QEMU's own postcopy with preempt, through a network that is as bad. One that was cut is left as it is then."""
-    source, dest, before = pair
     address = await thread(partial(own.listen, source, dest, preempt=True))
     switched = trio.Event()
     async with AsyncExitStack() as stack:
@@ -247,7 +239,7 @@ def table(found: DemoQemu) -> tuple[tuple[str, ...], list[Row]]:
 
     moves = (ours, theirs)
     rows = [
-        each("guest", found.system, "the same"),
+        each("guest", found.system, "the same, after that"),
         row("migration", *map(words, moves)),
         each("guest stood still", *(time(move.stop_to_run_ms, 1e-3) for move in moves)),
         each("until all memory had come", *(time(move.total_ms, 1e-3) for move in moves)),
