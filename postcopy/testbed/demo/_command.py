@@ -120,8 +120,8 @@ class DemoCommand:
         self._chaos: ChaosPlan | None = None
         if "chaos" in values:
             self._chaos = parse_plan(values["chaos"], values)
-            if image:
-                values.pop("seed", None)  # an image has no use for one
+            if image or qemu:
+                values.pop("seed", None)  # it is for the network alone
             if self._lab and self._chaos.cut_every_s is not None:
                 raise ConfigurationError(
                     "--lab cuts the cable itself: --chaos may only be none, slow or split beside it"
@@ -151,12 +151,13 @@ class DemoCommand:
         return "rv64"
 
     def _take_qemu_options(self) -> None:
-        """Of the virtual machine that the demo makes; the rest is refused by the source."""
+        """Of the virtual machine that the demo makes."""
         values = self._values
         if self._lab:
             raise ConfigurationError("--lab: QEMU is not in a host of it; say --chaos cut, which cuts both moves")
-        for option in (options.QMP, options.PRELOAD):
-            if option.key in values:
+        taken = {options.MEMORY.key, options.VCPUS.key} | ({options.SEED.key} if "chaos" in values else set())
+        for option in options.MACHINE:
+            if option.key in values and option.key not in taken:
                 raise ConfigurationError(f"--{option.name}: the demo starts QEMUs of its own; leave the option out")
         self._qemu = QemuDemo(values.pop("memory_bytes", None), values.pop("vcpus", None))
         values["takes"] = values["kind"]

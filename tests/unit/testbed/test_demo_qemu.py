@@ -75,9 +75,19 @@ def test_both_stand_beside_each_other(own: DemoMove, shown: str) -> None:
         ({"lab": True}, "--lab: "),
         ({"qmp": "x"}, "--qmp: "),
         ({"preload": "x"}, "--preload: "),
+        ({"workload": "disk"}, "--workload: "),
+        ({"seed": 1}, "--seed: "),
         ({"memory_bytes": 64 << 20}, "--memory: "),
     ],
 )
 def test_what_is_refused(given: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigurationError, match=complaint):
         DemoCommand({"kind": "qemu"} | given, Output(False, None, None))
+
+
+@pytest.mark.needs("qemu")
+def test_a_seed_is_for_the_network() -> None:
+    command = DemoCommand({"kind": "qemu", "chaos": "cut", "seed": 7}, Output(False, None, None))
+    assert command._chaos is not None
+    assert command._chaos.seed == 7
+    assert "--seed" not in command._source_arguments("127.0.0.1:1")
