@@ -49,6 +49,8 @@
  * it has not; so a placement that was decided before the read must not happen after it. Hence the gate: a placement holds it from
  * looking at `received` to setting it, the fault thread holds it from the read until what it read is in the maps. It is the one lock
  * between bulk and fault thread, only for shards with such events, held for one run of pages at a time, and inherits priority.
+ * Memory that is a file is thrown away by a hole first, of which nothing tells: a page that is placed between that and the event is
+ * removed when the event is read.
  * What is read goes straight into a journal that outlives the pager (removed.c): the process goes on once its event was read, also when
  * the pager dies at that instant.
  * EAGAIN is never retried on the spot: it may be that only reading ends it, or that it ends without any event; the fault thread

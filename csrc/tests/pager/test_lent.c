@@ -72,7 +72,7 @@ static void work_at_random(struct owner *owner, uint64_t number)
 }
 
 /* A pager and a page server (or the test, as a script), and the process that lends memory: nothing is armed yet. */
-static struct owner *lend(struct rig *rig, int kind)
+static struct owner *lend_file(struct rig *rig, int kind, int fd)
 {
     struct owner *owner;
 
@@ -82,9 +82,15 @@ static struct owner *lend(struct rig *rig, int kind)
     rig->page_bytes = kind_page_bytes(kind);
     rig->blocks = 1;
     rig->pages[0] = kind == PC_MEMORY_HUGETLB ? 2 * OWNER_THREADS : PAGES;
-    rig->dest[0] = make_memory(kind, rig->pages[0]);
-    CHECK_SYS(munmap(rig->dest[0].base, rig->dest[0].size_bytes));
-    rig->dest[0].base = NULL;
+    if (fd < 0) {
+        rig->dest[0] = make_memory(kind, rig->pages[0]);
+        CHECK_SYS(munmap(rig->dest[0].base, rig->dest[0].size_bytes));
+        rig->dest[0].base = NULL;
+    } else {
+        rig->dest[0] = (struct pc_memory){
+            .size_bytes = rig->pages[0] * rig->page_bytes, .page_bytes = rig->page_bytes, .kind = kind, .fd = fd};
+        CHECK_SYS(ftruncate(fd, (off_t)rig->dest[0].size_bytes));
+    }
     owner = start_owner(&rig->dest[0], FEATURES, work_at_random);
     CHECK_EQ(pc_pager_new(-1, &rig->pager), 0);
     rig->from_pager = (struct inbox){.owner = rig->pager, .fd = pc_pager_event_fd(rig->pager), .next = next_pager_event};
@@ -92,6 +98,11 @@ static struct owner *lend(struct rig *rig, int kind)
     if (pc_pager_adopt_shard(rig->pager, owner->uffd, FEATURES, 0, message, sizeof(message)))
         FAIL("%s", message);
     return owner;
+}
+
+static struct owner *lend(struct rig *rig, int kind)
+{
+    return lend_file(rig, kind, -1);
 }
 
 static void arm_lent(struct rig *rig, const struct owner *owner)
@@ -172,6 +183,34 @@ static void pages_are_forgotten(int kind)
     close(urgent);
     close(bulk);
     end_lent(&rig, owner);
+}
+
+/* Its owner cuts the file short under the pager: that ends what it is part of, by name, and nothing else. */
+static void the_file_is_cut_short(void)
+{
+    struct rig rig;
+    struct owner *owner = lend_file(&rig, PC_MEMORY_MEMFD, CHECK_SYS(memfd_create("unsealed", MFD_CLOEXEC)));
+    uint64_t stale[MAX_PAGES / 64] = {1}, present[MAX_PAGES / 64] = {0}, sum;
+    struct pc_event event;
+    int bulk;
+
+    arm_lent(&rig, owner);
+    bulk = script_bulk(&rig, 0);
+    serve_page(&rig, bulk, 0, 0);
+    WAIT_UNTIL(pager_stats(&rig).resident_pages == 1);
+    CHECK_SYS(ftruncate(rig.dest[0].fd, (off_t)rig.page_bytes));
+    serve_page(&rig, bulk, 0, next_data_page(&rig, &(uint64_t){2}));
+    EXPECT_EVENT(&rig.from_pager, PC_EVENT_FATAL, 0, 0, &event);
+    CHECK(strstr(event.text, "cannot place page") != NULL);
+    CHECK_EQ(pc_memory_present(&rig.dest[0], present), -ENODATA);
+    CHECK_EQ(pc_memory_digest(&rig.dest[0], &sum), -ENODATA);
+    CHECK_EQ(pc_memory_discard_pages(&rig.dest[0], stale), 0);
+    CHECK_EQ(order(owner, READ, 0), 0); /* it had come, and was thrown away */
+    CHECK_EQ(pc_pager_leave(rig.pager), 0);
+    close(bulk);
+    close(rig.dest[0].fd);
+    end_owner(owner);
+    CHECK_LEAKS();
 }
 
 /* ---- given back --------------------------------------------------------------------------------------------------- */
@@ -308,6 +347,7 @@ int main(int argc, char **argv)
     RUN_CASE(pages_come_hugetlb);
     RUN_CASE(pages_are_forgotten_memfd);
     RUN_CASE(pages_are_forgotten_hugetlb);
+    RUN_CASE(the_file_is_cut_short);
     RUN_CASE(given_back);
     RUN_CASE(given_back_after_the_end);
     RUN_CASE(at_random_memfd);
