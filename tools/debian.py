@@ -173,7 +173,7 @@ def base_archive(release: str) -> Path:
         "dev",
     ]
     part = archive.with_suffix(".part")
-    with (CACHE / "lock").open("w") as lock, scratch(PREFIX) as directory:
+    with (CACHE / f"lock-{release}").open("w") as lock, scratch(PREFIX) as directory:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if archive.exists():  # another run has made it meanwhile
             return archive

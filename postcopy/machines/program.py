@@ -150,6 +150,8 @@ class ProgramMachine(ProcessMachine):
             if scope.cancelled_caught:
                 self._signal(signal.SIGCONT)
                 raise MigrationError(f"{self._name} has not stopped within {timeout_s:g} s: a system call does not end")
+            if not self._is_alive():
+                raise MigrationError(f"{self._name} has ended")
             self._paused_ns = time.monotonic_ns()
             self._state = MachineState.PAUSED
             self._tell()

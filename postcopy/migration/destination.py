@@ -306,9 +306,11 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         await self._take_machine(control, machine, pager)
         self._placed.acknowledged(self._zero)
         self._check_wanted()  # in one step with `prepared`: `cancel` promises that it will not be decided
+        self.at_switchover = machine.statistics()
+        if self.at_switchover.state is MachineState.FAILED:
+            raise MigrationError(self.at_switchover.failure_text)
         control.hurry()
         await control.send(protocol.send(wire.Prepared()))
-        self.at_switchover = machine.statistics()
         self._count_precopy()
         await control.receive(wire.Commit, STEP_TIMEOUT_S)
         await self._start(control, machine)

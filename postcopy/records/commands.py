@@ -104,6 +104,34 @@ class Pings(Record, kw_only=True):
     longest_gap_ms: Annotated[float, doc("The longest time between two answers, so with the cut cable.", "ms")]
 
 
+class DemoMove(Record, kw_only=True):
+    """A move of `demo --machine qemu`: by postcopy, or by QEMU's own postcopy."""
+
+    status: Annotated[
+        str, doc("How it ended, as `status` of a migration; `postcopy-paused`: QEMU's own was cut, and waits.")
+    ]
+    stop_to_run_ms: Annotated[
+        float, doc("From QEMU's event STOP at the source to RESUME at the destination, by QEMU's clock.", "ms")
+    ]
+    total_ms: Annotated[float | None, doc("From the pause until every page had arrived.", "ms")] = None
+    fault_p50_us: Annotated[
+        float | None, doc("Not exceeded by 50 % of the faults, read to placed; QEMU's own by its trace.", "us")
+    ] = None
+    fault_p99_us: Annotated[float | None, doc("Not exceeded by 99 % of them.", "us")] = None
+    recoveries: Annotated[int, doc("Cuts after which it went on by itself.", "recoveries")] = 0
+    passes: Annotated[int | None, doc("That the guest has made since; null: it did not answer.", "passes")] = None
+    errors: Annotated[int | None, doc("Wrong pages that it has found.", "pages")] = None
+
+
+class DemoQemu(Record, kw_only=True):
+    """Both moves of `demo --machine qemu`: the same virtual machine, by postcopy and by QEMU's own postcopy."""
+
+    version: Annotated[str, doc("Of QEMU.")]
+    guest: Annotated[str, doc("What it runs, with its version.")]
+    postcopy: Annotated[DemoMove, doc("The move by postcopy.")]
+    own: Annotated[DemoMove, doc("The move by QEMU's own postcopy, with postcopy-preempt.")]
+
+
 class DemoResult(Counted, kw_only=True):
     """The last line of `demo`: the numbers of the destination, with checks that need both sides, and both results."""
 
@@ -116,6 +144,7 @@ class DemoResult(Counted, kw_only=True):
     chaos: Annotated[Chaos | None, doc("With `--chaos`.")] = None
     lab: Annotated[DemoLab | None, doc("With `--lab`.")] = None
     pings: Annotated[Pings | None, doc("With `--lab --workload echo`.")] = None
+    qemu: Annotated[DemoQemu | None, doc("With `--machine qemu`.")] = None
     source: Annotated[SourceResult | None, doc("The result of the source.")] = None
     dest: Annotated[DestResult | None, doc("The result of the destination.")] = None
 

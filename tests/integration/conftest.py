@@ -65,8 +65,9 @@ def readable_package() -> Iterator[list[str]]:
         target = Path(directory, "lib", "postcopy")
         shutil.copytree(Path(postcopy.__file__).parent, target)
         shutil.copy(_native.__file__, target)
-        for program in Path(_native.__file__).parent.glob("postcopy-*"):
-            shutil.copy(program, target)
+        for pattern in ("postcopy-*", "libpostcopy-*"):
+            for program in Path(_native.__file__).parent.glob(pattern):
+                shutil.copy(program, target)
         for name in ("lib", "tmp"):
             Path(directory, name).mkdir(exist_ok=True)
         os.chmod(directory, 0o755)

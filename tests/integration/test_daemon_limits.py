@@ -37,14 +37,14 @@ def pids_group() -> Iterator[Group]:
 
 
 @pytest.mark.needs("root", "uffd-user")
-def test_eight_machines_in_a_small_group(
+def test_five_machines_in_a_small_group(
     side: Start, daemon: Start, operator: Callable[[str], Any], tmp_path: Path, memory_group: Group
 ) -> None:
     """Each would fit alone. Those for which there is room come, whole; the others are refused and run on at home."""
     home = daemon("a")
     assert home.address
     at = operator("a")
-    names = [f"m{number}" for number in range(8)]
+    names = [f"m{number}" for number in range(5)]
     for name in names:
         at.tell("start", "rv64", "--name", name, "--memory", "64MiB", "--workload", "random")
     memory_group.limit(300 * MIB)

@@ -29,6 +29,7 @@ NOT_RUN = [  # page, a command or how it begins, reason
     ("*", r"make |pip(x)? |sudo |apt-get |python3? -m venv|~/postcopy|export PATH", "installs or builds software"),
     ("*", r"systemctl |journalctl |docker ", "needs systemd, or Docker (tests/containers)"),
     ("README.md", "postcopy demo --lab|postcopy faultpaths", "test_lab and test_faultpaths do it"),
+    ("README.md", "postcopy demo --machine qemu", "test_demo_qemu does it"),
     ("docs/howto/daemon.md", "postcopy ctl events", "goes on until Ctrl-C"),
     (
         "docs/howto/recover.md",

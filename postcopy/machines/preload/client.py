@@ -429,5 +429,3 @@ def _file_system(fd: int) -> int:
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
-__all__ = ["TIMEOUT_S", "Armed", "Mapping", "Preload", "State", "process_at"]

@@ -70,7 +70,8 @@ _UNDER_WAY = frozenset(
     {"setup", "active", "device", "pre-switchover", "cancelling", "wait-unplug", "colo"}
     | {"postcopy-active", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup", "postcopy-device"}
 )
-_STOPPED_BY_US = frozenset({"paused", "postmigrate", "finish-migrate"})
+_FINISHING = "finish-migrate"
+_STOPPED_BY_US = frozenset({"paused", "postmigrate", _FINISHING})
 
 log = logging.getLogger(__name__)
 
@@ -194,26 +195,38 @@ class QemuMachine(ProcessMachine):
             raise ConfigurationError(f"the migration of {self._name} is not capable of {', '.join(sorted(missing))}")
         changed = {name: name in wanted for name, state in before.items() if state != (name in wanted)}
         if changed:
-            await self._set_capabilities(changed)
             self._settings["migrate-set-capabilities"] = _capabilities({name: before[name] for name in changed})
+            await self._execute("migrate-set-capabilities", _capabilities(changed))
         if parameters:
             said = await self._execute("query-migrate-parameters")
             said = said if isinstance(said, dict) else {}
             self._settings["migrate-set-parameters"] = {name: said[name] for name in parameters if name in said}
             await self._execute("migrate-set-parameters", parameters)
 
-    async def _set_capabilities(self, states: dict[str, bool]) -> None:
-        await self._execute("migrate-set-capabilities", _capabilities(states))
-
     async def _restore(self) -> None:
-        """What was set for our migration, as it was. Bounded in time; errors are logged."""
+        """What was set for our migration, as it was. QEMU refuses that until it has put its migration away. Bounded in
+        time; errors are logged."""
         settings, self._settings = self._settings, {}
+        deadline = trio.current_time() + RESTORE_TIMEOUT_S
         for command, arguments in settings.items():
             try:
-                await self._execute(command, arguments, timeout_s=RESTORE_TIMEOUT_S)
+                while not await self._is_taken(  # noqa: ASYNC110 -- nothing tells when
+                    command, arguments, last=trio.current_time() > deadline
+                ):
+                    await trio.sleep(_AGAIN_S)
             except QemuError as error:
                 log.warning("the settings of QEMU's own migration are not as they were: %s", error)
                 return
+
+    async def _is_taken(self, command: str, arguments: dict[str, Any], *, last: bool) -> bool:
+        """Whether QEMU does not refuse a command now, or an error where it is the `last` time."""
+        try:
+            await self._execute(command, arguments, timeout_s=RESTORE_TIMEOUT_S)
+        except QemuRefused:
+            if last:
+                raise
+            return False
+        return True
 
     def _on_event(self, event: Event) -> None:
         if event.name == "MIGRATION":
@@ -347,7 +360,7 @@ class QemuMachine(ProcessMachine):
                 await self._stream_until(lambda: self._is_over, timeout_s)
                 if self._migration != "completed" or not self._stopped:
                     raise MigrationError(await self._why_not())
-                self._saved = self._stream.content()
+                self._saved = _without_description(self._stream.content())
             except BaseException as error:
                 await self._undo(error)
                 raise
@@ -404,20 +417,25 @@ class QemuMachine(ProcessMachine):
         return said if isinstance(said, dict) else {}
 
     async def _run(self) -> None:
-        """``cont``, until the guest runs. QEMU refuses that while another one has locked a disk of it."""
+        """``cont``, until the guest runs. QEMU refuses that for a while: until its migration is put away, and while
+        another one has locked a disk of the guest."""
         deadline = trio.current_time() + GO_ON_TIMEOUT_S
+        why = ""
         while (status := await self._status()) != "running":
             if status not in _STOPPED_BY_US:
                 raise MigrationError(f"the guest of {self._name} cannot go on: it is {status}; see to that, and cont")
+            if trio.current_time() > deadline:
+                raise MigrationError(f"the guest of {self._name} cannot go on (it is {status}){why}")
             try:
-                await self._execute("cont")
+                if status != _FINISHING:
+                    await self._execute("cont")
+                    continue
             except QemuRefused as error:
-                if "lock" not in error.description.lower() or trio.current_time() > deadline:
-                    raise MigrationError(f"the guest of {self._name} cannot go on: {error.description}") from error
-                await trio.sleep(_AGAIN_S)
+                why = f": {error.description}"
             except QemuInDoubt:
-                if not self._is_alive() or trio.current_time() > deadline:
+                if not self._is_alive():
                     raise
+            await trio.sleep(_AGAIN_S)
 
     async def save_state(self) -> bytes:
         """What `pause` has taken."""
@@ -533,6 +551,15 @@ class _Stream:
 
     def close(self) -> None:
         self._fd.close()
+
+
+def _without_description(state: bytes) -> bytes:
+    """A state ends in a description of itself, for debugging: its length, and so much JSON, a third of it all in a
+    small guest. A destination skips it; it is replaced by an empty one."""
+    at = state.rfind(b'{"page_size"')
+    if at >= 5 and state[at - 5 : at] == b"\x06" + (len(state) - at).to_bytes(4, "big"):
+        return state[: at - 4] + bytes(4)
+    return state
 
 
 def _capabilities(states: dict[str, bool]) -> dict[str, Any]:

@@ -31,7 +31,8 @@ is reported is the median over the rounds of the ratio within a round, so that a
   UFFDIO_COPY; and from the death of the engine to the next page, against 300 ms.
 - ``firecracker-move``: how long a microVM of 128 MiB and of 2 GiB stands still while it moves, against 25 ms; what of
   it are not Firecracker's own calls, against 5 ms; and beside it a Full snapshot and a copied file.
-- ``qemu``: QEMU's postcopy (TCG; with and without preempt) with the same memory and way through it, against ours.
+- ``qemu-move``: a virtual machine of QEMU moves by postcopy, against QEMU's own postcopy of the same (TCG; with and
+  without preempt): stop to run, faults, total time; and both with the network cut in the middle.
 
 The module of a figure (`FIGURES`) has an async function `measure_NAME` of the number of rounds, which returns a list of
 `Figure`, and where it needs a program of others a function `check_NAME`, which raises `ResourceError` without it before
@@ -78,7 +79,7 @@ FIGURES = {
     "contention": "_contention",
     "switchover": "_switchover",
     "dirty": "_dirty",
-    "qemu": "_qemu",
+    "qemu-move": "_qemu_move",
     "firecracker": "_firecracker",
     "firecracker-move": "_firecracker_move",
 }

@@ -10,7 +10,7 @@ from postcopy.testbed.bench._common import Figure, Rounds, demo, ratio
 
 SIZES = ("64MiB", "1GiB", "8GiB")  # sparse: the guest touches a part of them
 ALLOWED_US = {"idle": 2000.0, "random": 4000.0}
-"""``random`` works on `WORKING_SET` meanwhile; QEMU's postcopy takes 4 to 8 ms for such a guest (``bench qemu``)."""
+"""``random`` works on `WORKING_SET` meanwhile; QEMU's postcopy takes 4 to 8 ms for such a guest (``qemu-move``)."""
 WORKING_SET = "32MiB"
 GROWTH = 1.25
 """Of 8 GiB against 64 MiB: a step of the pause that looked at all memory would make it many times that."""

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -31,6 +32,7 @@ from postcopy.service import options
 from postcopy.service.options import Group, Option
 from postcopy.testbed.chaos import KINDS, ChaosPlan, ChaosProxy, open_chaos_proxy
 from postcopy.testbed.chaos.command import parse_plan
+from postcopy.testbed.demo._qemu import QemuDemo
 from postcopy.testbed.demo._result import check, merge, show
 from postcopy.testbed.demo._side import Side
 from postcopy.testbed.pinger import open_ping_process
@@ -94,15 +96,21 @@ class DemoCommand:
         values = self._values = DEFAULTS | given
         self._output = output
         self._lab = "lab" in values
+        self._qemu: QemuDemo | None = None
         if "kind" not in values:
             values["kind"] = self._usable_machine()
-        image = self._image = values["kind"] == "image"
+        image, qemu = values["kind"] == "image", values["kind"] == "qemu"
+        self._image = image
         if "release_ram" in values and image:
             raise ConfigurationError("--release-ram: an image is a file, which stays as it is; leave the option out")
-        if not image:
+        if qemu:
+            if "run_for_s" not in given:
+                values.pop("run_for_s")  # it runs on, by itself
+            self._take_qemu_options()
+        elif not image:
             values |= MACHINE_DEFAULTS | values
         options.check_sending(values, options.sending(values), values["kind"])
-        self._echo = not image and values["workload"] == "echo"
+        self._echo = values.get("workload") == "echo"
         if self._echo:
             if not self._lab:
                 raise ConfigurationError(
@@ -142,8 +150,21 @@ class DemoCommand:
         self._output.say(f"demo: --machine kvm cannot be used here ({why.message}): showing --machine rv64")
         return "rv64"
 
+    def _take_qemu_options(self) -> None:
+        """Of the virtual machine that the demo makes; the rest is refused by the source."""
+        values = self._values
+        if self._lab:
+            raise ConfigurationError("--lab: QEMU is not in a host of it; say --chaos cut, which cuts both moves")
+        for option in (options.QMP, options.PRELOAD):
+            if option.key in values:
+                raise ConfigurationError(f"--{option.name}: the demo starts QEMUs of its own; leave the option out")
+        self._qemu = QemuDemo(values.pop("memory_bytes", None), values.pop("vcpus", None))
+        values["takes"] = values["kind"]
+
     def _content_bytes(self) -> int:
         """How much there is to push."""
+        if self._qemu is not None:
+            return self._qemu.memory_bytes
         if not self._image:
             return int(self._values["memory_bytes"])
         if "image" not in self._values:
@@ -157,6 +178,8 @@ class DemoCommand:
     def _subject(self) -> str:
         """What is migrated."""
         values = self._values
+        if self._qemu is not None:
+            return self._qemu.subject
         if self._image:
             if "image" not in values:
                 return f"image of {format_size(self._image_bytes)}"
@@ -197,6 +220,14 @@ class DemoCommand:
         if self._image and "image" not in values:
             values["image"] = os.path.join(directory, "image.raw")
             await run_sync(_make_image, values["image"], self._image_bytes)
+        if self._qemu is not None:
+
+            async def move(here: str, there: str) -> DemoResult:
+                values["qmp"] = here
+                dest = Side("dest", DestResult, self._dest_arguments("127.0.0.1", qmp=there))
+                return await self._run(Side("source", SourceResult, []), dest, stop)
+
+            return await self._qemu.both(Path(directory), move, values["max_bandwidth_bytes_per_s"], self._chaos)
         if not self._lab:
             dest = Side("dest", DestResult, self._dest_arguments("127.0.0.1"))
             return await self._run(Side("source", SourceResult, []), dest, stop)
@@ -345,8 +376,8 @@ class DemoCommand:
         begun = dest.progress.status not in ("setup", "active", "in-doubt", "failed")
         return dest.progress if begun else source.progress
 
-    def _dest_arguments(self, host: str) -> list[str]:
-        return self._arguments("dest", listen=f"{host}:0")
+    def _dest_arguments(self, host: str, **more: Any) -> list[str]:
+        return self._arguments("dest", listen=f"{host}:0", **more)
 
     def _source_arguments(self, address: str) -> list[str]:
         return self._arguments("source", connect=address, keep=False)

@@ -13,6 +13,7 @@ from postcopy.records import as_json
 from postcopy.records.commands import DemoResult
 from postcopy.records.events import DestResult, SourceResult
 from postcopy.records.migration import Check
+from postcopy.testbed.demo._qemu import table
 from postcopy.units import format_size
 
 
@@ -81,6 +82,9 @@ def show(result: DemoResult, subject: str, console: Console) -> None:
     if rows:
         print_line(console, f"postcopy demo: {subject}: {result.status}", "bold")
         print_table(console, (), rows)
+    if result.qemu is not None:
+        print_line(console, "")
+        print_table(console, *table(result.qemu))
 
 
 def _rows(result: DemoResult) -> Iterator[tuple[str, str]]:

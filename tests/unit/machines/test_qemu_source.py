@@ -224,9 +224,7 @@ async def test_a_guest_that_cannot_go_on_is_named(tmp_path: Path) -> None:
         fake.order(Orders(says={"query-status": {"status": "io-error"}}))
         with pytest.raises(MigrationError, match="it is io-error"):
             await machine.resume()
-        fake.order(Orders(refuses={"cont": ["no space"]}))
-        with pytest.raises(MigrationError, match="no space"):
-            await machine.resume()
+        fake.order(Orders())
         await machine.resume()
         assert await status(machine) == "running"
 

@@ -1,30 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QEMU beside postcopy: the guest that is checked in, what is refused, how its trace is read."""
+"""QEMU's own postcopy, beside which ours is measured: what is refused, and how what it tells is read."""
 
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
-import sys
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from postcopy.cli import main
-from postcopy.errors import ResourceError
-from postcopy.testbed.bench._qemu import check_qemu
-from postcopy.testbed.bench._qemu_run import GUEST, PLACED, QEMU, REQUEST, Qemu, Run, latencies_us, percentiles_us
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="its assembler is for another processor")
-def test_the_guest_is_what_its_source_says(tmp_path: Path) -> None:
-    source, made, program = GUEST.with_suffix(".S"), tmp_path / "guest.o", tmp_path / "guest.bin"
-    subprocess.run(["as", "--32", "-o", made, source], check=True)
-    link: list[str | Path] = ["ld", "-m", "elf_i386", "--oformat", "binary", "-Ttext", "0x100000", "-o", program, made]
-    subprocess.run(link, check=True)
-    assert GUEST.read_bytes() == program.read_bytes()
-    assert len(GUEST.read_bytes()) <= 512
+from postcopy.errors import MigrationError, ResourceError
+from postcopy.testbed.qemu import QEMU, Monitor, Qemu, check, own
+from postcopy.testbed.qemu.own import PLACED, REQUEST
 
 
 @pytest.mark.parametrize(
@@ -43,7 +34,7 @@ def test_a_qemu_that_cannot_be_used(
         (tmp_path / QEMU).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ResourceError, match=complaint) as raised:
-        check_qemu()
+        check()
     assert "qemu-system-x86" in raised.value.remedy
 
 
@@ -51,7 +42,7 @@ def test_a_qemu_that_is_new_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / QEMU).write_text("#!/bin/sh\necho 'QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)'\n")
     (tmp_path / QEMU).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    check_qemu()
+    check()
 
 
 def test_without_qemu_nothing_is_measured_first(
@@ -59,34 +50,39 @@ def test_without_qemu_nothing_is_measured_first(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("postcopy.testbed.bench._measurement", None)
-    assert main(["bench", "fault", "qemu"]) == 1
+    assert main(["bench", "fault", "qemu-move"]) == 1
     assert "QEMU is not installed" in capsys.readouterr().err
 
 
-def test_events_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    events = [("MIGRATION", 1, "active"), ("MIGRATION", 2, "completed"), ("RESUME", 3, None)]
-    lines = [
-        json.dumps({"event": name, "timestamp": {"seconds": 1, "microseconds": us}, "data": {"status": status}})
-        for name, us, status in [*events, ("MIGRATION", 4, "failed")]
-    ]
-    (tmp_path / QEMU).write_text(
-        f"""#!{sys.executable}
-import os, re, sys, time
-monitor = int(re.search(r"id=monitor,fd=(\\d+)", " ".join(sys.argv))[1])
-os.write(monitor, {chr(10).join([*lines, ""]).encode()!r})
-time.sleep(1000)
-"""
-    )
-    (tmp_path / QEMU).chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    qemu = Qemu(Run(32 << 20, "postcopy"), incoming=True, log=None)
-    try:
-        assert qemu.event_us("MIGRATION", "completed") == 1_000_002
-        assert qemu.event_us("RESUME") == 1_000_003
-        with pytest.raises(SystemExit, match="destination: the migration is failed"):
-            qemu.event_us("STOP")
-    finally:
-        qemu.close()
+@contextmanager
+def monitor(*events: tuple[str, int, str | None]) -> Iterator[Qemu]:
+    """Of a QEMU that sends these: name, microseconds, status."""
+    ours, its = socket.socketpair()
+    with ours, its:
+        for name, us, status in events:
+            event: dict[str, Any] = {"event": name, "timestamp": {"seconds": 1, "microseconds": us}}
+            its.sendall(json.dumps(event | ({"data": {"status": status}} if status else {})).encode() + b"\n")
+        its.shutdown(socket.SHUT_WR)
+        yield cast(Qemu, Monitor(ours))
+
+
+def test_events_in_any_order() -> None:
+    came = [("MIGRATION", 1, "active"), ("MIGRATION", 2, "completed"), ("RESUME", 3, None)]
+    with monitor(*came) as qemu, monitor(("STOP", 1, None)) as source:
+        assert own.event_us(qemu, "MIGRATION", "completed") == 1_000_002
+        assert own.stop_to_run_ms(source, qemu) == 0.002
+        with pytest.raises(MigrationError, match="STOP"):
+            own.event_us(qemu, "STOP")
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [("completed", "completed"), ("postcopy-paused", "postcopy-paused"), ("failed", "failed"), (None, "failed")],
+)
+def test_how_it_ends(there: str | None, said: str) -> None:
+    ends = [("MIGRATION", 1, "postcopy-active"), ("MIGRATION", 2, there or "completed")]
+    with monitor(*ends) as source, monitor(("MIGRATION", 3, there or "postcopy-paused")) as dest:
+        assert own.outcome(source, dest) == said
 
 
 def test_latencies_of_a_trace() -> None:
@@ -102,6 +98,6 @@ def test_latencies_of_a_trace() -> None:
             f"7@101.000200:{PLACED} host=0x7f0000002000",
         ]
     )
-    assert latencies_us(log) == [20, 105]
-    assert percentiles_us([1, 2, 3]) == {"p50": 2.0, "p99": 2.0}
-    assert percentiles_us(latencies_us("")) == {"p50": 0.0, "p99": 0.0}
+    assert own.latencies_us(log) == [20, 105]
+    assert own.percentiles_us([1, 2, 3]) == {"p50": 2.0, "p99": 2.0}
+    assert own.percentiles_us(own.latencies_us("")) == {"p50": 0.0, "p99": 0.0}
