@@ -118,7 +118,7 @@ class DemoMove(Record, kw_only=True):
         float | None, doc("Not exceeded by 50 % of the faults, read to placed; QEMU's own by its trace.", "us")
     ] = None
     fault_p99_us: Annotated[float | None, doc("Not exceeded by 99 % of them.", "us")] = None
-    recoveries: Annotated[int, doc("Cuts after which it went on by itself.", "recoveries")] = 0
+    recovered: Annotated[int, doc("Cuts after which it went on by itself.", "cuts")] = 0
     passes: Annotated[int | None, doc("That the guest has made since; null: it did not answer.", "passes")] = None
     errors: Annotated[int | None, doc("Wrong pages that it has found.", "pages")] = None
 
@@ -127,7 +127,7 @@ class DemoQemu(Record, kw_only=True):
     """Both moves of `demo --machine qemu`: the same virtual machine, by postcopy and by QEMU's own postcopy."""
 
     version: Annotated[str, doc("Of QEMU.")]
-    guest: Annotated[str, doc("What it runs, with its version.")]
+    system: Annotated[str, doc("What the guest is, with its version.")]
     postcopy: Annotated[DemoMove, doc("The move by postcopy.")]
     own: Annotated[DemoMove, doc("The move by QEMU's own postcopy, with postcopy-preempt.")]
 

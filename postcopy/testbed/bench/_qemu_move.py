@@ -202,7 +202,7 @@ async def _ours(memory_mib: int) -> dict[str, float]:
         await client.execute("migrate", {"to": address})
         await _becomes(client, "completed")
         total_ms = (time.perf_counter() - began_s) * 1e3
-        result = await _result(arrives)
+        result = await _line(arrives, "result")
         stands_ms = await thread(own.stop_to_run_ms, source, dest)
         await _works(source, dest)
         return {
@@ -229,7 +229,7 @@ async def _ours_cut(memory_mib: int) -> dict[str, float]:
         proxy.heal()
         await _becomes(client, "completed")
         completed_s = trio.current_time()
-        result = await _result(arrives)
+        result = await _line(arrives, "result")
         await _works(source, dest)
         return {
             "cut to postcopy-paused": 1e3 * (noticed_s - cut_s),
@@ -244,14 +244,15 @@ async def _sides(source: Qemu, dest: Qemu, *arguments: str) -> AsyncIterator[tup
     `arguments`: more of the daemon."""
     end = {"ask": signal.SIGTERM, "end_s": 10.0, "stderr": subprocess.DEVNULL}
     common = ("--listen", "127.0.0.1:0", "--json", "--machine", "qemu", "--qmp")
-    control = str(source.directory / "control")
-    daemon = (*common, source.qmp_path, "--control", control, *arguments)
     async with AsyncExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="postcopy-bench-"))
+        control = f"{directory}/control"
+        daemon = (*common, source.qmp_path, "--control", control, *arguments)
         leaves = await stack.enter_async_context(open_child(python("-m", "postcopy", "daemon", *daemon), **end))
-        await next_line(leaves, "listening", lambda line: line["event"] == "listening")
+        await _line(leaves, "listening")
         twin = python("-m", "postcopy", "dest", *common, dest.qmp_path)
         arrives = await stack.enter_async_context(open_child(twin, **end))
-        address = (await next_line(arrives, "listening", lambda line: line["event"] == "listening"))["address"]
+        address = (await _line(arrives, "listening"))["address"]
         nursery = await stack.enter_async_context(trio.open_nursery())
         nursery.start_soon(_read_on, leaves)  # a full pipe would stop it
         client = await stack.enter_async_context(ControlClient.open(control))
@@ -278,9 +279,9 @@ async def _becomes(client: ControlClient, wanted: str) -> None:
     raise MigrationError(f"a move did not come to {wanted} within {DEADLINE_S:g} s")
 
 
-async def _result(child: Child) -> dict[str, Any]:
-    """Of a side that ends now."""
-    result = await next_line(child, "result", lambda line: line["event"] == "result")
-    if result["status"] != "completed":
-        raise MigrationError(f"the destination's end: {result['status']}: {result['error']}")
-    return result
+async def _line(child: Child, event: str) -> dict[str, Any]:
+    """The next one with this event of one that has not failed."""
+    line = await next_line(child, event, lambda line: line["event"] in (event, "result"))
+    if line["event"] != event or line.get("error"):
+        raise MigrationError(f"a side ended: {line['error']}")
+    return line

@@ -80,7 +80,7 @@ class QemuDemo:
         async with self._open_pair(directory, "own", by_qemu=True) as pair:
             theirs = await _move_by_qemu(pair, directory / TRACE, bandwidth, plan)
         version = "{major}.{minor}.{micro}".format(**said)
-        result.qemu = DemoQemu(version=version, guest=f"Linux {self._linux.version}", postcopy=ours, own=theirs)
+        result.qemu = DemoQemu(version=version, system=f"Linux {self._linux.version}", postcopy=ours, own=theirs)
         return result
 
     @asynccontextmanager
@@ -147,7 +147,7 @@ async def _examine(pair: Pair, result: DemoResult) -> DemoMove:
         total_ms=result.total_ms,
         fault_p50_us=latency.p50 if latency is not None else None,
         fault_p99_us=latency.p99 if latency is not None else None,
-        recoveries=result.recoveries.count if result.recoveries is not None else 0,
+        recovered=result.recoveries.count if result.recoveries is not None else 0,
         **_since(before, after),
     )
 
@@ -242,13 +242,13 @@ def table(found: DemoQemu) -> tuple[tuple[str, ...], list[Row]]:
 
     moves = (ours, theirs)
     rows = [
-        each("guest", found.guest, "the same"),
+        each("guest", found.system, "the same"),
         row("migration", *map(words, moves)),
         each("guest stood still", *(time(move.stop_to_run_ms, 1e-3) for move in moves)),
         each("until all memory had come", *(time(move.total_ms, 1e-3) for move in moves)),
         each("fault, median", *(time(move.fault_p50_us, 1e-6) for move in moves)),
         each("fault, 99 % within", *(time(move.fault_p99_us, 1e-6) for move in moves)),
-        each("recoveries by itself", *(str(move.recoveries) for move in moves)),
+        each("recoveries by itself", *(str(move.recovered) for move in moves)),
         each("the guest afterwards", *map(_guest, moves)),
     ]
     return ("", "by postcopy", f"by QEMU {found.version} itself"), rows

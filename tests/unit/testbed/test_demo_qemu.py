@@ -60,7 +60,7 @@ OURS = DemoMove(status="completed", stop_to_run_ms=6.1, total_ms=900.0, fault_p5
     ],
 )
 def test_both_stand_beside_each_other(own: DemoMove, shown: str) -> None:
-    found = DemoQemu(version="7.2.22", guest="Linux 6.1", postcopy=replace(OURS, recoveries=2), own=own)
+    found = DemoQemu(version="7.2.22", system="Linux 6.1", postcopy=replace(OURS, recovered=2), own=own)
     text = io.StringIO()
     print_table(Console(file=text, width=160), *_qemu.table(found))
     assert "by QEMU 7.2.22 itself" in text.getvalue()
