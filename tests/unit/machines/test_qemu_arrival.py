@@ -118,7 +118,9 @@ def waiting(source: Stood) -> Iterator[Qemu]:
 
 
 def arriving(guest: Stood, qemu: Qemu | None = None, command: str = "", **offer: Any) -> ArrivingQemu:
-    host = HostOptions(qmp=qemu.qmp_path) if qemu is not None else HostOptions(qemu=QEMU_OPTION.parse(command), name="vm1")
+    host = (
+        HostOptions(qmp=qemu.qmp_path) if qemu is not None else HostOptions(qemu=QEMU_OPTION.parse(command), name="vm1")
+    )
     machine = create_destination("qemu", guest.config | offer, guest.layout, host)
     assert isinstance(machine, ArrivingQemu)
     return machine
