@@ -670,11 +670,13 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
 
     async def _send_early(self, control: Control[SourceProtocol]) -> None:
         """Nothing waits for it that the machine does meanwhile."""
-        while True:
-            await self._until(lambda: bool(self._early))
-            await control.send(self._protocol.send(wire.EarlyState(self._early[0])))
-            self._early.popleft()
-            self._wake()
+        while not self._protocol.ended:  # else whoever receives says why
+            if self._early:
+                await control.send(self._protocol.send(wire.EarlyState(self._early[0])))
+                self._early.popleft()
+                self._wake()
+            else:
+                await self._until(lambda: bool(self._early))
 
     async def _until_prepared(self, control: Control[SourceProtocol], server: PageServer, rest_bytes: int) -> None:
         """Until the destination is prepared, which has `rest_bytes` to gather before. It has some time for that, and no

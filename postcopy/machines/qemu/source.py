@@ -472,7 +472,7 @@ class QemuMachine(ProcessMachine):
             if self._migration != "completed":
                 raise MigrationError(await self._why_not())
             await self._monitor.answer_to(self._going_on, hurry=True)
-            self._saved = self._stream.cut()
+            self._saved = _without_description(self._stream.cut())
             self._stream.close()
             self._stream = None
         await trio.lowlevel.checkpoint_if_cancelled()
