@@ -397,6 +397,8 @@ void pc_shard_unregister(struct pc_pager *pager, struct shard *shard)
         if (!shard->ranges[i].bytes)
             continue;
         (void)pc_uffd_unregister(shard->uffd, shard->ranges[i].address, shard->ranges[i].bytes);
+        /* The kernel wakes all who wait there, and only then lets the mapping go: a thread that faults in between would wait for ever. */
+        (void)pc_uffd_wake(shard->uffd, shard->ranges[i].address, shard->ranges[i].bytes);
         __atomic_store_n(&shard->ranges[i].bytes, 0, __ATOMIC_RELAXED);
     }
     pc_journal_disarmed(shard);

@@ -207,7 +207,8 @@ class Machine(abc.ABC):
         yield
 
     async def before_pause(self, early: TellEarly | None = None) -> None:  # noqa: B027
-        """Source: a `pause` follows at once. Does what would make that longer. Cancellable; bounded in time.
+        """Source: a `pause` follows at once. Does what would make that longer; it may have stopped when this returns,
+        and then `statistics` has since when. Cancellable, and then, or after an error, it runs; bounded in time.
 
         What the state begins with, where it is final already, and what loading it touches no memory, can be given to
         `early`, piece by piece; `save_state` returns the rest. Where that is missing the destination knows no early

@@ -616,6 +616,8 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         await machine.before_pause(early if protocol.version >= wire.EarlyState.SINCE else None)
         control.hurry()
         parts = {"paused": now_ns()}
+        if began_ns <= (stopped_ns := machine.statistics().paused_ns) < parts["paused"]:  # it was then already
+            parts["paused"] = stopped_ns
         self.paused_ns = parts["paused"]
         await machine.pause()
         parts["stop_ns"] = now_ns()
@@ -649,8 +651,6 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         parts["send_ns"] = now_ns()
         control.hurry()
         self.at_pause = machine.statistics()
-        if began_ns < self.at_pause.paused_ns < parts["paused"]:  # it stopped before that returned
-            self.paused_ns = parts["paused"] = self.at_pause.paused_ns
         await self._until_prepared(control, server, rest_bytes if whole else 0)
         parts["prepared_ns"] = now_ns()
         # Checked in one step with the decision: `cancel` promises that it will not be decided. From

@@ -313,6 +313,7 @@ static void at_random(int kind)
     arm_lent(&rig, owner);
     connect_urgent(&rig, 0, NULL);
     connect_bulk(&rig, 0, NULL);
+    connect_bulk(&rig, 1, NULL);
     CHECK_EQ(pthread_create(&reader, NULL, peek_about, &rig), 0);
     for (uint64_t worker = 0; worker < OWNER_THREADS; worker++)
         give(owner, worker, WORK, 0);

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import socket
+import time
 from dataclasses import replace
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from trio.testing import MockClock
 from postcopy import wire as p
 from postcopy.dataplane.pager import ChannelKind, Event, EventType, Pager
 from postcopy.errors import PeerError, ProtocolError, ResourceError
-from postcopy.machines import Machine, MachineState
+from postcopy.machines import Machine, MachineState, MachineStatistics
 from postcopy.migration.connection import Control
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.engine import channel_down
@@ -459,3 +460,28 @@ async def test_without_background_there_are_no_bulk_channels(
     accept, _ = await lone_offer(version, background)
     assert accept.bulk_channels == channels
     assert ("all pages are taken" in caplog.text) is (version == 2 and not background)
+
+
+async def test_the_pause_begins_when_the_machine_says_that_it_stopped() -> None:
+    """One that is another process's may have stopped before `pause` is called."""
+    pair = make_pair()
+    stopped_ns = 0
+
+    async def before_pause() -> None:
+        nonlocal stopped_ns
+        await trio.lowlevel.checkpoint()
+        stopped_ns = time.monotonic_ns()
+        pair.machine.state = MachineState.PAUSED
+        await trio.lowlevel.checkpoint()
+
+    def statistics() -> MachineStatistics:
+        return MachineStatistics(pair.machine.state, paused_ns=stopped_ns)
+
+    pair.machine.before_pause = before_pause  # type: ignore[method-assign]
+    pair.machine.statistics = statistics  # type: ignore[method-assign]
+    async with running(pair):
+        await pair.move()
+        await pair.until(lambda: pair.servers[0].started)
+        pair.pager.channel.tell(EventType.COMPLETE)
+    assert pair.source.state is State.COMPLETED
+    assert pair.source.paused_ns == stopped_ns > 0
