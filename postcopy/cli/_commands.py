@@ -80,13 +80,11 @@ COMMANDS: Mapping[str, Command] = {
         (
             (
                 "A QEMU that can be moved:",
-                "postcopy run -- qemu-system-x86_64 \\\n"
-                "  -object memory-backend-file,id=ram0,size=1G,mem-path=/dev/shm/vm1,share=on ...",
+                "postcopy run -- qemu-system-x86_64 \\\n  -object memory-backend-file,id=ram0,size=1G,share=on,\\\n"
+                "mem-path=/dev/shm/vm1 ...",
             ),
-            (
-                "A program that waits for the memory of one on another host:",
-                "postcopy run --lazy -- ./arena /dev/shm/a",
-            ),
+            ("The command of its twin, for the other host:", "postcopy run --twin 1234"),
+            ("A program that waits for another one's memory:", "postcopy run --lazy -- ./arena /dev/shm/a 64"),
         ),
     ),
     "ctl": Command(

@@ -29,9 +29,9 @@ def side(spawn_child: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def operator(run_in_child: Callable[..., Any], tmp_path: Path) -> Callable[[str], Any]:
+def operator(tmp_path: Path) -> Callable[[str], Any]:
     """``operator("a")``: of the process with ``--control`` `tmp_path`/a."""
-    return lambda name: sides.Operator(run_in_child, tmp_path / name)
+    return lambda name: sides.Operator(tmp_path / name)
 
 
 @pytest.fixture

@@ -44,7 +44,8 @@ def test_the_wheel_has_the_package_and_what_is_shared(wheel: Path) -> None:
         names = {name for name in archive.namelist() if not name.endswith("/")}
     info, data = f"postcopy-{VERSION}.dist-info", f"postcopy-{VERSION}.data/data"
     assert {"postcopy/_native.abi3.so", "postcopy/_native.pyi", "postcopy/py.typed"} <= names
-    assert [file for file in names if file.endswith((".so", ".a"))] == ["postcopy/_native.abi3.so"]
+    libraries = {"postcopy/_native.abi3.so", "postcopy/libpostcopy-preload.so"}
+    assert {file for file in names if file.endswith((".so", ".a"))} == libraries
     with zipfile.ZipFile(wheel) as archive:
         keeper = archive.getinfo("postcopy/postcopy-keeper")
         assert archive.read(keeper)[:4] == b"\x7fELF"

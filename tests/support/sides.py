@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import warm
 from lines import Json, parse_answer, parse_control_line, parse_lines
 
 DEADLINE_S = 60.0
@@ -117,22 +118,13 @@ class Side:
 class Operator:
     """`postcopy ctl` on one socket."""
 
-    def __init__(self, run: Callable[..., Any], path: Path) -> None:
-        self._run = run
+    def __init__(self, path: Path) -> None:
         self.path = path
 
     def ask(self, *arguments: object, status: int = 0) -> tuple[str, str]:
         """What it says on stdout and stderr."""
-        command = [
-            sys.executable,
-            "-m",
-            "postcopy",
-            "ctl",
-            "--control",
-            str(self.path),
-            *(str(one) for one in arguments),
-        ]
-        done = self._run(command, deadline_s=DEADLINE_S)
+        words = ["ctl", "--control", str(self.path), *(str(one) for one in arguments)]
+        done = warm.run(words, deadline_s=DEADLINE_S)
         assert done.returncode == status, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         return done.stdout, done.stderr

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 
 import pytest
@@ -134,3 +135,27 @@ def test_hold_is_for_machines_that_run() -> None:
         given = values(make_parser(line.split()).parse_args(line.split()))
         with pytest.raises(ConfigurationError, match=said):
             sides.make(given, Output(False, None, None))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("dest --listen :0 --machine firecracker", "--machine firecracker: say where it is loaded, --api-socket PATH"),
+        ("dest --listen :0 --machine qemu", "--machine qemu: say where it is loaded, --qmp PATH"),
+        ("dest --listen :0 --qmp a --qemu sh", "--qemu COMMAND to have it started; one of both"),
+        ("dest --listen :0 --machine program", "--machine program: say --preload PATH"),
+        ("dest --listen :0 --qmp a --dump b", "--dump does not go with --qmp"),
+        ("dest --listen :0 --qemu sh --run-for 1", "--run-for does not go with --qemu"),
+    ],
+)
+def test_where_a_machine_is_loaded_that_is_a_process_of_its_own(line: str, said: str) -> None:
+    given = values(make_parser(line.split()).parse_args(line.split()))
+    with pytest.raises(ConfigurationError, match=re.escape(said)):
+        sides.make(given, Output(False, None, None))
+
+
+@pytest.mark.parametrize("command", ["''", '"\'"', "/no/such/qemu"])
+def test_a_command_that_is_none_is_refused(command: str) -> None:
+    arguments = ["dest", "--listen", ":0", "--qemu", command.strip('"')]
+    with pytest.raises(ConfigurationError, match=r"^--qemu: "):
+        make_parser(arguments).parse_args(arguments)

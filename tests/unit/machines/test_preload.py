@@ -223,7 +223,16 @@ def test_a_program_that_cannot_be_run(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr == "postcopy: error: cannot run no-such-program: No such file or directory\n"
     with pytest.raises(ConfigurationError, match="name a program"):
-        run_command(argparse.Namespace(command_line=["--"]))
+        run_command(argparse.Namespace(command_line=["--"], twin=None))
+
+
+def test_the_command_of_a_twin(capsys: pytest.CaptureFixture[str]) -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        assert run_command(argparse.Namespace(command_line=[], lazy=False, socket=None, twin=process.pid)) == 0
+        process.kill()
+    assert capsys.readouterr().out == "postcopy run -- sleep 60 -incoming defer -S\n"
+    with pytest.raises(ConfigurationError, match="--twin runs nothing"):
+        run_command(argparse.Namespace(command_line=["--", "true"], lazy=False, socket=None, twin=1))
 
 
 @pytest.mark.needs("uffd")

@@ -8,9 +8,9 @@ import fcntl
 import os
 import shlex
 import signal
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from postcopy._blocking import run_sync
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError
 from postcopy.machines import BlockLayout, Extent, MachineState, process
 from postcopy.machines.kinds import HostOptions, create_destination
+from postcopy.machines.preload.start import library
 from postcopy.machines.process import Started
 from postcopy.machines.qemu import destination
 from postcopy.machines.qemu.destination import ArrivingQemu
@@ -32,7 +33,6 @@ from postcopy.uffd import PageFault, Userfaultfd
 
 pytestmark = pytest.mark.needs("qemu", "uffd")
 
-PREFIX = (str(Path(sys.executable).with_name("postcopy")), "run", "--")
 PAGE = 4096
 MIB = 32
 
@@ -83,6 +83,15 @@ class Stood:
         self.uffd.unregister(self.extent.address, self.extent.pages * PAGE)
 
 
+@contextmanager
+def incoming(**options: Any) -> Iterator[Qemu]:
+    """As `postcopy run` starts it, which takes longer than all of a test."""
+    with tempfile.TemporaryDirectory() as directory:
+        variables = [f"LD_PRELOAD={library()}", f"POSTCOPY_PRELOAD={directory}/preload.sock"]
+        with Qemu.start(**options, incoming=True, prefix=["env", *variables]) as qemu:
+            yield qemu
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stood]:
     disk = tmp_path_factory.mktemp("disk") / "disk"
@@ -113,7 +122,7 @@ def guest(source: Stood) -> Stood:
 
 @pytest.fixture
 def waiting(source: Stood) -> Iterator[Qemu]:
-    with Qemu.start(**source.options, incoming=True, prefix=PREFIX) as qemu:
+    with incoming(**source.options) as qemu:
         yield qemu
 
 
@@ -242,7 +251,7 @@ async def test_what_does_not_fit_is_refused(guest: Stood, waits: Qemu, offer: di
 @pytest.fixture(scope="module")
 def waits(source: Stood) -> Iterator[Qemu]:
     """One for all tests that leave it as it was."""
-    with Qemu.start(**source.options, incoming=True, prefix=PREFIX) as qemu:
+    with incoming(**source.options) as qemu:
         yield qemu
 
 
@@ -256,7 +265,7 @@ async def test_the_file_of_its_own_source_is_never_emptied(guest: Stood, waits: 
 
 
 async def test_one_that_does_not_wait_is_refused(guest: Stood) -> None:
-    with Qemu.start(MIB, prefix=PREFIX) as qemu:
+    with Qemu.start(MIB) as qemu:
         machine = arriving(guest, qemu)
         with pytest.raises(ConfigurationError, match="-incoming defer"):
             await machine.prepare()
