@@ -34,6 +34,7 @@ RESUME_S = 2.0
 ANSWER_S = 1.0
 """How long one request of that may take."""
 _POLL_S = 0.005
+_AGAIN_S = 0.05
 
 log = logging.getLogger(__name__)
 
@@ -187,6 +188,7 @@ class ArrivingProcess(ProcessMachine):
         self._touched = False
         self._whole = False
         self._unconfirmed = False  # it was told to run, and has not answered
+        self._doubt = ""  # the last reason for that
 
     @abc.abstractmethod
     async def _tell_to_run(self, timeout_s: float) -> None: ...
@@ -211,7 +213,9 @@ class ArrivingProcess(ProcessMachine):
         self._unconfirmed = deadline.cancelled_caught
         if self._unconfirmed:
             log.warning(
-                "%s was told to run, and has not answered within %g s: it waits for a page", self._name, RESUME_S
+                "%s was told to run, and has not done it within %g s: it waits for a page, or for a disk",
+                self._name,
+                RESUME_S,
             )
         self._runs()
 
@@ -226,7 +230,10 @@ class ArrivingProcess(ProcessMachine):
         except self.UNANSWERED as error:
             if not self._is_alive():
                 raise MigrationError(f"the machine was given to this host, and {self._name} has ended") from error
-            log.warning("%s", error)
+            if str(error) != self._doubt:
+                self._doubt = str(error)
+                log.warning("%s", error)
+            await trio.sleep(_AGAIN_S)
         await trio.sleep(_POLL_S)
         return False
 
