@@ -4,8 +4,8 @@
     python examples/qemu_move.py [--memory MIB]
 
 Needs this package, QEMU (qemu-system-x86), /dev/userfaultfd, and nothing else: the guest comes with the package. It
-writes a count into every page it works on, and looks for it again in each pass; a page that was lost, old or another one
-would be an error in its lines.
+writes a count into every page it works on, and looks for it again in each pass; a page that was lost, old or another
+one would be an error in its lines.
 
 Both QEMUs are started by `postcopy run`; the two sides are the commands that one would type on two hosts. They, and
 QEMU's serial port, are all that is used here.

@@ -3,17 +3,22 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples/qemu_move.py"
 
 
 @pytest.mark.slow
 @pytest.mark.needs("qemu", "uffd", "linux-guest")
 def test_both_moves(side: Callable[..., Any]) -> None:
     arguments = ("--machine", "qemu", "--memory", "192MiB", "--migrate-after", "0")
-    status, result, errors = side("demo", "--json", *arguments).end(100)
+    status, result, errors = side("demo", "--json", *arguments).end(250)
     assert status == 0, errors
     assert (result["status"], result["verified"]) == ("completed", True)
     assert len(result["verification"]) == 6
@@ -22,3 +27,11 @@ def test_both_moves(side: Callable[..., Any]) -> None:
         assert move["passes"] > 0
         assert move["stop-to-run-ms"] > 0
         assert move["fault-p50-us"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.needs("qemu", "uffd")
+def test_the_example(run_in_child: Callable[..., Any]) -> None:
+    done = run_in_child([sys.executable, EXAMPLE, "--memory", "32"], deadline_s=120)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^here:  pass \d+, 0 errors\nmoved: completed, .*\nthere: pass \d+, 0 errors$", done.stdout, re.M)

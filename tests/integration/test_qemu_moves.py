@@ -24,15 +24,16 @@ import trio
 from lines import Json
 from qemus import DEADLINE_S, SANDBOX, UNDER_RUN, UNNAMED_FILE, Host, check_went_on, is_whole, start
 
+import sides
 from postcopy.testbed.chaos import ChaosPlan, open_chaos_proxy
-from postcopy.testbed.qemu import Qemu, command_line, lines_of
+from postcopy.testbed.qemu import Qemu, command_line, lines_of, linux
 
 pytestmark = pytest.mark.needs("qemu", "uffd")
 
 GUEST = "pages=1024 spread=1 disk=64"
 MEMORY_MIB = 64
 # The disk is opened with cache=none: what the guest reads goes by O_DIRECT into pages that have not arrived.
-MACHINE = {"machine": "microvm", "balloon": True, "backends": (UNNAMED_FILE,)}
+MACHINE: dict[str, Any] = {"machine": "microvm", "balloon": True, "backends": (UNNAMED_FILE,)}
 NOBODY = 65534
 AS_NOBODY = (
     "setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all",
@@ -105,12 +106,13 @@ def test_ten_moves_there_and_back(host: Callable[..., Host], machine: dict[str, 
 
 async def test_network_that_fails_after_the_decision(host: Callable[..., Host], machine: dict[str, Any]) -> None:
     """Every page asked for takes milliseconds, and connections end in every way: the guest waits for pages, also for
-    those that a disk writes to, and nothing else happens to it."""
+    those that its disk writes to (O_DIRECT) in its first pass here, and nothing else happens to it."""
     seed = seed_of_this_run()
-    at, to = host("a"), host("b")
+    append = "pages=512 spread=1 disk=64"
+    at, to = host("a", append=append), host("b", append=append)
     for one in (at, to):
         one.ask("set", **{"max-bandwidth": "1MiB/s"})
-    with await trio.to_thread.run_sync(boot, machine) as first:
+    with await trio.to_thread.run_sync(boot, machine, append) as first:
         seen = await trio.to_thread.run_sync(start, at, first)
         recoveries = 0
         for number in range(4):
@@ -122,11 +124,12 @@ async def test_network_that_fails_after_the_decision(host: Callable[..., Host], 
                 decided.set()
                 arrived = await trio.to_thread.run_sync(at.wait_arrived, to)
             recoveries += arrived["recoveries"]["count"]
+            left = at.passes()[-1] if number else first.passes()[-1].values
             now = await trio.to_thread.run_sync(to.wait_pass, seen["pass"])
             check_went_on(seen, now)
+            assert now["loaded"] > left["loaded"]
             seen, at, to = now, to, at
     assert recoveries > 0
-    assert seen["loaded"] > 0
 
 
 def test_rollback_at_each_step(host: Callable[..., Host], machine: dict[str, Any], tmp_path: Path) -> None:
@@ -157,6 +160,29 @@ def test_rollback_at_each_step(host: Callable[..., Host], machine: dict[str, Any
         check_went_on(seen, to.wait_pass(seen["pass"]))
 
 
+def both_sides(
+    side: Callable[..., Any], a: str | Path, b: str | Path, *arguments: str, **how: Any
+) -> tuple[sides.Side, sides.Side]:
+    """`dest` and `source`, which move the guest of the QEMU with monitor `a` into that with monitor `b`."""
+    dest = side("dest", "--json", "--listen", "127.0.0.1:0", "--machine", "qemu", "--qmp", b, **how)
+    connect = ("--connect", dest.address, "--machine", "qemu", "--qmp", a)
+    return dest, side("source", "--json", *connect, *arguments, **how)
+
+
+def results_of(*commands: sides.Side) -> list[Json]:
+    """When they have ended as they should."""
+    results = []
+    for one in commands:
+        status, result, errors = one.end()
+        assert (status, result["status"]) == (0, "completed"), errors
+        results.append(result)
+    return results
+
+
+def move(side: Callable[..., Any], a: Qemu, b: Qemu, *arguments: str, **how: Any) -> list[Json]:
+    return results_of(*both_sides(side, a.qmp_path, b.qmp_path, *arguments, **how))
+
+
 def wait_ballooned(qemu: Qemu, mib: int) -> None:
     """Only lines from now on."""
     before = len(qemu.lines())
@@ -166,23 +192,17 @@ def wait_ballooned(qemu: Qemu, mib: int) -> None:
 
 def test_balloon_while_pages_are_missing(side: Callable[..., Any], machine: dict[str, Any]) -> None:
     """What the guest gives away in that time is zero when it comes back, and nothing from the source overwrites it."""
-    append = "pages=4096 spread=1 disk=64"
+    append = "pages=2048 spread=1 disk=64"
     with boot(machine, append) as a, boot(machine, append, incoming=True) as b:
         a.wait_ready()
-        wait_ballooned(a, 4)
-        dest = side("dest", "--json", "--listen", "127.0.0.1:0", "--machine", "qemu", "--qmp", b.qmp_path)
-        source = side(
-            *("source", "--json", "--connect", dest.address, "--machine", "qemu", "--qmp", a.qmp_path),
-            *("--max-bandwidth", "1MiB/s"),
-        )
+        wait_ballooned(a, 2)
+        dest, source = both_sides(side, a.qmp_path, b.qmp_path, "--max-bandwidth", "2MiB/s")
         dest.wait_status("postcopy-active")
-        wait_ballooned(b, 12)
+        wait_ballooned(b, 6)
         wait_ballooned(b, 0)
         assert b.status() == "running"
-        for one in (dest, source):
-            status, result, errors = one.end()
-            assert (status, result["status"]) == (0, "completed"), errors
-        wait_ballooned(b, 12)  # nobody is asked any more
+        results_of(dest, source)
+        wait_ballooned(b, 6)  # nobody is asked any more
         wait_ballooned(b, 0)
         last = b.wait_passes(3)[-1].values
         assert (last["errors"], last["stale"]) == (0, 0)
@@ -204,14 +224,7 @@ def test_two_backends_in_a_sandbox_and_a_daemon(side: Callable[..., Any], tmp_pa
         subprocess.run([*UNDER_RUN, *waiting], check=True, timeout=DEADLINE_S)
         pid = int((tmp_path / "pid").read_text())
         try:
-            dest = side("dest", "--json", "--listen", "127.0.0.1:0", "--machine", "qemu", "--qmp", tmp_path / "qmp")
-            source = side(
-                *("source", "--json", "--connect", dest.address, "--machine", "qemu", "--qmp", a.qmp_path),
-                *("--precopy", "auto"),
-            )
-            for one in (dest, source):
-                status, result, errors = one.end()
-                assert (status, result["status"]) == (0, "completed"), errors
+            results_of(*both_sides(side, a.qmp_path, tmp_path / "qmp", "--precopy", "auto"))
             seen = a.passes()[-1].values
             deadline = time.monotonic() + DEADLINE_S
             while not (found := [line for line in lines_of((tmp_path / "serial").read_text()) if is_whole(line)][1:]):
@@ -237,12 +250,7 @@ def test_huge_pages(side: Callable[..., Any]) -> None:
         )  # fmt: skip
         with a, b:
             a.wait_ready()
-            dest = side("dest", "--json", "--listen", "127.0.0.1:0", "--machine", "qemu", "--qmp", b.qmp_path)
-            source = side("source", "--json", "--connect", dest.address, "--machine", "qemu", "--qmp", a.qmp_path)
-            for one in (dest, source):
-                status, result, errors = one.end()
-                assert (status, result["status"]) == (0, "completed"), errors
-                assert result["ram"]["page-size"] == 2 << 20
+            assert {result["ram"]["page-size"] for result in move(side, a, b)} == {2 << 20}
             check_went_on(a.passes()[-1].values, b.wait_passes(2)[-1].values)
     finally:
         for file in files:
@@ -263,9 +271,8 @@ def test_ordinary_user(side: Callable[..., Any], readable_package: list[str]) ->
         def begin(incoming: bool) -> Qemu:
             run = ("-m", "postcopy", "run", "--socket", str(directory / f"preload-{int(incoming)}"), "--")
             prefix = (*readable_package, *run, *AS_NOBODY)
-            return stack.enter_context(
-                Qemu.start(MEMORY_MIB, GUEST, prefix=prefix, incoming=incoming, **MACHINE, disk=disk)
-            )
+            options: dict[str, Any] = {**MACHINE, "disk": disk}
+            return stack.enter_context(Qemu.start(MEMORY_MIB, GUEST, prefix=prefix, incoming=incoming, **options))
 
         a, b = begin(False), begin(True)
         a.wait_ready()
@@ -273,15 +280,31 @@ def test_ordinary_user(side: Callable[..., Any], readable_package: list[str]) ->
             status = Path(f"/proc/{qemu.pid}/status").read_text()
             assert re.search(r"^CapEff:\s+0+$", status, re.MULTILINE)
             assert re.search(rf"^Uid:\s+{NOBODY}\s", status, re.MULTILINE)
-        dest = side(
-            "dest", "--json", "--listen", "127.0.0.1:0", "--machine", "qemu", "--qmp", b.qmp_path, command=nobody
-        )
-        source = side(
-            *("source", "--json", "--connect", dest.address, "--machine", "qemu", "--qmp", a.qmp_path),
-            *("--precopy", "auto"),
-            command=nobody,
-        )
-        for one in (dest, source):
-            status, result, errors = one.end()
-            assert (status, result["status"]) == (0, "completed"), errors
+        move(side, a, b, "--precopy", "auto", command=nobody)
         check_went_on(a.passes()[-1].values, b.wait_passes(2)[-1].values)
+
+
+@pytest.mark.needs("linux-guest")
+def test_linux_that_reports_its_free_pages(side: Callable[..., Any], tmp_path: Path) -> None:
+    """It computes, reads and writes its disk, and tells QEMU what memory it does not use, also while pages are
+    missing. Then it looks at all of its memory."""
+    guest = linux.build()
+    options: dict[str, Any] = {
+        **guest.boot("work=32 disk=256 churn=4"),
+        "machine": "pc",
+        "disk": make_disk(tmp_path / "disk"),
+        "backends": (UNNAMED_FILE,),
+        "arguments": ("-device", "virtio-balloon-pci,free-page-reporting=on"),
+        "prefix": UNDER_RUN,
+    }
+    with Qemu.start(linux.MEMORY_MIB, **options) as a, Qemu.start(linux.MEMORY_MIB, incoming=True, **options) as b:
+        a.wait_ready()
+        a.wait_passes(2)
+        before = a.ask("status").values
+        move(side, a, b, "--precopy", "auto")
+        now, looked = b.ask("status").values, b.ask("check").values
+        assert now["nonce"] == before["nonce"]
+        assert (looked["errors"], looked["stale"]) == (0, 0)
+        assert now["clock_ns"] > before["clock_ns"]
+        assert now["saved"] > before["saved"]
+        assert "Linux" in b.shell("uname -a")

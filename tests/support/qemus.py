@@ -129,12 +129,13 @@ class Host:
         """The first pass that ended here and has a higher number."""
         deadline = time.monotonic() + DEADLINE_S
         while True:
-            if later := [one for one in self._passes() if one["pass"] > after]:
+            if later := [one for one in self.passes() if one["pass"] > after]:
                 return min(later, key=lambda one: one["pass"])
             assert time.monotonic() < deadline, f"no pass after {after}: {self.daemon._child.errors()[-2000:]}"
             time.sleep(0.01)
 
-    def _passes(self) -> list[dict[str, int]]:
+    def passes(self) -> list[dict[str, int]]:
+        """All that ended here."""
         return [line.values for line in lines_of(self.daemon._child.errors()) if line.kind == "pass" and is_whole(line)]
 
 

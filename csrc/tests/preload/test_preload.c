@@ -27,7 +27,6 @@ static void begin(uint64_t lazy_features)
 {
     char lazy[32];
 
-    (void)snprintf(path.sun_path, sizeof(path.sun_path), "/tmp/pc-preload-%d.sock", (int)getpid());
     (void)unlink(path.sun_path);
     CHECK(!setenv("POSTCOPY_PRELOAD", path.sun_path, 1));
     (void)snprintf(lazy, sizeof(lazy), "%#llx", (unsigned long long)lazy_features);
@@ -604,6 +603,7 @@ const char *__tsan_default_options(void)
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
+    (void)snprintf(path.sun_path, sizeof(path.sun_path), "/tmp/pc-preload-%d.sock", (int)getpid());
     RUN(remembers_shared_writable_mappings_of_files_in_memory);
     RUN(forgets_what_is_unmapped);
     RUN(keeps_no_file_that_is_unmapped);
@@ -617,5 +617,6 @@ int main(int argc, char **argv)
     RUN(answers_its_own_user_only);
     RUN(serves_a_daemon_and_no_child);
     RUN(answers_while_the_program_maps_forks_and_is_signalled);
+    (void)unlink(path.sun_path);
     return test_end();
 }

@@ -411,7 +411,7 @@ def _is_mapped(mapping: Mapping, areas: Sequence[_Area]) -> bool:
     """The kernel cuts one mapping in several where their rights or advice differ."""
     at, end = mapping.address, mapping.address + mapping.size_bytes
     for area in areas:
-        if area.start <= at < area.end:
+        if at < end and area.start <= at < area.end:
             same = (area.device, area.inode) == (mapping.device, mapping.inode)
             if not same or at - area.start + area.offset != at - mapping.address + mapping.offset:
                 return False

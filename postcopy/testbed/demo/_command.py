@@ -227,7 +227,12 @@ class DemoCommand:
                 dest = Side("dest", DestResult, self._dest_arguments("127.0.0.1", qmp=there))
                 return await self._run(Side("source", SourceResult, []), dest, stop)
 
-            return await self._qemu.both(Path(directory), move, values["max_bandwidth_bytes_per_s"], self._chaos)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_interrupted, stop)
+                bandwidth = values["max_bandwidth_bytes_per_s"]
+                result = await self._qemu.both(Path(directory), move, bandwidth, self._chaos)
+                nursery.cancel_scope.cancel()
+            return result
         if not self._lab:
             dest = Side("dest", DestResult, self._dest_arguments("127.0.0.1"))
             return await self._run(Side("source", SourceResult, []), dest, stop)
@@ -288,12 +293,7 @@ class DemoCommand:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._output.follow, lambda: self._progress(source, dest))
             nursery.start_soon(dest.run, self._output)
-
-            async def interruption() -> None:
-                await stop.wait()
-                raise MigrationError("interrupted")
-
-            nursery.start_soon(interruption)
+            nursery.start_soon(_interrupted, stop)
             await dest.address_known.wait()
             if dest.listening is None:
                 raise MigrationError(f"the destination did not start: {dest.last_error}")
@@ -385,6 +385,11 @@ class DemoCommand:
     def _arguments(self, command: str, **more: Any) -> list[str]:
         values = {name: value for name, value in self._values.items() if name != "log_json"}
         return [command, *options.to_arguments(options.COMMANDS[command], values | {"json": True} | more)]
+
+
+async def _interrupted(stop: Stop) -> None:
+    await stop.wait()
+    raise MigrationError("interrupted")
 
 
 def _copies(attempt: int, now: Progress) -> bool:

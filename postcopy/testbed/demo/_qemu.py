@@ -39,8 +39,14 @@ REQUESTS = 256  # of each pass to the disk: it is full after four of them, and f
 TRACE = "trace"  # of the destination
 PASSES = 6  # of the guest, before it moves
 WAITS_S = 3.0  # so long after the network is whole again QEMU's own migration is looked at: it waits for an operator
+NOTICES_S = 30.0  # for QEMU's own migration to end, or to notice that it was cut
 ENDS_S = 10.0  # for the source's QEMU to end, which has been told so
 COMPLETED, PAUSED = "completed", "postcopy-paused"
+WAITS = {
+    PAUSED: ": it waits for an operator, and so does the guest",
+    "postcopy-active": ": it has not noticed that the network is silent, and the guest waits",
+}
+"""What else is to be said of a status."""
 
 
 class Pair(NamedTuple):
@@ -205,7 +211,7 @@ async def _move_by_qemu(pair: Pair, trace: Path, bandwidth: int, plan: ChaosPlan
         if bandwidth:
             await thread(own.limit, source, bandwidth)
         switched.set()
-        status = await thread(own.outcome, source, dest)
+        status = await thread(own.outcome, source, dest, NOTICES_S)
         if status == PAUSED:
             await trio.sleep(WAITS_S)
             # The destination's monitor may not answer: a device that waits for a page holds QEMU's lock.
@@ -237,8 +243,7 @@ def table(found: DemoQemu) -> tuple[tuple[str, ...], list[Row]]:
     def words(move: DemoMove) -> Span:
         if move.status == COMPLETED:
             return Span(COMPLETED, "good")
-        waits = ": it waits for an operator, and so does the guest" if move.status == PAUSED else ""
-        return Span(f"{move.status}{waits}", "bad")
+        return Span(f"{move.status}{WAITS.get(move.status, '')}", "bad")
 
     moves = (ours, theirs)
     rows = [

@@ -232,6 +232,7 @@ class Qemu(GuestProcess):
                         stdout=serial,
                         stderr=subprocess.STDOUT,
                         pass_fds=[its.fileno(), *pass_fds],
+                        start_new_session=True,  # Ctrl-C is ours
                         preexec_fn=functools.partial(_linux.die_with, os.getpid()),
                     ).result()
                 except OSError as error:

@@ -62,11 +62,19 @@ def limit(source: Qemu, bandwidth: int) -> None:
     source.execute("migrate-set-parameters", **{"max-postcopy-bandwidth": bandwidth})
 
 
-def outcome(source: Qemu, dest: Qemu) -> str:
+def outcome(source: Qemu, dest: Qemu, deadline_s: float = ANSWER_S) -> str:
     """Waits for both: ``completed``; ``postcopy-paused``: the connection was cut, and they wait for an operator;
-    ``failed``: what one of them says, or they do not say the same."""
+    ``failed``: what one of them says, or they do not say the same. Where they say nothing in time, as when a connection
+    is silent, which QEMU does not notice: what the source says then."""
     ends = ("completed", "postcopy-paused", "failed")
-    found = {qemu.wait_event("MIGRATION", *ends)["data"]["status"] for qemu in (source, dest)}
+    try:
+        found = {
+            qemu.wait_event("MIGRATION", *ends, deadline_s=deadline_s)["data"]["status"] for qemu in (source, dest)
+        }
+    except MigrationError:
+        if dest.process.poll() is not None:
+            return "failed"
+        found = {str(source.execute("query-migrate")["status"])}
     return found.pop() if len(found) == 1 else "failed"
 
 

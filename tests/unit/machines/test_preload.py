@@ -119,6 +119,25 @@ async def test_a_mapping_that_the_kernel_does_not_confirm(
         await liar(reply(LIST, count=1) + mapping(memory, **lie), memory).mappings()
 
 
+@pytest.mark.parametrize(
+    ("areas", "mapped"),
+    [
+        ([(0x10, 0x30, 0, 7)], True),
+        ([(0x10, 0x20, 0, 7), (0x20, 0x30, 0x10, 7), (0x30, 0x40, 0, 8)], True),  # cut in two; another one behind it
+        ([(0x0, 0x40, 0, 7)], False),
+        ([(0x10, 0x20, 0, 7)], False),
+        ([(0x10, 0x20, 0, 7), (0x28, 0x30, 0x18, 7)], False),
+        ([(0x10, 0x20, 0, 7), (0x20, 0x30, 0x10, 8)], False),
+        ([(0x10, 0x20, 0, 7), (0x20, 0x30, 0, 7)], False),
+        ([], False),
+    ],
+)
+def test_what_counts_as_mapped(memory: int, areas: list[tuple[int, int, int, int]], mapped: bool) -> None:
+    with FdHolder.duplicate(memory) as fd:
+        told = client.Mapping(0x10, 0x20, 0, PAGE, 1, 7, "name", fd)
+        assert client._is_mapped(told, [client._Area(*area[:3], 1, area[3]) for area in areas]) is mapped
+
+
 async def test_a_descriptor_that_is_no_memory(liar: Callable[..., Preload]) -> None:
     with FdHolder(os.open("/proc/self/status", os.O_RDONLY)) as file:
         answer = reply(LIST, count=1) + mapping(file.fd)
