@@ -191,7 +191,7 @@ def base_archive(release: str) -> Path:
         except Failed as error:
             tail = log.read_text(errors="replace")[-1000:] if log.exists() else ""
             raise NotFetched(f"{error}{tail}") from None
-    part.replace(archive)
+        part.replace(archive)
     say(f"Debian {release}: {time.monotonic() - begin:.0f} s, {archive.stat().st_size >> 20} MiB")
     return archive
 
