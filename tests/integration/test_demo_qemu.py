@@ -35,7 +35,7 @@ def check(move: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.needs("qemu", "uffd", "linux-guest")
 def test_both_moves(side: Callable[..., Any]) -> None:
-    _, own = demo(side, "--precopy", "auto")
+    _, own = demo(side)
     check(own)
 
 

@@ -88,7 +88,7 @@ async def compare(rounds: int, memory_mib: int) -> list[Figure]:
 
     size = format_size(memory_mib << 20)
     faults = [
-        {f"{who} {p}": max(1.0, turn[part][p]) for who, part in FAULTS.items() for p in ("p50", "p99")}
+        {f"{who} {p}": max(1.0, turn[part].get(p, 0.0)) for who, part in FAULTS.items() for p in ("p50", "p99")}
         for turn in turns
     ]
     return [

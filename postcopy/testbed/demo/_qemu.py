@@ -137,6 +137,8 @@ async def _examine(
     status, missing, ended = await thread(dest.status), await thread(_missing_bytes, dest), await thread(_ended, source)
     result.verification += [_went_on(before, after), _disk(before, after), *_outside(source, status, missing, ended)]
     latency = result.fault_latency_us
+    if latency is not None and not latency.count:
+        latency = None
     move = DemoMove(
         status=result.status,
         stop_to_run_ms=await thread(own.stop_to_run_ms, source, dest),
@@ -216,7 +218,8 @@ async def _move_by_qemu(
     since = _since(before, await thread(_look_at_all, dest))
     await thread(own.quit, dest)
     found = own.percentiles_us(own.latencies_us(await thread(trace.read_text)))
-    return replace(move, total_ms=times.from_pause_ms, fault_p50_us=found["p50"], fault_p99_us=found["p99"], **since)
+    faults = {f"fault_{name}_us": value for name, value in found.items()}
+    return replace(move, total_ms=times.from_pause_ms, **faults, **since)
 
 
 # ---- for a person

@@ -157,8 +157,8 @@ def latencies_us(log: str) -> list[int]:
 
 
 def percentiles_us(latencies: list[int]) -> dict[str, float]:
-    """p50 and p99; 0 of none."""
+    """p50 and p99; nothing of none."""
     if not latencies:
-        return {"p50": 0.0, "p99": 0.0}
+        return {}
     most = len(latencies) - 1
     return {f"p{p}": float(latencies[most * p // 100]) for p in (50, 99)}
