@@ -56,7 +56,7 @@ STANDS = "by QEMU's events STOP at the source and RESUME at the destination; QEM
 TOTAL = "from the request to migrate until the source has completed; QEMU's: the better of its two ways"
 FAULT = "from the fault read to its page placed; QEMU's by its trace, in runs of their own"
 BLOCKED = "how long the guest's processor waited for pages; a total of its own, for what the others are made of"
-CUT = "1: ours has completed by itself, and QEMU's is in postcopy-paused, where it waits for an operator"
+CUT = "1: ours has completed by itself, and QEMU's destination is in postcopy-paused, where it waits for an operator"
 
 check_qemu_move = qemu.check
 Part = Callable[[], Awaitable[dict[str, float]]]
@@ -173,7 +173,7 @@ async def _own_cut(memory_mib: int) -> dict[str, float]:
             proxy.heal()
             await trio.sleep(WAITS_S)
             status = (await thread(source.execute, "query-migrate"))["status"]
-            if noticed != "postcopy-paused" or status != noticed:
+            if noticed != "postcopy-paused" or status == "completed":
                 raise MigrationError(f"QEMU's own migration was cut, and is {noticed}, then {status}")
             return {
                 "cut to postcopy-paused": 1e3 * (noticed_s - cut_s),

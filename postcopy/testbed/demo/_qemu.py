@@ -209,7 +209,8 @@ async def _move_by_qemu(
         if status == PAUSED:
             await trio.sleep(WAITS_S)
             # The destination's monitor may not answer: a device that waits for a page holds QEMU's lock.
-            status = (await thread(source.execute, "query-migrate"))["status"]
+            if (await thread(source.execute, "query-migrate"))["status"] == COMPLETED:
+                status = await thread(own.outcome, source, dest)
     move = DemoMove(status=status, stop_to_run_ms=stood_ms)
     if status != COMPLETED:
         return move

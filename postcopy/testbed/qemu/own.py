@@ -71,20 +71,22 @@ def limit(source: Qemu, bandwidth: int) -> None:
 
 
 def outcome(source: Qemu, dest: Qemu, deadline_s: float = ANSWER_S) -> str:
-    """Waits for both: ``completed``; ``postcopy-paused``: the connection was cut, and they wait for an operator;
-    ``failed``: one of them says so, or has ended, or they do not say the same. Where one of them says nothing in time,
-    as when a connection is silent, which QEMU does not notice: what the source says then."""
+    """Waits for both: ``completed``, as both say; ``postcopy-paused``: the connection was cut, and the destination,
+    where the guest is, waits for an operator (a source of 7.2 does not always notice); ``failed``: one of them says so,
+    or has ended. Where one of them says nothing in time, as when a connection is silent, which QEMU does not notice:
+    what the source says then."""
     ends = ("completed", "postcopy-paused", "failed")
     try:
-        found = [
-            qemu.wait_event("MIGRATION", *ends, deadline_s=deadline_s)["data"]["status"] for qemu in (source, dest)
-        ]
+        for qemu in (dest, source):
+            event = qemu.wait_event("MIGRATION", *ends, deadline_s=deadline_s)
+            if (status := str(event["data"]["status"])) != "completed":
+                return status
     except MonitorClosed:
         return "failed"
     except MigrationError:
         status = str(source.execute("query-migrate")["status"])
         return status if status != "completed" else "failed"
-    return str(found[0]) if found[0] == found[1] else "failed"
+    return status
 
 
 def completed(source: Qemu, dest: Qemu) -> Times:

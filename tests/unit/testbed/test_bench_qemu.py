@@ -105,12 +105,20 @@ def test_an_answer_that_comes_late_is_not_that_of_the_next_command() -> None:
 
 
 @pytest.mark.parametrize(
-    ("there", "said"),
-    [("completed", "completed"), ("postcopy-paused", "postcopy-paused"), ("failed", "failed"), (None, "failed")],
+    ("here", "there", "said"),
+    [
+        ("completed", "completed", "completed"),
+        ("postcopy-paused", "completed", "postcopy-paused"),
+        ("completed", "postcopy-paused", "postcopy-paused"),
+        ("postcopy-active", "postcopy-paused", "postcopy-paused"),
+        ("failed", "completed", "failed"),
+        ("completed", "failed", "failed"),
+        ("postcopy-active", "completed", "failed"),  # the source has ended
+    ],
 )
-def test_how_it_ends(there: str | None, said: str) -> None:
-    ends = [("MIGRATION", 1, "postcopy-active"), ("MIGRATION", 2, there or "completed")]
-    with monitor(*ends) as source, monitor(("MIGRATION", 3, there or "postcopy-paused")) as dest:
+def test_how_it_ends(here: str, there: str, said: str) -> None:
+    ends = [("MIGRATION", 1, "postcopy-active"), ("MIGRATION", 2, here)]
+    with monitor(*ends) as source, monitor(("MIGRATION", 3, there)) as dest:
         assert own.outcome(source, dest) == said
 
 
@@ -124,7 +132,7 @@ def test_a_destination_that_says_nothing(status: str, said: str) -> None:
 
 
 def test_a_source_that_has_ended_has_failed() -> None:
-    with monitor() as source, monitor(answers=()) as dest:
+    with monitor() as source, monitor(("MIGRATION", 3, "completed"), answers=()) as dest:
         assert own.outcome(source, dest) == "failed"
 
 
