@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +49,30 @@ def test_both_are_cut(side: Callable[..., Any]) -> None:
     ours, own = demo(side, "--chaos", "cut", "--seed", "16", "--max-bandwidth", "64MiB/s")
     assert ours["recovered"] > 0
     assert own["status"] == "postcopy-paused"
+
+
+def memory_of_qemus(parent: int) -> list[Path]:
+    """The files with the memory of those that this process has started."""
+    files = []
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            stat = Path(f"/proc/{pid}/stat").read_text()
+            if int(stat.rpartition(")")[2].split()[1]) == parent:
+                files += re.findall(r"mem-path=([^,\0]+)", Path(f"/proc/{pid}/cmdline").read_text())
+    return [Path(file) for file in files]
+
+
+@pytest.mark.needs("qemu", "uffd", "linux-guest")
+def test_it_ends_at_once_while_linux_boots(side: Callable[..., Any]) -> None:
+    one = side("demo", "--json", "--machine", "qemu", "--memory", "192MiB")
+    deadline = time.monotonic() + 60
+    while not (files := memory_of_qemus(one.pid)) or not files[0].exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    one.signal(signal.SIGTERM)
+    status, result, _ = one.end()
+    assert (status, result["status"], result["error"]) == (1, "failed", "interrupted")
+    assert not [file for file in files if file.exists()]
 
 
 @pytest.mark.slow
