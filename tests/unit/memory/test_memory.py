@@ -288,6 +288,7 @@ def test_a_shared_file_is_looked_at_by_its_descriptor(tmp_path: Path) -> None:
                 shared.dump(file.fileno())
                 assert file.read().rstrip(b"\0").lstrip(b"\0") == b"content"
             assert shared.unpopulated_bytes() == 3 * PAGE
+            assert os.lseek(memory.fd, 0, os.SEEK_CUR) == 0  # which is also the other process's position
             with pytest.raises(ValueError, match="not mapped"):
                 shared.read(0, 1)
             shared.discard_pages(Bitmap.full(4))
