@@ -102,15 +102,16 @@ async def test_it_moves_while_it_writes_and_leaves_again(precopy_s: float) -> No
             await twin.ask("run", 2)  # where no pager is any more
 
 
-async def test_what_was_lent_is_given_back_when_it_fails() -> None:
+@pytest.mark.parametrize(("fault", "said"), [("refuses", "takes no state"), ("errs", "cannot be at")])
+async def test_what_was_lent_is_given_back_when_it_fails(fault: str, said: str) -> None:
     with lenders(2) as (source, twin):
         await source.prepare()
         await source.resume()
         await source.ask("run", 1)
-        twin.refuses = True
+        setattr(twin, fault, True)
         leaving, arriving = await move(source, twin, SourceOptions())
         assert leaving.state is arriving.state is State.ABORTED
-        assert "takes no state" in str(leaving.failure)
+        assert said in str(leaving.failure)
         assert source.statistics().state.value == "running"
         assert twin.memory.closed
         assert await twin.ask("crc") == zlib.crc32(bytes(PAGES * PAGE))  # nobody serves it, and it does not wait
