@@ -24,6 +24,7 @@ learn of it later (`announce`).
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -132,6 +133,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         self._pushing: set[int] = set()  # bulk channels that have not sent the `end` of this push
         self._doubt_for_s = doubt_for_s
         self._lent = 0  # shards whose userfaultfd was lent
+        self._process_ended = False  # that of a machine whose memory is another process's
         self._held: dict[int, FdHolder] = {}  # urgent connections of those that were not yet, by shard
         self._last_word_s = LAST_WORD_S if link.version >= 3 else ACK_TIMEOUT_S
 
@@ -206,7 +208,13 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
 
     def _peer_lost(self, until: str) -> bool:
         keep = not self.complete and not self._kill_when_lost and self.state is not State.IN_DOUBT
-        if keep:
+        if self._process_ended and self.state is State.PAUSED:
+            keep = False
+            self.failure = MigrationError(
+                "the machine was given to this host, and is lost: its process has ended before its memory was whole"
+            )
+            log.error("%s", self.failure)
+        elif keep:
             log.error("the source is lost for good (%s); the machine is kept %s", self.failure, until)
         elif self.state is State.IN_DOUBT:
             self.failure = MigrationError(
@@ -507,6 +515,8 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             await trio.sleep(REQUEST_PERIOD_S)
 
     def _note(self, event: Event) -> None:
+        if event.type is EventType.FATAL and event.error == errno.ESRCH:
+            self._process_ended = True
         super()._note(event)
         if event.type is EventType.COMPLETE:
             self._look_for_all()
