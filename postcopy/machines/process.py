@@ -186,6 +186,7 @@ class ArrivingProcess(ProcessMachine):
         super().__init__(*arguments)
         self._own: Started | None = None
         self._touched = False
+        self._is_destroyed = False
         self._whole = False
         self._unconfirmed = False  # it was told to run, and has not answered
         self._doubt = ""  # the last reason for that
@@ -258,13 +259,13 @@ class ArrivingProcess(ProcessMachine):
             )
 
     async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        if not self._whole and (self._touched or self._own is not None):
+        if not self._whole and not self._is_destroyed and (self._touched or self._own is not None):
             await self.destroy()
         else:
             await super().close(timeout_s)
 
     async def destroy(self) -> None:
-        own, self._own, self._touched = self._own, None, False
+        own, self._own, self._is_destroyed = self._own, None, True
         with trio.CancelScope(shield=True):  # bounded
             if not self._whole:
                 await self._kill()  # it is not asked: it may wait for a page

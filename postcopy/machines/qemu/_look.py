@@ -27,6 +27,7 @@ from postcopy._blocking import run_sync
 from postcopy._native import lib
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ResourceError
 from postcopy.machines._peer import Process, one_line
+from postcopy.machines.preload.client import is_in_memory
 from postcopy.machines.qemu.qmp import Monitor, QemuAnswer
 from postcopy.memory import Memory
 from postcopy.units import format_size
@@ -34,14 +35,17 @@ from postcopy.units import format_size
 OLDEST = (4, 0)
 """The first version that can leave shared memory out."""
 MEMFD_TRAVELS = (8, 0)
-"""From some version on (seen in 10.0, not in 7.2) memory that has no named file travels though it is shared."""
+"""Memory that has no named file travels though it is shared: since 8.0 or 8.1 (seen in 10.0, not in 7.2)."""
 MAX_OWN_BYTES = 32 << 20
 """The largest block that may travel in QEMU's own stream: video memory has 16 MiB, nearly all of them zeros."""
 MAX_BLOCKS = 64
 PAGE_SIZES = (int(lib.pc_page_bytes()), 2 << 20)
 FILE_BACKEND = "memory-backend-file"
 
-_PINNING_DRIVERS = frozenset({"nvme", "io_uring", "nvme-io_uring", "virtio-blk-vfio-pci", "virtio-blk-vhost-vdpa"})
+# They write to pages that were pinned before, whatever the cache: as a SCSI device that is passed through does.
+_PINNING_DRIVERS = frozenset(
+    {"host_device", "nvme", "io_uring", "nvme-io_uring", "virtio-blk-vfio-pci", "virtio-blk-vhost-vdpa"}
+)
 # What has a RAM block or gives the guest's memory to others, in a way that is not known here to be moved right.
 _REFUSED_DEVICES = (
     (r"vhost-user-.*", "another process reads and writes the guest's memory for it"),
@@ -55,7 +59,6 @@ _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) ([0-9a-f]+):
 _RAM_BLOCK = re.compile(r"^ *(.*?) +\d+ [KMGTPE]?i?B +0x[0-9a-f]+ +0x[0-9a-f]+ +0x([0-9a-f]+)", re.MULTILINE)
 _CHILD = re.compile(r"child<(.*)>")
 _MEMFD = "/memfd:"
-_MEMORY_FILES = frozenset({"tmpfs", "hugetlbfs", "ramfs"})
 
 _Text = Annotated[str, Meta(max_length=4096)]
 
@@ -386,14 +389,13 @@ def _find(pid: int, wanted: Iterable[_Wanted]) -> tuple[Backend, ...]:
 def _backend(pid: int, wanted: _Wanted, mapping: SharedMapping) -> Backend:
     fd = _open_file(pid, mapping.identity, os.O_RDWR)
     try:
-        size_bytes, page_bytes = os.fstat(fd).st_size, os.fstatvfs(fd).f_bsize
+        size_bytes, page_bytes, in_memory = os.fstat(fd).st_size, os.fstatvfs(fd).f_bsize, is_in_memory(fd)
     finally:
         os.close(fd)
-    kind = _file_system(pid, mapping)
-    if kind not in _MEMORY_FILES:
+    if not in_memory:
         raise ConfigurationError(
-            f"memory {wanted.name} of QEMU is the file {one_line(mapping.path)} on a disk ({kind}): put it on a tmpfs,"
-            " as /dev/shm, or on a hugetlbfs"
+            f"memory {wanted.name} of QEMU is the file {one_line(mapping.path)} on a disk: put it on a tmpfs, as"
+            " /dev/shm, or on a hugetlbfs"
         )
     if page_bytes not in PAGE_SIZES:
         raise ConfigurationError(
@@ -518,17 +520,18 @@ def _is_file(status: os.stat_result, identity: FileIdentity) -> bool:
     return stat.S_ISREG(status.st_mode) and FileIdentity(status.st_dev, status.st_ino) == identity
 
 
-def _file_system(pid: int, mapping: SharedMapping) -> str:
-    """The kind of file system that a mapped file is on."""
-    if mapping.path.startswith(_MEMFD):
-        return "tmpfs"
-    with open(f"/proc/{pid}/mountinfo", errors="surrogateescape") as file:
-        for line in file:
-            words, _, kind = line.partition(" - ")
-            major, _, minor = words.split()[2].partition(":")
-            if os.makedev(int(major), int(minor)) == mapping.identity.device:
-                return kind.split(" ", 1)[0]
-    return "tmpfs"  # a memfd under the name of its descriptor
+def other_process_with(pid: int, files: Iterable[FileIdentity]) -> str:
+    """Another process that has one of these files mapped, as far as this user may look; "" where there is none."""
+    wanted = [f" {os.major(one.device):02x}:{os.minor(one.device):02x} {one.inode} " for one in files]
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) not in (pid, os.getpid()):
+            with contextlib.suppress(OSError):
+                with open(f"/proc/{name}/maps", errors="surrogateescape") as file:
+                    content = file.read()
+                if any(one in content for one in wanted):
+                    with open(f"/proc/{name}/comm", errors="replace") as file:
+                        return f"process {name}, {one_line(file.read())}"
+    return ""
 
 
 def same_host_and_file(mine: Config, other: Config) -> bool:
