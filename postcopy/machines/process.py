@@ -253,7 +253,7 @@ class ArrivingProcess(ProcessMachine):
         # No page is missing any more: what it waits for now nobody here can bring.
         if self._unconfirmed and not await self._runs_in_time(tell=False):
             log.error(
-                "%s has all of its memory, and does not run, though it was told to: %s; see to that, and tell it to run",
+                "%s has all of its memory, and does not run: %s; see to that, and tell it to run",
                 self._name,
                 self._doubt or "it does not answer",
             )

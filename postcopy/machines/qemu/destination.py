@@ -50,8 +50,8 @@ from postcopy.errors import (
     out_of_files,
 )
 from postcopy.machines.base import Adopt, BlockLayout, Extent, MachineState
-from postcopy.machines.preload.client import Preload
 from postcopy.machines.preload.client import Mapping as Mapped
+from postcopy.machines.preload.client import Preload
 from postcopy.machines.preload.start import environment
 from postcopy.machines.process import ArrivingProcess, Started
 from postcopy.machines.qemu._look import (

@@ -179,6 +179,8 @@ class Monitor:
         self._read = trio.Event()
         self._reading = False
         self._broken: QemuError | None = None
+        self._mending = trio.Lock()
+        self._closed = False
 
     @classmethod
     async def open(cls, path: str, timeout_s: float = GREETING_TIMEOUT_S) -> Monitor:
@@ -203,17 +205,27 @@ class Monitor:
             raise
         return monitor
 
-    async def mend(self, timeout_s: float = GREETING_TIMEOUT_S) -> None:
-        """A new connection with the same QEMU, where the one that there was is of no use any more."""
+    async def mend(self, timeout_s: float = GREETING_TIMEOUT_S) -> bool:
+        """A new connection with the same QEMU, where the one that there was is of no use any more; whether it is new.
+        Those who wait on the old one get its error. Events in between are lost."""
         if self._broken is None:
-            return
-        self._stream.socket.close()
-        fresh = await Monitor.open(self.path, timeout_s)
-        with fresh.process.pidfd:
-            if fresh.process.pid != self.process.pid:
-                fresh.close()
-                raise QemuUnreachable(f"another QEMU (process {fresh.process.pid}) has the monitor {self.path} now")
-        self._stream, self._protocol, self._broken = fresh._stream, fresh._protocol, None
+            return False
+        async with self._mending:
+            if self._broken is None:
+                return True
+            if self._closed or not self.process.alive:
+                self._check()
+            self._stream.socket.close()
+            fresh = await Monitor.open(self.path, timeout_s)
+            with fresh.process.pidfd:
+                if self._closed:
+                    fresh.close()
+                    self._check()
+                if fresh.process.pid != self.process.pid or not self.process.alive:
+                    fresh.close()
+                    raise QemuUnreachable(f"another QEMU (process {fresh.process.pid}) has the monitor {self.path} now")
+            self._stream, self._protocol, self._broken = fresh._stream, fresh._protocol, None
+            return True
 
     async def _greet(self, timeout_s: float) -> None:
         try:
@@ -221,9 +233,10 @@ class Monitor:
         except trio.TooSlowError:
             raise QemuUnreachable(
                 f"QEMU ({self.path}) says nothing: another client has this monitor, and it takes one at a time; end"
-                " that client, or start QEMU with a second -qmp unix:PATH,server=on,wait=off"
+                " that client, or start QEMU with a second -qmp unix:PATH,server=on,wait=off (or it hangs: it waits for"
+                " a page of the guest's memory, or for a disk)"
             ) from None
-        await self.execute("qmp_capabilities")
+        await self.execute("qmp_capabilities", timeout_s=timeout_s)
 
     @property
     def version(self) -> tuple[int, int, int]:
@@ -290,6 +303,9 @@ class Monitor:
             self._reading = True
             try:
                 await self._read_some()
+            except trio.ClosedResourceError:  # by `close`, or `mend`
+                self._check()
+                raise
             finally:
                 self._reading = False
                 read, self._read = self._read, trio.Event()
@@ -324,7 +340,8 @@ class Monitor:
         return error
 
     def close(self) -> None:
-        """Twice does no harm. Tasks that wait get `trio.ClosedResourceError`, later ones a `QemuError`."""
+        """Twice does no harm. Tasks that wait get a `QemuError`, as later ones do."""
+        self._closed = True
         self._break(QemuInDoubt(f"the connection with QEMU ({self.path}) was closed"))
         self._stream.socket.close()
         self.process.pidfd.close()

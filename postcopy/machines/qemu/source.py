@@ -47,7 +47,7 @@ from postcopy.machines.base import MachineState, RamBlock
 from postcopy.machines.preload.client import Armed, Preload
 from postcopy.machines.process import ProcessMachine
 from postcopy.machines.qemu._look import Look, look, look_at_disks, ram_blocks
-from postcopy.machines.qemu.qmp import Event, Monitor, QemuError, QemuInDoubt, QemuRefused
+from postcopy.machines.qemu.qmp import Event, Monitor, QemuError, QemuInDoubt, QemuRefused, QemuUnreachable
 from postcopy.memory import FEATURES_OF_PROCESS, DirtyLog, Memory
 from postcopy.units import format_size
 
@@ -172,7 +172,10 @@ class QemuMachine(ProcessMachine):
     # ---- asking it
 
     async def _execute(self, command: str, arguments: dict[str, Any] | None = None, **how: Any) -> Any:
+        """`Monitor.execute`, where that is needed on a new connection."""
         assert self._monitor is not None
+        if await self._monitor.mend():
+            self._tell()  # so that events are read there, too
         return await self._monitor.execute(command, arguments, **how)
 
     async def _status(self) -> str:
@@ -420,21 +423,26 @@ class QemuMachine(ProcessMachine):
         """``cont``, until the guest runs. QEMU refuses that for a while: until its migration is put away, and while
         another one has locked a disk of the guest."""
         deadline = trio.current_time() + GO_ON_TIMEOUT_S
-        why = ""
-        while (status := await self._status()) != "running":
-            if status not in _STOPPED_BY_US:
-                raise MigrationError(f"the guest of {self._name} cannot go on: it is {status}; see to that, and cont")
-            if trio.current_time() > deadline:
-                raise MigrationError(f"the guest of {self._name} cannot go on (it is {status}){why}")
+        status, why = "silent", ""
+        while True:
             try:
+                if (status := await self._status()) == "running":
+                    return
+                if status not in _STOPPED_BY_US:
+                    raise MigrationError(
+                        f"the guest of {self._name} cannot go on: it is {status}; see to that, and cont"
+                    )
                 if status != _FINISHING:
                     await self._execute("cont")
                     continue
             except QemuRefused as error:
                 why = f": {error.description}"
-            except QemuInDoubt:
+            except (QemuInDoubt, QemuUnreachable) as error:
                 if not self._is_alive():
                     raise
+                why = f": {error}"
+            if trio.current_time() > deadline:
+                raise MigrationError(f"the guest of {self._name} cannot go on (it is {status}){why}")
             await trio.sleep(_AGAIN_S)
 
     async def save_state(self) -> bytes:
@@ -478,7 +486,13 @@ class QemuMachine(ProcessMachine):
             yield
         finally:
             with trio.CancelScope(shield=True):
-                await self._run()
+                try:
+                    await self._run()
+                except QemuError as error:
+                    raise MigrationError(
+                        f"the guest of {self._name} was stopped for a look at its memory, and may still be; tell it to"
+                        f" run (cont): {error}"
+                    ) from error
 
     # ---- the end
 
@@ -494,7 +508,7 @@ class QemuMachine(ProcessMachine):
 
     async def destroy(self) -> None:
         """Ends it: it runs elsewhere, or nobody wants it any more. The files of its memory stay."""
-        if self._saved is not None and not self._closed and self._is_alive():
+        if self._monitor is not None and not self._closed and self._is_alive():
             with trio.CancelScope(shield=True), contextlib.suppress(QemuError):
                 await self._execute("quit", timeout_s=QUIT_TIMEOUT_S)
                 await self._ends_within(QUIT_TIMEOUT_S)

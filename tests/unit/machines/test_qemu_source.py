@@ -281,6 +281,13 @@ async def test_one_that_has_left_is_ended(hangs: bool, tmp_path: Path, monkeypat
         assert await trio.to_thread.run_sync(fake.process.wait, BOUND_S) == -signalled
 
 
+async def test_one_that_nobody_wants_is_ended(tmp_path: Path) -> None:
+    """In good order, also while it runs: a disk may have to be written."""
+    async with prepared(tmp_path) as (fake, machine):
+        await machine.destroy()
+        assert await trio.to_thread.run_sync(fake.process.wait, BOUND_S) == -signal.SIGTERM
+
+
 async def test_its_end_is_noticed(tmp_path: Path) -> None:
     async with prepared(tmp_path) as (fake, machine):
         noticed = 0
@@ -447,6 +454,33 @@ async def test_it_is_stopped_for_a_look_where_disks_pin_memory(tmp_path: Path) -
         async with machine.settled():
             assert fake.was_told()[-1] == "migrate"
         await machine.resume()
+
+
+async def test_it_runs_after_a_look_in_which_the_monitor_breaks(tmp_path: Path) -> None:
+    async with prepared(tmp_path, Orders(says=PINS)) as (fake, machine), trio.open_nursery() as nursery:
+        asked = len(fake.was_told("query-status"))
+
+        async def once() -> None:
+            while len(fake.was_told("query-status")) < asked + 2:  # noqa: ASYNC110 -- another process
+                await trio.sleep(0.001)
+            fake.order(Orders(says=PINS))
+
+        async with machine.settled():
+            fake.order(Orders(says=PINS, drops=["query-status"]))
+            nursery.start_soon(once)
+        assert await status(machine) == "running"
+        assert fake.was_told() == ["stop", "cont"]
+
+
+async def test_it_is_said_when_it_may_still_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "GO_ON_TIMEOUT_S", 0.1)
+    async with prepared(tmp_path, Orders(says=PINS)) as (fake, machine):
+        with pytest.raises(MigrationError, match="cannot go on .*closed its monitor"):
+            async with machine.settled():
+                fake.order(Orders(says=PINS, drops=["query-status"]))
+        with pytest.raises(MigrationError, match=r"may still be; tell it to run \(cont\)"):
+            async with machine.settled():
+                fake.order(Orders(says=PINS, dies=["query-status"]))
 
 
 async def test_it_stays_stopped_where_somebody_else_has_stopped_it(tmp_path: Path) -> None:
