@@ -258,7 +258,7 @@ class _Qemu:
             case "migrate_cancel":
                 self._cancelled.set()
             case "stop":
-                return {}, self._stop
+                self._stop()
             case "cont":
                 with self._lock:
                     self.status = "running"
