@@ -197,7 +197,7 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
             yield {**variables, NAME_VARIABLE: self._machine_name}
 
     async def _answers(self) -> bool:
-        with contextlib.suppress(QemuUnreachable):
+        with contextlib.suppress(QemuUnreachable, QemuInDoubt):  # it may be about to end
             await self._connect()
             return True
         return False

@@ -160,7 +160,15 @@ async def is_killed(qemu: Qemu) -> bool:
     return await run_sync(qemu.process.wait, 30) == -signal.SIGKILL
 
 
-async def test_one_that_is_whole_stays_and_can_leave_again(guest: Stood, waiting: Qemu) -> None:
+async def unanswered(*_: Any) -> None:
+    await trio.lowlevel.checkpoint()
+    raise MigrationError("it has not answered")
+
+
+@pytest.mark.parametrize("disarms", [True, False])
+async def test_one_that_is_whole_stays_and_can_leave_again(
+    disarms: bool, guest: Stood, waiting: Qemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with trio.open_nursery() as nursery:
         machine = arriving(guest, waiting)
         await machine.prepare()
@@ -175,7 +183,13 @@ async def test_one_that_is_whole_stays_and_can_leave_again(guest: Stood, waiting
         assert machine.statistics().state is MachineState.RUNNING
         await run_sync(waiting.wait_passes, 2)
         await run_sync(guest.fill)
-        await machine.made_whole()
+        if disarms:
+            await machine.made_whole()
+        else:
+            with monkeypatch.context() as patch:
+                patch.setattr(Preload, "disarm", unanswered)
+                with pytest.raises(MigrationError):
+                    await machine.made_whole()
         nursery.cancel_scope.cancel()
     await machine.close()
     assert await run_sync(waiting.status) == "running"
@@ -183,6 +197,8 @@ async def test_one_that_is_whole_stays_and_can_leave_again(guest: Stood, waiting
     assert lines[-1].values["errors"] == lines[-1].values["stale"] == 0
     async with QemuMachine.create(waiting.qmp_path) as leaves:
         await leaves.prepare()
+        log = await run_sync(leaves.dirty_log)
+        await run_sync(log.close)
         await leaves.pause()
         assert await leaves.save_state()
 
