@@ -26,7 +26,6 @@ or program here.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import math
 import os
@@ -41,14 +40,12 @@ import trio
 from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
 from postcopy.errors import (
-    NO_FILES,
     BusyError,
     ConfigurationError,
     MigrationError,
     PostcopyError,
     ProtocolError,
     ResourceError,
-    out_of_files,
 )
 from postcopy.machines.base import Adopt, BlockLayout, Extent, MachineState
 from postcopy.machines.preload.client import Mapping as Mapped
@@ -65,7 +62,7 @@ from postcopy.machines.qemu._look import (
     same_host_and_file,
 )
 from postcopy.machines.qemu.qmp import Asked, QemuError, QemuInDoubt, QemuRefused, QemuUnreachable
-from postcopy.machines.qemu.source import EVENTS, IGNORE_SHARED, QemuMachine
+from postcopy.machines.qemu.source import EVENTS, IGNORE_SHARED, QemuMachine, open_pipe
 from postcopy.memory import Memory, MemoryKind, check_memory
 from postcopy.memory._admission import PROMISES
 from postcopy.memory.bitmap import Bitmap
@@ -93,7 +90,6 @@ FEATURES = (
 ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 """As QEMU does it by itself: so many frames, and pauses between them in ms."""
 NOT_TO_BE_SAID = ("incoming", "daemonize")
-_PIPE_BYTES = 1 << 20
 
 log = logging.getLogger(__name__)
 
@@ -354,13 +350,10 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
     # ---- running
 
     async def _tell_to_run(self, timeout_s: float) -> None:
-        assert self._monitor is not None
-        await self._monitor.mend()
-        await self._monitor.answer_to(await self._monitor.ask("cont", timeout_s=timeout_s), hurry=True)
+        monitor = await self._mended()
+        await monitor.answer_to(await monitor.ask("cont", timeout_s=timeout_s), hurry=True)
 
     async def _is_running(self, timeout_s: float) -> bool | None:
-        assert self._monitor is not None
-        await self._monitor.mend()
         with trio.move_on_after(timeout_s):
             return {"paused": False, "inmigrate": None}.get(await self._status(), True)
         return None
@@ -498,16 +491,9 @@ class _Feed:
     @classmethod
     def open(cls) -> tuple[_Feed, FdHolder]:
         """Ours, and QEMU's end."""
-        try:
-            theirs, ours = os.pipe2(os.O_CLOEXEC)
-        except OSError as error:
-            if error.errno in NO_FILES:
-                raise out_of_files(error.errno or 0, "a pipe for QEMU's state") from error
-            raise
-        os.set_blocking(ours, False)
-        with contextlib.suppress(OSError):  # beyond what this user may have in pipes
-            fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        return cls(FdHolder(ours)), FdHolder(theirs)
+        theirs, ours = open_pipe()
+        os.set_blocking(ours.fd, False)
+        return cls(ours), theirs
 
     def add(self, piece: bytes) -> None:
         """What the pipe cannot hold waits for `end`, or the next piece."""

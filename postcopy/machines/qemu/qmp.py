@@ -244,6 +244,8 @@ class Monitor:
                 if fresh.process.pid != self.process.pid or not self.process.alive:
                     fresh.close()
                     raise QemuUnreachable(f"another QEMU (process {fresh.process.pid}) has the monitor {self.path} now")
+            # Numbers go on, so that no answer is taken for that to an older question.
+            fresh._protocol._last = max(self._protocol._last, fresh._protocol._last)
             self._stream, self._protocol, self._broken = fresh._stream, fresh._protocol, None
             return True
 
@@ -343,6 +345,9 @@ class Monitor:
                     sent = os.write(self._stream.socket.fileno(), line)
             while sent < len(line):
                 sent += await self._stream.socket.send(line[sent:])
+        except trio.ClosedResourceError:  # by `close`, or `mend`
+            self._check()
+            raise
         except OSError as error:
             raise self._break(self._ended()) from error
         finally:
@@ -375,7 +380,7 @@ class Monitor:
         while not self._read_now():
             with trio.CancelScope() as self._idle:
                 await trio.lowlevel.wait_readable(self._stream.socket)
-            if self._idle.cancelled_caught:  # it has been read in place
+            if self._idle.cancel_called:  # it has been read in place, perhaps after this task was woken for it
                 return
 
     def _read_now(self) -> bool:
@@ -393,6 +398,8 @@ class Monitor:
         """A guest stands: what QEMU says is waited for *in place*, with no other task running, since each pass of the
         event loop costs as much as QEMU's answer. What does not come within `IN_PLACE_S` is to be waited for as
         ever."""
+        if self._broken is not None:
+            return
         began_s = time.monotonic()
         until_s = began_s + min(IN_PLACE_S, self._patience_s)
         poll = select.poll()

@@ -68,7 +68,7 @@ READ_WITHIN_NS = 10**9
 RESTORE_TIMEOUT_S = 2.0
 QUIT_TIMEOUT_S = 2.0
 _AGAIN_S = 0.01
-_PIPE_BYTES = 1 << 20
+PIPE_BYTES = 1 << 20
 _NO_LIMIT = 1 << 40  # of bandwidth, bytes/s
 _LEFT_MS = 2000  # what may be left of QEMU's own blocks when it stops the guest: some ROMs
 _UNDER_WAY = frozenset(
@@ -178,11 +178,14 @@ class QemuMachine(ProcessMachine):
     # ---- asking it
 
     async def _execute(self, command: str, arguments: dict[str, Any] | None = None, **how: Any) -> Any:
-        """`Monitor.execute`, where that is needed on a new connection."""
+        return await (await self._mended()).execute(command, arguments, **how)
+
+    async def _mended(self) -> Monitor:
+        """Its monitor, where that is needed with a new connection."""
         assert self._monitor is not None
         if await self._monitor.mend():
             self._tell()  # so that events are read there, too
-        return await self._monitor.execute(command, arguments, **how)
+        return self._monitor
 
     async def _status(self) -> str:
         """What its guest does: "running", "paused", "inmigrate", "postmigrate", ..."""
@@ -426,8 +429,6 @@ class QemuMachine(ProcessMachine):
         stream, self._stream, self._going_on, self._saved = self._stream, None, None, None
         if stream is not None:
             stream.close()  # a write that nobody reads ends, too
-        assert self._monitor is not None
-        await self._monitor.mend()
         deadline = trio.current_time() + GO_ON_TIMEOUT_S
         cancelled = False
         while (status := (await self._query_migrate()).get("status")) in _UNDER_WAY:
@@ -553,6 +554,19 @@ class QemuMachine(ProcessMachine):
         await super().destroy()
 
 
+def open_pipe() -> tuple[FdHolder, FdHolder]:
+    """For a state: the end to read from, and that to write to."""
+    try:
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in NO_FILES:
+            raise out_of_files(error.errno or 0, "a pipe for QEMU's state") from error
+        raise
+    with contextlib.suppress(OSError):  # beyond what this user may have in pipes
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    return FdHolder(reader), FdHolder(writer)
+
+
 class _Stream:
     """The end of a pipe into which QEMU writes its state. Until `close`."""
 
@@ -565,16 +579,9 @@ class _Stream:
     @classmethod
     def open(cls) -> tuple[_Stream, FdHolder]:
         """Ours, and QEMU's end."""
-        try:
-            ours, theirs = os.pipe2(os.O_CLOEXEC)
-        except OSError as error:
-            if error.errno in NO_FILES:
-                raise out_of_files(error.errno or 0, "a pipe for QEMU's state") from error
-            raise
-        os.set_blocking(ours, False)
-        with contextlib.suppress(OSError):  # beyond what this user may have in pipes
-            fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        return cls(f"postcopy-{os.getpid()}-{ours}", FdHolder(ours)), FdHolder(theirs)
+        ours, theirs = open_pipe()
+        os.set_blocking(ours.fd, False)
+        return cls(f"postcopy-{os.getpid()}-{ours.fd}", ours), theirs
 
     def too_long(self) -> bool:
         return self._bytes > MAX_STATE_BYTES
@@ -592,7 +599,7 @@ class _Stream:
         """Takes what is there; whether that was the end of it."""
         while not self.too_long():
             try:
-                piece = os.read(self._fd.fileno(), _PIPE_BYTES)
+                piece = os.read(self._fd.fileno(), PIPE_BYTES)
             except BlockingIOError:
                 return False
             if not piece:
