@@ -70,13 +70,6 @@ class FileIdentity(msgspec.Struct, frozen=True):
     inode: int
 
 
-class Disk(msgspec.Struct, frozen=True):
-    """A file or device that QEMU reads or writes."""
-
-    node: _Text
-    file: _Text
-
-
 class Config(msgspec.Struct, frozen=True):
     """What a source offers, beside the layout of its memory."""
 
@@ -87,7 +80,6 @@ class Config(msgspec.Struct, frozen=True):
     vcpus: Annotated[int, Meta(ge=1, le=1 << 16)]
     boot: _Text  # which host that is: the kernel's boot id
     files: Annotated[list[FileIdentity], Meta(max_length=MAX_BLOCKS)]  # of the blocks, in their order
-    disks: Annotated[list[Disk], Meta(max_length=1024)] = []
 
 
 @dataclass(frozen=True)
@@ -132,6 +124,7 @@ class Look:
     threads: tuple[int, ...]  # of the vCPUs, by number
     blocks: tuple[tuple[str, int], ...]
     """All of QEMU's blocks of memory that travel, in the stream or by us: names and sizes."""
+    has_disks: bool
     pins: tuple[str, ...]
     """Block nodes that write to pages of the guest's memory which were pinned before (O_DIRECT)."""
 
@@ -147,7 +140,7 @@ async def look(monitor: Monitor, process: Process) -> Look:
     blocks = await ram_blocks(monitor)
     wanted = await _shared_backends(monitor, blocks)
     backends = await run_sync(_find, process.pid, wanted)
-    disks, pins = await look_at_disks(monitor)
+    has_disks, pins = await look_at_disks(monitor)
     kvm = _convert(await monitor.execute("query-kvm"), _Kvm, "query-kvm")
     machine = _text(await monitor.execute("qom-get", {"path": "/machine", "property": "type"}))
     config = Config(
@@ -158,9 +151,8 @@ async def look(monitor: Monitor, process: Process) -> Look:
         len(threads),
         await run_sync(_boot_id),
         [backend.identity for backend in backends],
-        disks,
     )
-    return Look(config, backends, threads, blocks, pins)
+    return Look(config, backends, threads, blocks, has_disks, pins)
 
 
 class _Kvm(msgspec.Struct):
@@ -349,18 +341,16 @@ def _check_backend(name: str, size_bytes: int, kind: str, version: tuple[int, ..
         )
 
 
-async def look_at_disks(monitor: Monitor) -> tuple[list[Disk], tuple[str, ...]]:
-    """The files that QEMU reads and writes, and which of its nodes write to memory that was pinned before."""
+async def look_at_disks(monitor: Monitor) -> tuple[bool, tuple[str, ...]]:
+    """Whether QEMU has files that it reads and writes, and which of them write to memory that was pinned before."""
     said = await monitor.execute("query-named-block-nodes", {"flat": True} if monitor.version >= (5, 0) else None)
     nodes = _convert(said, list[_Node], "query-named-block-nodes")
-    # What is below others is named again above it, with the same file.
-    disks = {node.file: Disk(one_line(node.node), node.file[:4096]) for node in nodes if node.file}
     pins = {
         one_line(node.file or node.node)
         for node in nodes
         if node.drv in _PINNING_DRIVERS or (node.cache is not None and node.cache.direct)
     }
-    return list(disks.values())[:1024], tuple(sorted(pins))
+    return any(node.file for node in nodes), tuple(sorted(pins))
 
 
 # ---- what the kernel says

@@ -260,7 +260,7 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
 
     async def load_state(self, state: bytes) -> None:
         assert self._monitor is not None
-        disks = self._seen.config.disks
+        disks = self._seen.has_disks
         with self._failing_to_load():
             if not state:  # for which QEMU would wait
                 raise ProtocolError("QEMU has not loaded the state: the source has sent an empty one")

@@ -514,8 +514,7 @@ class QemuMachine(ProcessMachine):
     @contextlib.asynccontextmanager
     async def settled(self) -> AsyncIterator[None]:
         """With disks that write to pages which were pinned before, the guest is stopped: that waits for all of them."""
-        assert self._monitor is not None
-        pins = (await look_at_disks(self._monitor))[1] if self._state is MachineState.RUNNING else ()
+        pins = (await look_at_disks(await self._mended()))[1] if self._state is MachineState.RUNNING else ()
         if not pins:
             yield
             return

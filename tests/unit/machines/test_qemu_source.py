@@ -83,8 +83,8 @@ async def test_what_it_is_is_found(tmp_path: Path) -> None:
             "cpu": "qemu64-x86_64-cpu",
             "vcpus": 1,
             "files": [{"device": path.stat().st_dev, "inode": path.stat().st_ino} for path in paths],
-            "disks": [{"node": "d0", "file": "/disk"}],
         }
+        assert (machine._seen.has_disks, machine._seen.pins) == (True, ())
         shown = [(block.name, block.memory.size_bytes, block.memory.page_bytes) for block in machine.blocks]
         assert shown == [("ram0", 4 * MIB, PAGE), ("ram1", 8 * MIB, PAGE)]
         present = machine.blocks[1].memory.present()
