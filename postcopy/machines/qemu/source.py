@@ -102,6 +102,7 @@ class QemuMachine(ProcessMachine):
         self._settings: dict[str, dict[str, Any]] = {}  # commands, by which what we have set is as it was
         self._stream: _Stream | None = None
         self._going_on: Asked | None = None
+        self._saves = False  # it may have been told to go on
         self._saved: bytes | None = None
 
     @classmethod
@@ -392,6 +393,7 @@ class QemuMachine(ProcessMachine):
             if self._stream is None or self._going_on is not None:
                 return
             assert self._monitor is not None
+            self._saves = True
             try:
                 self._going_on = await self._monitor.ask("migrate-continue", {"state": WAITS}, timeout_s=timeout_s)
             except BaseException as error:
@@ -426,17 +428,25 @@ class QemuMachine(ProcessMachine):
 
     async def _set_running(self) -> None:
         """Whatever has become of the pause, the guest runs. `MigrationError` when that cannot be, with the reason."""
+        # A QEMU that is cancelled while it saves its devices may let its guest run on without its disks, and aborts at
+        # the next move (seen with 7.2). One that was told to go on comes to an end by itself: its pipe is closed.
+        may_cancel = not self._saves
         stream, self._stream, self._going_on, self._saved = self._stream, None, None, None
+        self._saves = False
         if stream is not None:
-            stream.close()  # a write that nobody reads ends, too
+            stream.close()
         deadline = trio.current_time() + GO_ON_TIMEOUT_S
-        cancelled = False
         while (status := (await self._query_migrate()).get("status")) in _UNDER_WAY:
             if trio.current_time() > deadline:
-                raise MigrationError(f"the migration of {self._name} does not end ({status}): migrate_cancel, and cont")
-            if not cancelled:
-                cancelled = True
+                raise MigrationError(f"the migration of {self._name} does not end ({status}): see to that, and cont")
+            if status == "cancelling":
+                # One that is cancelled just when it begins to wait for us does not notice, and waits for ever (7.2).
+                with contextlib.suppress(QemuRefused):  # it has ended meanwhile
+                    await self._execute("migrate-continue", {"state": status})
+            elif may_cancel:
+                may_cancel = False
                 await self._execute("migrate_cancel")
+                continue
             await trio.sleep(_AGAIN_S)
         await self._run()
         await self._restore()

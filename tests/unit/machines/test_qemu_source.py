@@ -204,6 +204,24 @@ async def test_one_that_never_stops_its_guest(tmp_path: Path, monkeypatch: pytes
         assert await status(machine) == "running"
 
 
+async def test_one_that_does_not_notice_that_it_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has just begun to wait for us."""
+    monkeypatch.setattr(source, "STOP_TIMEOUT_S", 0.1)
+    async with prepared(tmp_path, Orders(migrates="deaf")) as (fake, machine):
+        with pytest.raises(MigrationError, match="has not stopped its guest"):
+            await machine.before_pause()
+        assert fake.was_told("migrate_cancel", "migrate-continue", "cont")[:2] == ["migrate_cancel", "migrate-continue"]
+        assert await status(machine) == "running"
+
+
+async def test_one_that_saves_its_devices_is_never_cancelled(tmp_path: Path) -> None:
+    async with prepared(tmp_path, Orders(migrates="unread")) as (fake, machine):
+        await machine.pause()
+        await machine.resume()
+        assert await status(machine) == "running"
+        assert fake.was_told("migrate_cancel") == []
+
+
 async def test_cancelled_before_the_pause_it_runs_on(tmp_path: Path) -> None:
     async with prepared(tmp_path, Orders(migrates="silent")) as (fake, machine):
         async with trio.open_nursery() as nursery:
