@@ -26,7 +26,7 @@ import trio
 from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
 from postcopy.errors import NO_FILES, BusyError, CoreError, MigrationError, ProtocolError, ResourceError, out_of_files
-from postcopy.machines._peer import Process, process_of
+from postcopy.machines._peer import Process, connected, process_of
 from postcopy.machines.firecracker.handshake import userfaultfd_features
 from postcopy.uffd import UffdFeature
 
@@ -282,17 +282,14 @@ async def process_at(path: str) -> Process:
 async def _connect(path: str) -> trio.socket.SocketType:
     """Within `TIMEOUT_S`."""
     try:
-        connection = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     except OSError as error:
         raise out_of_files(error.errno or 0) if error.errno in NO_FILES else error from error
     try:
         with trio.move_on_after(TIMEOUT_S):
-            while True:
-                try:
-                    await connection.connect(path)
-                    return connection
-                except BlockingIOError:  # its queue is full: it has one connection after the other
-                    await trio.sleep(0.01)
+            while not connected(connection, path):  # noqa: ASYNC110 -- it has one connection after the other
+                await trio.sleep(0.01)
+            return trio.socket.from_stdlib_socket(connection)
         raise MigrationError(f"the preload library at {path} has not answered within {TIMEOUT_S:g} s")
     except BaseException as error:
         connection.close()

@@ -21,6 +21,7 @@ from postcopy import _native
 from postcopy._fd import FdHolder
 from postcopy.cli.run import run as run_command
 from postcopy.errors import BusyError, ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
+from postcopy.machines import _peer
 from postcopy.machines.preload import client, start
 from postcopy.machines.preload.client import Preload, process_at
 from postcopy.uffd import RegisterMode, UffdFeature
@@ -187,6 +188,41 @@ async def test_one_that_says_nothing(liar: Callable[..., Preload], monkeypatch: 
     monkeypatch.setattr(client, "TIMEOUT_S", 0.1)
     with pytest.raises(MigrationError, match="has not answered within"):
         await liar(None).mappings()
+
+
+async def test_it_waits_while_too_many_others_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "full.sock")
+    refused, stack = threading.Event(), contextlib.ExitStack()
+
+    def connected(connection: socket.socket, path: str) -> bool:
+        if not (done := _peer.connected(connection, path)):
+            refused.set()
+        return done
+
+    def serve(listener: socket.socket) -> None:
+        assert refused.wait(30)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    if connection.recv(4096):  # the others have closed theirs
+                        connection.send(reply(LIST))
+                        return
+
+    monkeypatch.setattr(client, "connected", connected)
+    with stack, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen(1)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                other = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+                other.setblocking(False)
+                other.connect(path)
+        stack.close()
+        thread = threading.Thread(target=serve, args=[listener])
+        thread.start()
+        assert await Preload(os.getpid(), path).mappings() == []
+        thread.join()
 
 
 async def test_a_socket_that_another_process_has(liar: Callable[..., Preload]) -> None:
