@@ -43,6 +43,8 @@ _MAPPING = struct.Struct("=QQQQQI4x208s")
 _REPLY_BYTES = _REPLY.size + MAX_MAPPINGS * _MAPPING.size
 _IN_MEMORY = {0x01021994, 0x958458F6}  # the file systems tmpfs (memfd too) and hugetlbfs, in statfs(2)
 _MAX_PAGE_BYTES = 1 << 34
+_PUNCH_HOLE = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+_PUNCH_BYTES = 1 << 30
 _AREA = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+)")
 
 
@@ -53,7 +55,7 @@ class _Op(enum.IntEnum):
     DISARM = 4
 
 
-_EMPTY, _KEEP = 1, 2  # flags of ARM
+_KEEP = 1  # a flag of ARM
 
 
 class _Step(enum.IntEnum):
@@ -65,7 +67,7 @@ class _Step(enum.IntEnum):
     OPEN = 5
     FEATURES = 6
     REGISTER = 7
-    PUNCH = 8
+    GUARDED = 8
 
 
 class State(enum.IntFlag, boundary=enum.KEEP):
@@ -147,14 +149,18 @@ class Preload:
         """A new userfaultfd of that process, with the mappings registered, if any; of a program that was started with
         ``--lazy``, the one that guards them already, with the features that it has.
 
-        `features`: of `UffdFeature`; `mode`: of `RegisterMode`. `empty`: what the files have there is thrown away, once
-        it is guarded. `keep`: the process keeps a copy until `disarm`, so that it waits when this process dies; without
+        `features`: of `UffdFeature`; `mode`: of `RegisterMode`. `empty`: what the files have there is thrown away: it
+        is missing from then on. `keep`: the process keeps a copy until `disarm`, so that it waits when this process dies; without
         it the end of the last copy undoes it all. `BusyError` when the process keeps one already.
 
         Where this fails, or is cancelled, after the request has gone, it may have happened: `take` tells.
         """
-        flags = (_EMPTY if empty else 0) | (_KEEP if keep else 0)
-        return await self._userfaultfd(_Op.ARM, flags, mappings, features, mode)
+        emptied = mappings if empty else ()
+        await _empty(emptied)  # a program that waits for its memory must not see what a file had there
+        armed = await self._userfaultfd(_Op.ARM, _KEEP if keep else 0, mappings, features, mode)
+        with _closing_on_error([armed.uffd]):
+            await _empty(emptied)  # what any other one has touched meanwhile
+        return armed
 
     async def take(self) -> Armed:
         """The userfaultfd that the process keeps, once more: its owner has ended. `MigrationError` where it keeps
@@ -162,8 +168,8 @@ class Preload:
         return await self._userfaultfd(_Op.TAKE)
 
     async def disarm(self) -> None:
-        """The process keeps its userfaultfd no longer. What is still registered and missing when the last copy is
-        closed reads as zeros: unregister before."""
+        """The process keeps its userfaultfd no longer. `BusyError` where memory is registered with it still: what is
+        missing there would read as zeros."""
         _close((await self._ask(_Op.DISARM)).descriptors)
 
     async def _userfaultfd(
@@ -229,6 +235,8 @@ class Preload:
             return BusyError(f"{self}: its memory is guarded for another migration")
         if step == _Step.KEPT:
             return MigrationError(f"{self}: it keeps no userfaultfd")
+        if step == _Step.GUARDED:
+            return BusyError(f"{self}: its memory is guarded still, so it may not all be there")
         if step == _Step.OPEN:
             return ResourceError(
                 f"{self} can have no userfaultfd that stops faults raised inside the kernel: {reason}",
@@ -358,9 +366,10 @@ def _check(pid: int, mappings: Sequence[Mapping]) -> None:
     for mapping in mappings:
         status = os.fstat(mapping.fd.fileno())
         page_bytes = mapping.page_bytes
-        if not stat.S_ISREG(status.st_mode) or _file_system(mapping.fd.fileno()) not in _IN_MEMORY:
+        file_system, unit = _file_system(mapping.fd.fileno())
+        if not stat.S_ISREG(status.st_mode) or file_system not in _IN_MEMORY:
             raise ProtocolError(f"process {pid}: {mapping.name} is no file in memory")
-        if (status.st_dev, status.st_ino) != (mapping.device, mapping.inode) or status.st_blksize != page_bytes:
+        if (status.st_dev, status.st_ino) != (mapping.device, mapping.inode) or unit != page_bytes:
             raise ProtocolError(f"process {pid}: {mapping.name} is another file than was said")
         if fcntl.fcntl(mapping.fd.fileno(), fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
             raise ProtocolError(f"process {pid}: {mapping.name} is not open for writing")
@@ -416,13 +425,31 @@ def _is_mapped(mapping: Mapping, areas: Sequence[_Area]) -> bool:
     return at >= end
 
 
-def _file_system(fd: int) -> int:
-    """The type that fstatfs(2) tells, which Python does not."""
-    found = (ctypes.c_long * 32)()  # longer than struct statfs, whose first field it is
+def _file_system(fd: int) -> tuple[int, int]:
+    """Its type, which Python does not tell, and the size of its pages. (`st_blksize` of a tmpfs is larger than that
+    where it is mounted with huge=.)"""
+    found = (ctypes.c_long * 32)()  # longer than struct statfs, whose first two fields they are
     if _libc.fstatfs(fd, ctypes.byref(found)):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return int(found[0])
+        raise _os_error()
+    return int(found[0]), int(found[1])
+
+
+async def _empty(mappings: Sequence[Mapping]) -> None:
+    for mapping in mappings:
+        for start in range(0, mapping.size_bytes, _PUNCH_BYTES):  # a cancelled one need not wait for all of it
+            await run_sync(_punch, mapping, start, min(_PUNCH_BYTES, mapping.size_bytes - start))
+
+
+def _punch(mapping: Mapping, start: int, size_bytes: int) -> None:
+    if _libc.fallocate64(mapping.fd.fileno(), _PUNCH_HOLE, mapping.offset + start, size_bytes):
+        error = _os_error()
+        raise CoreError(error.errno or 0, f"emptying {mapping.name}") from error
+
+
+def _os_error() -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number))
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)

@@ -166,7 +166,7 @@ async def test_more_descriptors_than_belong_to_the_answer(liar: Callable[..., Pr
         (1, 5, ResourceError, "no userfaultfd that stops faults raised inside the kernel"),
         (22, 6, ResourceError, "EVENT_REMOVE"),
         (16, 7, BusyError, "another userfaultfd"),
-        (28, 8, PostcopyError, "No space left"),
+        (16, 8, BusyError, "may not all be there"),
         (5, 99, PostcopyError, "Input/output"),
     ],
 )
@@ -243,6 +243,44 @@ async def test_it_is_found_by_the_process(tmp_path: Path) -> None:
         await Preload.of_process(one.pid)
     with pytest.raises(ResourceError, match="was not started by `postcopy run`"):
         await Preload.of_process(os.getpid())
+
+
+@pytest.mark.needs("uffd")
+async def test_what_is_emptied_is_missing(tmp_path: Path) -> None:
+    with program(tmp_path, "a") as one:
+        assert one.ask("write 0 3 1") == "written"
+        library = Preload(one.pid, one.socket)
+        (found,) = await library.mappings()
+        with found.fd as fd:
+            assert os.lseek(fd.fd, 0, os.SEEK_DATA) == 3 * PAGE
+            armed = await library.arm([found], features=0, mode=RegisterMode.MISSING, keep=False, empty=True)
+            with armed.uffd, pytest.raises(OSError, match="No such device or address"):
+                os.lseek(fd.fd, 0, os.SEEK_DATA)
+
+
+@pytest.mark.needs("uffd", "root")
+async def test_a_file_system_whose_files_have_huge_blocks(tmp_path: Path) -> None:
+    """A tmpfs mounted with huge=: its files are mapped by small pages all the same."""
+    code = (
+        "import mmap, os, sys; fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT); os.ftruncate(fd, 1 << 21);"
+        " m = mmap.mmap(fd, 1 << 21); print(os.fstat(fd).st_blksize, flush=True); sys.stdin.read()"
+    )
+    (tmp_path / "m").mkdir()
+    mount = 'mount -t tmpfs -o huge=always none "$0" && exec "$@"'
+    with start.environment(str(tmp_path / "s")) as variables:
+        process = subprocess.Popen(
+            ["unshare", "-m", "sh", "-c", mount, tmp_path / "m", sys.executable, "-I", "-c", code, tmp_path / "m/file"],
+            env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    with process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        if not (line := process.stdout.readline()):
+            pytest.skip("no tmpfs can be mounted with huge=always")
+        (mapping,) = await Preload(process.pid, f"{tmp_path}/s").mappings()
+        mapping.fd.close()
+        assert (mapping.page_bytes, int(line)) == (PAGE, 1 << 21)
+        process.stdin.close()
 
 
 # ---- postcopy run
