@@ -36,7 +36,7 @@ from msgspec import Meta
 
 from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
-from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
+from postcopy.errors import BusyError, ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
 from postcopy.machines.base import Adopt, BlockLayout, Extent, MachineState, RamBlock
 from postcopy.machines.preload.client import Mapping as Mapped
 from postcopy.machines.preload.client import Preload, State, process_at
@@ -86,6 +86,7 @@ class ProgramMachine(ProcessMachine):
         mappings = await self._find()
         for mapping in mappings:
             mapping.fd.close()
+        await self._check_whole()
         await self._open_logger()
         self._state = MachineState.RUNNING
 
@@ -99,17 +100,26 @@ class ProgramMachine(ProcessMachine):
             _check(mappings, self._name)
             self._config = Config(await run_sync(_boot_id), [(one.device, one.inode) for one in mappings])
             self._addresses = tuple(one.address for one in mappings)
-            self._blocks = tuple(
-                RamBlock(
-                    f"mapping{number}", Memory.from_shared_file(one.fd.fileno(), one.size_bytes, one.page_bytes), 0
-                )
-                for number, one in enumerate(mappings)
-            )
+            for number, one in enumerate(mappings):
+                memory = Memory.from_shared_file(one.fd.fileno(), one.size_bytes, one.page_bytes)
+                self._blocks += (RamBlock(f"mapping{number}", memory, 0),)
         except BaseException:
             for one in mappings:
                 one.fd.close()
             raise
         return mappings
+
+    async def _check_whole(self) -> None:
+        assert self._library is not None
+        try:
+            if self._library.state & (State.KEPT | State.LAZY):
+                # Nobody else has this program. One that has ended may have left a userfaultfd to it that guards nothing.
+                await self._library.disarm()
+        except BusyError as error:
+            raise BusyError(
+                f"{self._name} waits for its memory: what has not arrived would be sent as zeros. If the migration that"
+                " brought it here has been lost, end it"
+            ) from error
 
     async def _open_logger(self) -> None:
         assert self._library is not None
@@ -144,12 +154,18 @@ class ProgramMachine(ProcessMachine):
             return
         with trio.CancelScope(shield=True):
             self._signal(signal.SIGSTOP)
-            with trio.move_on_after(timeout_s) as scope:
-                while not _stands(self._pid):  # noqa: ASYNC110 -- nothing tells when it does, but to its parent
-                    await trio.sleep(_POLL_S)
-            if scope.cancelled_caught:
+            why = ""
+            try:
+                with trio.fail_after(timeout_s):
+                    while not _stands(self._pid):  # noqa: ASYNC110 -- nothing tells when it does, but to its parent
+                        await trio.sleep(_POLL_S)
+            except trio.TooSlowError:
+                why = f"has not stopped within {timeout_s:g} s: a system call does not end"
+            except OSError as error:
+                why = f"cannot be looked at: {error.strerror}"
+            if why:
                 self._signal(signal.SIGCONT)
-                raise MigrationError(f"{self._name} has not stopped within {timeout_s:g} s: a system call does not end")
+                raise MigrationError(f"{self._name} {why}")
             if not self._is_alive():
                 raise MigrationError(f"{self._name} has ended")
             self._paused_ns = time.monotonic_ns()
@@ -337,7 +353,7 @@ def _stands(pid: int) -> bool:
         tasks = sorted(directory.iterdir())
         # (One that has stopped meanwhile may have made another one before.)
         return all(_state_of(task) in "TtZX" for task in tasks) and tasks == sorted(directory.iterdir())
-    except FileNotFoundError:  # a thread has ended: look again; so has the process, which its owner sees
+    except (FileNotFoundError, ProcessLookupError):  # a thread has ended: look again; so has the process, which is seen
         return not os.path.exists(f"/proc/{pid}")
 
 
