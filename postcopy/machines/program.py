@@ -37,12 +37,12 @@ from msgspec import Meta
 from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
 from postcopy.errors import BusyError, ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
+from postcopy.machines._memory_files import check_nobody_else_has, empty, promise_room
 from postcopy.machines.base import Adopt, BlockLayout, Extent, MachineState, RamBlock
 from postcopy.machines.preload.client import Mapping as Mapped
 from postcopy.machines.preload.client import Preload, State, process_at
 from postcopy.machines.process import ArrivingProcess, ProcessMachine
-from postcopy.memory import FEATURES_OF_PROCESS, DirtyLog, Memory, MemoryKind, check_memory
-from postcopy.memory._admission import PROMISES
+from postcopy.memory import FEATURES_OF_PROCESS, DirtyLog, Memory
 from postcopy.uffd import RegisterMode, Userfaultfd
 from postcopy.units import format_size
 
@@ -113,7 +113,7 @@ class ProgramMachine(ProcessMachine):
         assert self._library is not None
         try:
             if self._library.state & (State.KEPT | State.LAZY):
-                # Nobody else has this program. One that has ended may have left a userfaultfd to it that guards nothing.
+                # Nobody else has this program; one that has ended may have left it a userfaultfd that guards nothing.
                 await self._library.disarm()
         except BusyError as error:
             raise BusyError(
@@ -124,7 +124,7 @@ class ProgramMachine(ProcessMachine):
     async def _open_logger(self) -> None:
         assert self._library is not None
         try:
-            armed = await self._library.arm((), features=FEATURES_OF_PROCESS, mode=0, keep=False, empty=False)
+            armed = await self._library.arm((), features=FEATURES_OF_PROCESS, mode=0, keep=False)
             self._logger = armed.uffd
         except PostcopyError as error:  # which matters where precopy is asked for
             self._logger = error
@@ -243,12 +243,16 @@ class ArrivingProgram(ArrivingProcess, ProgramMachine):
         mappings = await self._find()
         try:
             self._check_fits(mappings)
-            self._check_room()
-            library = self._library
-            assert library is not None
+            assert self._library is not None
+            assert self._config is not None
+            await check_nobody_else_has(self._name, self._pid, self._config.files)
+            memories = [block.memory for block in self._blocks]
+            promise_room(self._name, memories)
             self._touched = True
-            armed = await library.arm(mappings, features=0, mode=RegisterMode.MISSING, keep=True, empty=True)
+            await empty(memories)
+            armed = await self._library.arm(mappings, features=0, mode=RegisterMode.MISSING, keep=True)
             self._guard = Userfaultfd.adopt(armed.uffd.detach(), int(armed.features))
+            await empty(memories)
         finally:
             for mapping in mappings:
                 mapping.fd.close()
@@ -273,22 +277,6 @@ class ArrivingProgram(ArrivingProcess, ProgramMachine):
                 f"{self._name} has mapped {_shown(here)}, the source's program {_shown(there)}: both must map the same,"
                 " in the same order, before they touch any of it"
             )
-
-    def _check_room(self) -> None:
-        """What this host cannot hold is refused; what it can is promised, in the same step."""
-        small = [block.memory for block in self._blocks if block.memory.kind is MemoryKind.MEMFD]
-        if small:
-            check_memory(MemoryKind.MEMFD, sum(memory.size_bytes for memory in small))
-        for block in self._blocks:
-            status = os.fstatvfs(block.memory.fd)
-            available = status.f_bavail * status.f_frsize + os.fstat(block.memory.fd).st_blocks * 512
-            if status.f_blocks and available < block.memory.size_bytes:
-                raise ResourceError(
-                    f"{block.name} of {self._name}: its file system has {format_size(available)} left for"
-                    f" {format_size(block.memory.size_bytes)}",
-                    "remove files there that are not used any more, or mount it larger (-o remount,size=...)",
-                )
-        PROMISES.add(block.memory for block in self._blocks)
 
     async def lend(self, adopt: Adopt) -> None:
         assert self._guard is not None

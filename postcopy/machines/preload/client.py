@@ -43,8 +43,6 @@ _MAPPING = struct.Struct("=QQQQQI4x208s")
 _REPLY_BYTES = _REPLY.size + MAX_MAPPINGS * _MAPPING.size
 _IN_MEMORY = {0x01021994, 0x958458F6}  # the file systems tmpfs (memfd too) and hugetlbfs, in statfs(2)
 _MAX_PAGE_BYTES = 1 << 34
-_PUNCH_HOLE = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-_PUNCH_BYTES = 1 << 30
 _AREA = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+)")
 
 
@@ -145,22 +143,17 @@ class Preload:
             await run_sync(_check, self.pid, found)
         return found
 
-    async def arm(self, mappings: Sequence[Mapping], *, features: int, mode: int, keep: bool, empty: bool) -> Armed:
+    async def arm(self, mappings: Sequence[Mapping], *, features: int, mode: int, keep: bool) -> Armed:
         """A new userfaultfd of that process, with the mappings registered, if any; of a program that was started with
         ``--lazy``, the one that guards them already, with the features that it has.
 
-        `features`: of `UffdFeature`; `mode`: of `RegisterMode`. `empty`: what the files have there is thrown away: it
-        is missing from then on. `keep`: the process keeps a copy until `disarm`, so that it waits when this process dies; without
-        it the end of the last copy undoes it all. `BusyError` when the process keeps one already.
+        `features`: of `UffdFeature`; `mode`: of `RegisterMode`. `keep`: the process keeps a copy until `disarm`, so
+        that it waits when this process dies; without it the end of the last copy undoes it all. `BusyError` when the
+        process keeps one already.
 
         Where this fails, or is cancelled, after the request has gone, it may have happened: `take` tells.
         """
-        emptied = mappings if empty else ()
-        await _empty(emptied)  # a program that waits for its memory must not see what a file had there
-        armed = await self._userfaultfd(_Op.ARM, _KEEP if keep else 0, mappings, features, mode)
-        with _closing_on_error([armed.uffd]):
-            await _empty(emptied)  # what any other one has touched meanwhile
-        return armed
+        return await self._userfaultfd(_Op.ARM, _KEEP if keep else 0, mappings, features, mode)
 
     async def take(self) -> Armed:
         """The userfaultfd that the process keeps, once more: its owner has ended. `MigrationError` where it keeps
@@ -366,10 +359,9 @@ def _check(pid: int, mappings: Sequence[Mapping]) -> None:
     for mapping in mappings:
         status = os.fstat(mapping.fd.fileno())
         page_bytes = mapping.page_bytes
-        file_system, unit = _file_system(mapping.fd.fileno())
-        if not stat.S_ISREG(status.st_mode) or file_system not in _IN_MEMORY:
+        if not stat.S_ISREG(status.st_mode) or not is_in_memory(mapping.fd.fileno()):
             raise ProtocolError(f"process {pid}: {mapping.name} is no file in memory")
-        if (status.st_dev, status.st_ino) != (mapping.device, mapping.inode) or unit != page_bytes:
+        if (status.st_dev, status.st_ino) != (mapping.device, mapping.inode) or _page_bytes(mapping) != page_bytes:
             raise ProtocolError(f"process {pid}: {mapping.name} is another file than was said")
         if fcntl.fcntl(mapping.fd.fileno(), fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
             raise ProtocolError(f"process {pid}: {mapping.name} is not open for writing")
@@ -425,31 +417,19 @@ def _is_mapped(mapping: Mapping, areas: Sequence[_Area]) -> bool:
     return at >= end
 
 
-def _file_system(fd: int) -> tuple[int, int]:
-    """Its type, which Python does not tell, and the size of its pages. (`st_blksize` of a tmpfs is larger than that
-    where it is mounted with huge=.)"""
-    found = (ctypes.c_long * 32)()  # longer than struct statfs, whose first two fields they are
+def is_in_memory(fd: int) -> bool:
+    """Whether a file is on a tmpfs (as a memfd is) or a hugetlbfs, by the type that fstatfs(2) tells, which Python does
+    not."""
+    found = (ctypes.c_long * 32)()  # longer than struct statfs, whose first field it is
     if _libc.fstatfs(fd, ctypes.byref(found)):
-        raise _os_error()
-    return int(found[0]), int(found[1])
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return int(found[0]) in _IN_MEMORY
 
 
-async def _empty(mappings: Sequence[Mapping]) -> None:
-    for mapping in mappings:
-        for start in range(0, mapping.size_bytes, _PUNCH_BYTES):  # a cancelled one need not wait for all of it
-            await run_sync(_punch, mapping, start, min(_PUNCH_BYTES, mapping.size_bytes - start))
-
-
-def _punch(mapping: Mapping, start: int, size_bytes: int) -> None:
-    if _libc.fallocate64(mapping.fd.fileno(), _PUNCH_HOLE, mapping.offset + start, size_bytes):
-        error = _os_error()
-        raise CoreError(error.errno or 0, f"emptying {mapping.name}") from error
-
-
-def _os_error() -> OSError:
-    number = ctypes.get_errno()
-    return OSError(number, os.strerror(number))
+def _page_bytes(mapping: Mapping) -> int:
+    """(`st_blksize` is larger on a tmpfs that is mounted with huge=.)"""
+    return os.fstatvfs(mapping.fd.fileno()).f_bsize
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)

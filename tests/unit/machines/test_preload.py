@@ -175,7 +175,7 @@ async def test_what_is_refused_has_a_name(
 ) -> None:
     with pytest.raises(expected, match=text):
         await liar(reply(ARM, error=error, step=step)).arm(
-            (), features=UffdFeature.EVENT_REMOVE, mode=RegisterMode.MISSING, keep=True, empty=True
+            (), features=UffdFeature.EVENT_REMOVE, mode=RegisterMode.MISSING, keep=True
         )
 
 
@@ -245,42 +245,35 @@ async def test_it_is_found_by_the_process(tmp_path: Path) -> None:
         await Preload.of_process(os.getpid())
 
 
-@pytest.mark.needs("uffd")
-async def test_what_is_emptied_is_missing(tmp_path: Path) -> None:
-    with program(tmp_path, "a") as one:
-        assert one.ask("write 0 3 1") == "written"
-        library = Preload(one.pid, one.socket)
-        (found,) = await library.mappings()
-        with found.fd as fd:
-            assert os.lseek(fd.fd, 0, os.SEEK_DATA) == 3 * PAGE
-            armed = await library.arm([found], features=0, mode=RegisterMode.MISSING, keep=False, empty=True)
-            with armed.uffd, pytest.raises(OSError, match="No such device or address"):
-                os.lseek(fd.fd, 0, os.SEEK_DATA)
-
-
-@pytest.mark.needs("uffd", "root")
-async def test_a_file_system_whose_files_have_huge_blocks(tmp_path: Path) -> None:
-    """A tmpfs mounted with huge=: its files are mapped by small pages all the same."""
+@contextlib.contextmanager
+def in_huge_blocks(directory: Path, socket: str) -> Iterator[tuple[int, str]]:
+    """A program that has mapped a file on a tmpfs mounted with huge=, and what it says of its blocks, if anything."""
     code = (
         "import mmap, os, sys; fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT); os.ftruncate(fd, 1 << 21);"
         " m = mmap.mmap(fd, 1 << 21); print(os.fstat(fd).st_blksize, flush=True); sys.stdin.read()"
     )
-    (tmp_path / "m").mkdir()
     mount = 'mount -t tmpfs -o huge=always none "$0" && exec "$@"'
-    with start.environment(str(tmp_path / "s")) as variables:
+    with start.environment(socket) as variables:
         process = subprocess.Popen(
-            ["unshare", "-m", "sh", "-c", mount, tmp_path / "m", sys.executable, "-I", "-c", code, tmp_path / "m/file"],
+            ["unshare", "-m", "sh", "-c", mount, directory, sys.executable, "-I", "-c", code, directory / "file"],
             env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
     with process:
-        assert process.stdin is not None
         assert process.stdout is not None
-        if not (line := process.stdout.readline()):
+        yield process.pid, process.stdout.readline().strip()
+        process.kill()
+
+
+@pytest.mark.needs("uffd", "root")
+async def test_files_of_huge_blocks_have_pages_all_the_same(tmp_path: Path, tmp_path_factory: Any) -> None:
+    socket = str(tmp_path / "s")
+    with in_huge_blocks(tmp_path_factory.mktemp("mount"), socket) as (pid, said):
+        if not said:
             pytest.skip("no tmpfs can be mounted with huge=always")
-        (mapping,) = await Preload(process.pid, f"{tmp_path}/s").mappings()
+        assert int(said) == 1 << 21
+        (mapping,) = await Preload(pid, socket).mappings()
         mapping.fd.close()
-        assert (mapping.page_bytes, int(line)) == (PAGE, 1 << 21)
-        process.stdin.close()
+        assert mapping.page_bytes == PAGE
 
 
 # ---- postcopy run

@@ -7,7 +7,9 @@ import contextlib
 import errno
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Sequence
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -158,7 +160,7 @@ async def test_what_has_not_all_arrived_is_not_sent(tmp_path: Path) -> None:
         library = Preload(one.pid, one.socket)
         (mapping,) = await library.mappings()
         mapping.fd.close()
-        armed = await library.arm([mapping], features=0, mode=RegisterMode.MISSING, keep=True, empty=False)
+        armed = await library.arm([mapping], features=0, mode=RegisterMode.MISSING, keep=True)
         with Userfaultfd.adopt(armed.uffd.detach(), int(armed.features)) as guard:
             async with source_of(one) as machine:
                 with pytest.raises(BusyError, match="waits for its memory"):
@@ -248,6 +250,31 @@ async def test_a_program_that_does_not_fit_is_refused_and_left_alone(tmp_path: P
             async with arriving(source, larger, **config) as machine:
                 with pytest.raises(ConfigurationError, match="a file of the source's program itself"):
                     await machine.prepare()
+
+
+@contextlib.contextmanager
+def mapped_elsewhere(fd: int) -> Iterator[int]:
+    code = "import mmap, sys; m = mmap.mmap(int(sys.argv[1]), 4096); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-I", "-c", code, str(fd)], pass_fds=[fd], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        yield process.pid
+        process.kill()
+
+
+async def test_memory_that_another_program_has_too_is_not_emptied(tmp_path: Path) -> None:
+    with program(tmp_path, "a") as one, program(tmp_path, "b", lazy=True) as two:
+        async with prepared(source_of(one)) as source:
+            (mapping,) = await Preload(two.pid, two.socket).mappings()
+            with mapping.fd as fd, mapped_elsewhere(fd.fd) as pid:
+                os.pwrite(fd.fd, b"kept", 0)
+                async with arriving(source, two) as machine:
+                    with pytest.raises(ConfigurationError, match=f"process {pid}, python.* has mapped, too"):
+                        await machine.prepare()
+                assert os.pread(fd.fd, 4, 0) == b"kept"
+        assert two.process.poll() is None
 
 
 async def test_offers_and_options_that_make_no_sense(tmp_path: Path) -> None:
