@@ -19,11 +19,11 @@ from postcopy.units import format_size
 
 async def check_nobody_else_has(who: str, pid: int, files: Iterable[tuple[int, int]]) -> None:
     """`files`: device and inode of each. `ConfigurationError` when another process than `pid` has one mapped: what it
-    has there would be thrown away."""
+    has there would be thrown away at a destination, and lost at a source."""
     if other := await run_sync(_other_process_with, pid, list(files)):
         raise ConfigurationError(
-            f"{who} has its memory in a file that {other}, has mapped, too, which would lose all that it has there:"
-            " give each a file of its own"
+            f"{who} has its memory in a file that {other}, has mapped, too, and would lose what it has there: give each a"
+            " file of its own"
         )
 
 

@@ -98,7 +98,9 @@ class ProgramMachine(ProcessMachine):
         mappings = await library.mappings()
         try:
             _check(mappings, self._name)
-            self._config = Config(await run_sync(_boot_id), [(one.device, one.inode) for one in mappings])
+            files = [(one.device, one.inode) for one in mappings]
+            await check_nobody_else_has(self._name, self._pid, files)
+            self._config = Config(await run_sync(_boot_id), files)
             self._addresses = tuple(one.address for one in mappings)
             for number, one in enumerate(mappings):
                 memory = Memory.from_shared_file(one.fd.fileno(), one.size_bytes, one.page_bytes)
@@ -244,8 +246,6 @@ class ArrivingProgram(ArrivingProcess, ProgramMachine):
         try:
             self._check_fits(mappings)
             assert self._library is not None
-            assert self._config is not None
-            await check_nobody_else_has(self._name, self._pid, self._config.files)
             memories = [block.memory for block in self._blocks]
             promise_room(self._name, memories)
             self._touched = True

@@ -357,7 +357,7 @@ async def test_the_file_of_another_one_is_never_emptied(guest: Stood, waits: Qem
             assert other.stdout is not None
             await run_sync(other.stdout.readline)
             machine = arriving(guest, waits)
-            with pytest.raises(ConfigurationError, match=rf"process {other.pid}, python.*mem-path of its own"):
+            with pytest.raises(ConfigurationError, match=rf"process {other.pid}, python.*file of its own"):
                 await machine.prepare()
             await machine.close()
         finally:
