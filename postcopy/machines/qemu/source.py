@@ -637,6 +637,11 @@ def _check_runs(status: str) -> None:
             f"the guest is stopped ({status}); tell it to run first (cont), if you know that it does not run elsewhere:"
             " one that was moved, and whose source has died, is left so"
         )
+    if status == _FINISHING:
+        raise ConfigurationError(
+            "the guest is stopped by a migration that has not ended (finish-migrate); where that is one whose `postcopy"
+            " source` has died, migrate_cancel lets it run on"
+        )
     if status == "inmigrate":
         raise ConfigurationError("that QEMU waits for a guest (-incoming): name the one that runs it")
     raise ConfigurationError(f"that QEMU has no guest that runs: it is {status!r}")

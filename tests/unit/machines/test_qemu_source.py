@@ -358,6 +358,7 @@ async def test_one_belongs_to_one(tmp_path: Path) -> None:
 REFUSED: list[tuple[Orders, type[PostcopyError], str]] = [
     (is_now("paused"), ConfigurationError, r"stopped \(paused\); tell it to run first \(cont\)"),
     (is_now("postmigrate"), ConfigurationError, "does not run elsewhere"),
+    (is_now("finish-migrate"), ConfigurationError, "migrate_cancel"),
     (is_now("inmigrate"), ConfigurationError, "waits for a guest"),
     (is_now("guest-panicked"), ConfigurationError, "guest-panicked"),
     (Orders(version=[3, 1, 0]), ConfigurationError, r"3\.1\.0 cannot be moved: that needs 4\.0"),
