@@ -22,8 +22,8 @@ async def check_nobody_else_has(who: str, pid: int, files: Iterable[tuple[int, i
     has there would be thrown away at a destination, and lost at a source."""
     if other := await run_sync(_other_process_with, pid, list(files)):
         raise ConfigurationError(
-            f"{who} has its memory in a file that {other}, has mapped, too, and would lose what it has there: give each a"
-            " file of its own"
+            f"{who} has its memory in a file that {other}, has mapped, too, and would lose what it has there: give each"
+            " a file of its own"
         )
 
 
