@@ -25,13 +25,23 @@ import trio
 
 from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
-from postcopy.errors import NO_FILES, BusyError, CoreError, MigrationError, ProtocolError, ResourceError, out_of_files
+from postcopy.errors import (
+    NO_FILES,
+    BusyError,
+    ConfigurationError,
+    CoreError,
+    MigrationError,
+    ProtocolError,
+    ResourceError,
+    out_of_files,
+)
 from postcopy.machines._peer import Process, connected, process_of
 from postcopy.machines.firecracker.handshake import userfaultfd_features
 from postcopy.uffd import UffdFeature
 
 TIMEOUT_S = 5.0
 MAX_MAPPINGS = 128
+MAX_SOCKET_PATH_BYTES = 107  # sun_path, and its null (unix(7))
 VARIABLE = "POSTCOPY_PRELOAD"
 """In the environment of such a program: the path of its socket."""
 
@@ -303,8 +313,11 @@ async def _connect(path: str) -> trio.socket.SocketType:
             raise ResourceError(
                 f"{path}: this user may not connect", "run as the user of that program, or as root"
             ) from error
-        if isinstance(error, OSError):
-            raise ResourceError(f"{path}: {error.strerror or error}") from error
+        if isinstance(error, OSError) and error.errno == errno.EPROTOTYPE:
+            raise ConfigurationError(f"{path} is another program's socket, and no preload library's") from error
+        if isinstance(error, OSError):  # without a number: of a path that is too long
+            why = error.strerror or f"the path of a socket has at most {MAX_SOCKET_PATH_BYTES} bytes"
+            raise ResourceError(f"{path}: {why}") from error
         raise
 
 

@@ -18,10 +18,9 @@ from postcopy import _native
 from postcopy._fd import FdHolder
 from postcopy._files import absolute, explain_unwritable
 from postcopy.errors import ConfigurationError, ResourceError
-from postcopy.machines.preload.client import VARIABLE
+from postcopy.machines.preload.client import MAX_SOCKET_PATH_BYTES, VARIABLE
 from postcopy.uffd import How, UffdFeature, explain_unavailable, probe
 
-MAX_SOCKET_PATH_BYTES = 107  # sun_path, and its null (unix(7))
 _DEVICE = "/dev/userfaultfd"
 LAZY_FEATURES = (
     UffdFeature.THREAD_ID

@@ -226,6 +226,15 @@ async def test_it_waits_while_too_many_others_do(tmp_path: Path, monkeypatch: py
         thread.join()
 
 
+async def test_a_path_that_is_no_librarys(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as monitor:
+        monitor.bind(str(tmp_path / "qmp"))
+        monitor.listen()
+        for name, why in (("qmp", "another program's socket"), ("x" * 120, "at most 107 bytes"), ("none", "mapped no")):
+            with pytest.raises(PostcopyError, match=why):
+                await process_at(str(tmp_path / name))
+
+
 async def test_a_socket_that_another_process_has(liar: Callable[..., Preload]) -> None:
     path = liar(reply(LIST)).path
     with pytest.raises(MigrationError, match="not of process 1"):
