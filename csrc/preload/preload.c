@@ -368,8 +368,8 @@ static size_t arm(int *fds)
     return 1;
 }
 
-/* Whether the mapping is still registered with the userfaultfd that is kept: then no other one can have it. (None that can be opened:
- * it is not known, and the asker is believed.) */
+/* Whether the mapping is still registered with the userfaultfd that is kept: then it cannot be with another one. (Where no other one
+ * can be opened this is not known, and DISARM is not refused.) */
 static bool is_registered(int other, const struct record *record)
 {
     struct uffdio_register range = {.range = {record->start, record->end - record->start}, .mode = UFFDIO_REGISTER_MODE_MISSING};
@@ -520,8 +520,7 @@ static void leave_environment(void)
     }
 }
 
-/* A program that was killed leaves its socket's file behind, and where something else than `postcopy run` starts the next one with
- * the same path nothing has removed it. */
+/* A program that was killed leaves its socket's file behind: the next one with the same path replaces it. */
 static bool is_left_behind(void)
 {
     int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
@@ -597,8 +596,9 @@ static bool take_note(struct record record)
     return may;
 }
 
-/* What is unmapped is forgotten under the lock, and only then: the kernel may refuse it, and afterwards the addresses may be those of
- * another mapping. (It does not wait for anyone meanwhile, unless a userfaultfd was asked for with UFFD_FEATURE_EVENT_UNMAP.) */
+/* A mapping is forgotten after the kernel has unmapped it, since the kernel may refuse, and under the same lock, since another thread
+ * may get the same addresses next. (No such call waits for a reader of events, unless a client has asked for a userfaultfd with
+ * UFFD_FEATURE_EVENT_UNMAP or _REMAP.) */
 void *preload_mmap(void *address, size_t bytes, int protection, int flags, int fd, off_t offset)
 {
     bool replaces = flags & MAP_FIXED && concerns_us(address, bytes), may = true;
