@@ -516,10 +516,10 @@ class QemuMachine(ProcessMachine):
     async def _arm_log(self) -> Armed:
         library = await Preload.of_process(self._pid, self._preload)
         try:
-            return await library.arm([], features=FEATURES_OF_PROCESS, mode=0, keep=False, empty=False)
+            return await library.arm([], features=FEATURES_OF_PROCESS, mode=0, keep=False)
         except BusyError:  # it keeps what guarded it while it arrived: all of its memory is there
             await library.disarm()
-        return await library.arm([], features=FEATURES_OF_PROCESS, mode=0, keep=False, empty=False)
+        return await library.arm([], features=FEATURES_OF_PROCESS, mode=0, keep=False)
 
     @contextlib.asynccontextmanager
     async def settled(self) -> AsyncIterator[None]:
