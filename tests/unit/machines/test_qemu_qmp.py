@@ -19,6 +19,7 @@ from fake_qemu import fake_qemu
 from hypothesis import given
 from hypothesis import strategies as st
 
+from postcopy._fd import FdHolder
 from postcopy.machines.qemu.qmp import (
     MAX_LINE_BYTES,
     Answer,
@@ -273,6 +274,30 @@ async def test_who_reads_may_leave(tmp_path: Path, listener: socket.socket) -> N
         assert answers == ["second", "again"]
 
 
+async def test_an_answer_that_is_read_in_place_is_found_by_who_waits_for_it(
+    tmp_path: Path, listener: socket.socket
+) -> None:
+    """Also where that task was woken for it already: of two that are woken together either may be the first."""
+    async with connected(tmp_path, listener) as (server, monitor):
+
+        async def ask(number: int) -> None:
+            assert await monitor.execute("query", timeout_s=BOUND_S / 2) == number
+
+        async def hurry() -> None:
+            with FdHolder.duplicate(monitor._stream.socket.fileno()) as same:
+                await same.wait_readable()
+                monitor.hurry(lambda: None not in monitor._answers.values())
+
+        for number in range(1, 21):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask, number)
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.start_soon(hurry)
+                await server.answer(number)
+        monitor.close()
+        monitor.hurry(lambda: False)
+
+
 async def test_a_descriptor_goes_along(tmp_path: Path, listener: socket.socket) -> None:
     async with connected(tmp_path, listener) as (server, monitor):
         ours, theirs = os.pipe()
@@ -366,13 +391,62 @@ async def test_closing_it_wakes_who_waits(tmp_path: Path, listener: socket.socke
     async with connected(tmp_path, listener) as (_, monitor):
 
         async def wait() -> None:
-            with pytest.raises(trio.ClosedResourceError):
+            with pytest.raises(QemuInDoubt, match="was closed"):
                 await monitor.wait_until(lambda: False, BOUND_S)
 
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
             nursery.start_soon(wait)
             await trio.testing.wait_all_tasks_blocked()
             monitor.close()
         monitor.close()
         with pytest.raises(QemuInDoubt, match="was closed"):
             await monitor.execute("query-status")
+        with pytest.raises(QemuInDoubt, match="was closed"):
+            await monitor.mend()
+
+
+async def test_a_connection_of_no_use_is_made_again_once(tmp_path: Path, listener: socket.socket) -> None:
+    """Those who wait on the old one get its error, and no answer of the new one."""
+    async with connected(tmp_path, listener) as (server, monitor):
+        assert not await monitor.mend()
+        events: list[Event] = []
+        monitor.on_event = events.append
+        mended: list[bool] = []
+
+        async def wait() -> None:
+            with pytest.raises(QemuInDoubt, match="half of a command"):
+                await monitor.wait_until(lambda: False, BOUND_S)
+
+        async def mend() -> None:
+            mended.append(await monitor.mend(BOUND_S))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked()
+            monitor._break(QemuInDoubt("half of a command"))
+            old, server = server, Server(listener)
+            nursery.start_soon(mend)
+            nursery.start_soon(mend)
+            await server.accept()
+            assert await old.connection.recv(1) == b""
+            old.connection.close()
+            assert await server.answer() == "qmp_capabilities"
+        assert mended == [True, True]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.say, b'{"event": "STOP"}\n')
+            nursery.start_soon(server.answer, "fine")
+            assert await monitor.execute("query-status", timeout_s=BOUND_S) == "fine"
+        assert [event.name for event in events] == ["STOP"]
+        server.connection.close()
+
+
+async def test_another_one_is_not_taken_for_it(tmp_path: Path, listener: socket.socket) -> None:
+    async with connected(tmp_path, listener) as (server, monitor):
+        server.connection.close()
+        (tmp_path / "qmp.sock").unlink()
+        with pytest.raises(QemuInDoubt):
+            await monitor.execute("query-status", timeout_s=BOUND_S)
+        with fake_qemu(tmp_path), pytest.raises(QemuUnreachable, match="another QEMU"):
+            await monitor.mend(BOUND_S)
