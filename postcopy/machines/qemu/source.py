@@ -13,8 +13,9 @@ as it comes. Told to go on, QEMU writes the devices' state and has *completed*; 
 nothing changes it any more: QEMU's own migration sends the last of it before the devices, too.
 
 **The way back** is the same from everywhere (`_set_running`), and asks QEMU where it is: a migration that is under way
-is cancelled, and a guest that does not run is told to (``cont``). That only one of the two runs is a matter of the
-protocol; that QEMU refuses it while the destination has locked a disk is a second guard, where there is one.
+is cancelled, or, where QEMU was told to go on, left to fail by itself, and a guest that does not run is told to
+(``cont``). That only one of the two runs is a matter of the protocol; that QEMU refuses ``cont`` while the destination
+has locked a disk is a second guard, where there is one.
 
 **While it runs** (precopy) what it writes is told by the kernel, through the preload library. What a disk writes to
 pages that were pinned before (O_DIRECT) shows in no page table: a QEMU with such disks is stopped for each look, which
