@@ -192,6 +192,10 @@ class _Qemu:
         if command in orders.raw:
             self._write(orders.raw[command].encode("latin-1"))
             return True
+        if command == "migrate-continue" and arguments["state"] != self._migration:
+            error = {"class": "GenericError", "desc": f"Migration not in expected state: {self._migration}"}
+            self._say({"error": error, "id": request["id"]})
+            return True
         why = orders.refuses.get(command, [])
         if self._refused.get(command, 0) < len(why):
             number = self._refused[command] = self._refused.get(command, 0) + 1
@@ -266,8 +270,7 @@ class _Qemu:
                 self._cancelled.set()
                 self._going_on.set()
             case "migrate-continue":
-                assert self._migration == arguments["state"]
-                (self._noticed if self._migration == "cancelling" else self._going_on).set()
+                (self._noticed if arguments["state"] == "cancelling" else self._going_on).set()
             case "stop":
                 self._stop()
             case "cont":

@@ -228,10 +228,10 @@ class Monitor:
     async def mend(self, timeout_s: float = GREETING_TIMEOUT_S) -> bool:
         """A new connection with the same QEMU, where the one that there was is of no use any more; whether it is new.
         Those who wait on the old one get its error. Events in between are lost."""
-        if self._is_fine:
+        if self._is_fine():
             return False
         async with self._mending:
-            if self._is_fine:  # another task has made it
+            if self._is_fine():  # another task has made it
                 return True
             if self._closed or not self.process.alive:
                 self._check()
@@ -249,7 +249,6 @@ class Monitor:
             self._stream, self._protocol, self._broken = fresh._stream, fresh._protocol, None
             return True
 
-    @property
     def _is_fine(self) -> bool:
         return self._broken is None
 

@@ -13,8 +13,9 @@ as it comes. Told to go on, QEMU writes the devices' state and has *completed*; 
 nothing changes it any more: QEMU's own migration sends the last of it before the devices, too.
 
 **The way back** is the same from everywhere (`_set_running`), and asks QEMU where it is: a migration that is under way
-is cancelled, and a guest that does not run is told to (``cont``). That only one of the two runs is a matter of the
-protocol; that QEMU refuses it while the destination has locked a disk is a second guard, where there is one.
+is cancelled, or, where QEMU was told to go on, left to fail by itself, and a guest that does not run is told to
+(``cont``). That only one of the two runs is a matter of the protocol; that QEMU refuses ``cont`` while the destination
+has locked a disk is a second guard, where there is one.
 
 **While it runs** (precopy) what it writes is told by the kernel, through the preload library. What a disk writes to
 pages that were pinned before (O_DIRECT) shows in no page table: a QEMU with such disks is stopped for each look, which
@@ -430,24 +431,32 @@ class QemuMachine(ProcessMachine):
         """Whatever has become of the pause, the guest runs. `MigrationError` when that cannot be, with the reason."""
         # A QEMU that is cancelled while it saves its devices may let its guest run on without its disks, and aborts at
         # the next move (seen with 7.2). One that was told to go on comes to an end by itself: its pipe is closed.
-        may_cancel = not self._saves
         stream, self._stream, self._going_on, self._saved = self._stream, None, None, None
-        self._saves = False
         if stream is not None:
             stream.close()
         deadline = trio.current_time() + GO_ON_TIMEOUT_S
-        while (status := (await self._query_migrate()).get("status")) in _UNDER_WAY:
+        cancelled = False
+        while True:
+            try:
+                if (status := (await self._query_migrate()).get("status")) not in _UNDER_WAY:
+                    break
+                if status == "cancelling" or (status == WAITS and self._saves):
+                    # It may not have heard of it; and one that is cancelled just when it begins to wait for us does not
+                    # notice, and waits for ever (7.2).
+                    await self._execute("migrate-continue", {"state": status})
+                elif not cancelled and not self._saves:
+                    cancelled = True
+                    await self._execute("migrate_cancel")
+            except QemuRefused:  # it has gone on meanwhile
+                pass
+            except (QemuInDoubt, QemuUnreachable) as error:
+                if not self._is_alive():
+                    raise
+                status = str(error)
             if trio.current_time() > deadline:
                 raise MigrationError(f"the migration of {self._name} does not end ({status}): see to that, and cont")
-            if status == "cancelling":
-                # One that is cancelled just when it begins to wait for us does not notice, and waits for ever (7.2).
-                with contextlib.suppress(QemuRefused):  # it has ended meanwhile
-                    await self._execute("migrate-continue", {"state": status})
-            elif may_cancel:
-                may_cancel = False
-                await self._execute("migrate_cancel")
-                continue
             await trio.sleep(_AGAIN_S)
+        self._saves = False
         await self._run()
         await self._restore()
 
