@@ -45,14 +45,13 @@ _PINNING_DRIVERS = frozenset({"nvme", "io_uring", "nvme-io_uring", "virtio-blk-v
 # What has a RAM block or gives the guest's memory to others, in a way that is not known here to be moved right.
 _REFUSED_DEVICES = (
     (r"vhost-user-.*", "another process reads and writes the guest's memory for it"),
-    (r"vhost-vdpa-.*", "hardware writes to the guest's memory for it"),
+    (r"vhost-vdpa-.*|vfio-.*", "hardware writes to the guest's memory for it"),
     (r"ivshmem-.*", "its memory is shared with others"),
     (r"virtio-mem(-.*)?", "its memory is plugged in pieces while it runs"),
     (r"virtio-pmem(-.*)?|nvdimm|nvdimm-.*", "its memory is persistent, and belongs to this host"),
 )
 _REFUSED_NETS = re.compile(r"type=(vhost-user|vhost-vdpa)\b")
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)")
-_RAM_BLOCK = re.compile(r"^ *(.*?) +\d+ [KMGTPE]?i?B +0x[0-9a-f]+ +0x[0-9a-f]+ +0x([0-9a-f]+)", re.MULTILINE)
 _CHILD = re.compile(r"child<(.*)>")
 _MEMFD = "/memfd:"
 _MEMORY_FILES = frozenset({"tmpfs", "hugetlbfs", "ramfs"})
@@ -263,11 +262,22 @@ async def _human(monitor: Monitor, command: str) -> str:
 
 async def ram_blocks(monitor: Monitor) -> tuple[tuple[str, int], ...]:
     """Names and sizes of QEMU's blocks of memory. One without a name belongs to no device, and does not travel."""
-    found = _RAM_BLOCK.findall(await _human(monitor, "info ramblock"))
-    blocks = tuple((name.removeprefix("/objects/"), int(size, 16)) for name, size in found if name)
+    found = map(_ram_block, (await _human(monitor, "info ramblock")).splitlines())
+    blocks = tuple((name.removeprefix("/objects/"), size_bytes) for name, size_bytes in found if name)
     if not blocks:
         raise QemuAnswer("QEMU does not say what blocks of memory it has (info ramblock)")
     return blocks
+
+
+def _ram_block(line: str) -> tuple[str, int]:
+    """Of a row "NAME 4 KiB 0xOFFSET 0xUSED 0xTOTAL ..."; no name for any other line. (Not by a regular expression: what
+    goes back and forth over blanks takes minutes for a line of some thousand of them.)"""
+    before, *numbers = line.split(" 0x")
+    *name, number, unit = ["", "", *before.rsplit(None, 2)]
+    size = numbers[2].strip() if len(numbers) > 2 else ""
+    if not re.fullmatch("[0-9a-f]{1,16}", size) or not number.isdecimal() or not unit.endswith("B"):
+        return "", 0
+    return "".join(name).strip(), int(size, 16)
 
 
 @dataclass(frozen=True)
@@ -287,12 +297,15 @@ async def _shared_backends(monitor: Monitor, blocks: Iterable[tuple[str, int]]) 
     wanted = []
     for name, size_bytes in blocks:
         backend = backends.get(name)
+        kind = kinds.get(name, "")
         if backend is None or not backend.share:
-            _check_own_block(name, size_bytes, is_backend=backend is not None)
+            # Of `-m` alone QEMU says that it is a backend, too, of a name that no -object has.
+            _check_own_block(name, size_bytes, is_backend=backend is not None and kind != "memory-backend-ram")
             continue
+        if len(wanted) == MAX_BLOCKS:
+            raise ConfigurationError(f"QEMU has more than {MAX_BLOCKS} memory backends, which cannot be moved")
         if backend.size != size_bytes:
             raise QemuAnswer(f"QEMU says that {name} has {backend.size} bytes, and {size_bytes}")
-        kind = kinds.get(name, "")
         _check_backend(name, size_bytes, kind, monitor.version)
         path = ""
         if kind == FILE_BACKEND:
@@ -306,8 +319,6 @@ async def _shared_backends(monitor: Monitor, blocks: Iterable[tuple[str, int]]) 
         wanted.append(_Wanted(name, size_bytes, kind, path))
     if not wanted:
         raise ConfigurationError(_remedy("no memory of this QEMU is shared", "ram0", sum(size for _, size in blocks)))
-    if len(wanted) > MAX_BLOCKS:
-        raise ConfigurationError(f"QEMU has {len(wanted)} memory backends; {MAX_BLOCKS} can be moved")
     return sorted(wanted, key=lambda one: one.name)
 
 
