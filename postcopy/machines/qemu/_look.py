@@ -57,6 +57,7 @@ _MEMFD = "/memfd:"
 _MEMORY_FILES = frozenset({"tmpfs", "hugetlbfs", "ramfs"})
 
 _Text = Annotated[str, Meta(max_length=4096)]
+_Version = Annotated[str, Meta(pattern=r"\A[0-9]{1,4}\.[0-9]{1,4}\.[0-9]{1,4}\Z")]
 
 
 class FileIdentity(msgspec.Struct, frozen=True):
@@ -76,7 +77,7 @@ class Disk(msgspec.Struct, frozen=True):
 class Config(msgspec.Struct, frozen=True):
     """What a source offers, beside the layout of its memory."""
 
-    version: _Text  # as 7.2.22
+    version: _Version  # as 7.2.22
     machine: _Text  # with its version, as pc-i440fx-7.2
     accelerator: _Text
     cpu: _Text  # its model, as qemu64-x86_64-cpu

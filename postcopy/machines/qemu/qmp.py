@@ -25,7 +25,7 @@ import socket
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import trio
@@ -39,6 +39,7 @@ GREETING_TIMEOUT_S = 2.0
 """How long it has to say who it is, which it does at once where the monitor has no other client."""
 MAX_LINE_BYTES = 4 << 20
 _READ_BYTES = 64 << 10
+_Part = Annotated[int, msgspec.Meta(ge=0, lt=10_000)]  # of a version
 
 
 class QemuError(MigrationError):
@@ -150,7 +151,7 @@ class QmpProtocol:
 def _version(greeting: Mapping[str, Any]) -> tuple[int, int, int]:
     try:
         number = greeting["QMP"]["version"]["qemu"]
-        return msgspec.convert((number["major"], number["minor"], number["micro"]), tuple[int, int, int])
+        return msgspec.convert((number["major"], number["minor"], number["micro"]), tuple[_Part, _Part, _Part])
     except (LookupError, TypeError, msgspec.ValidationError):
         raise QemuAnswer("what answers there is no QEMU: it does not say its version") from None
 

@@ -230,6 +230,7 @@ async def test_what_a_dead_destination_has_left_guarded_is_taken_over(guest: Sto
         ({"accelerator": "kvm"}, "-accel"),
         ({"vcpus": 2}, "-smp"),
         ({"version": "99.1.0"}, "newer"),
+        ({"version": "99.1.0\x1b[2J"}, "no sense"),
         ({"layout": [BlockLayout("ram1", MIB << 20, PAGE)]}, "backend 'ram0'"),
         ({"layout": [BlockLayout("ram0", 64 << 20, PAGE)]}, "64 MiB"),
         ({"layout": [BlockLayout("ram0", MIB << 20, 2 << 20)]}, "pages of 2 MiB"),
