@@ -14,6 +14,7 @@ from postcopy.machines.base import (
     MachineState,
     MachineStatistics,
     RamBlock,
+    TellEarly,
     VcpuStatistics,
 )
 
@@ -27,5 +28,6 @@ __all__ = [
     "MachineState",
     "MachineStatistics",
     "RamBlock",
+    "TellEarly",
     "VcpuStatistics",
 ]

@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Self
 
 from postcopy._blocking import run_sync
 from postcopy._files import replacing
-from postcopy.errors import PostcopyError, ResourceError
+from postcopy.errors import PostcopyError, ProtocolError, ResourceError
 from postcopy.memory import DirtyLog, Memory
 
 CLOSE_TIMEOUT_S = 5.0
@@ -68,6 +68,11 @@ Adopt = Callable[[int, int, Sequence[Extent]], Awaitable[None]]
 """Takes a userfaultfd (the descriptor is the callee's from then on), the features that it was opened with, and the
 memory that it guards: from its return on every page that is missing there is brought. Once for each shard, in their
 order."""
+
+
+TellEarly = Callable[[bytes], None]
+"""Takes a piece of the state that is final, to be sent to the destination meanwhile; an empty one says that some will
+come."""
 
 
 class MachineState(enum.StrEnum):
@@ -201,9 +206,13 @@ class Machine(abc.ABC):
         afterwards, also after an error or when cancelled. Bounded in time; `MigrationError`."""
         yield
 
-    async def before_pause(self) -> None:  # noqa: B027
+    async def before_pause(self, early: TellEarly | None = None) -> None:  # noqa: B027
         """Source: a `pause` follows at once. Does what would make that longer; it may have stopped when this returns,
-        and then `statistics` has since when. Cancellable, and then, or after an error, it runs; bounded in time."""
+        and then `statistics` has since when. Cancellable, and then, or after an error, it runs; bounded in time.
+
+        What the state begins with, where it is final already, and what loading it touches no memory, can be given to
+        `early`, piece by piece; `save_state` returns the rest. Where that is missing the destination knows no early
+        state."""
 
     @abc.abstractmethod
     async def pause(self, timeout_s: float = 10.0) -> None:
@@ -249,6 +258,12 @@ class Machine(abc.ABC):
         missing comes as any other. With an older peer it does not, and nothing says that one ever will: so it never
         runs in the Trio thread, and is bounded in time (`MigrationError`); cancellable at once, what hangs is left to
         `close`."""
+
+    async def load_early(self, state: bytes) -> None:
+        """Destination: a piece of what the state begins with, before `load_state` gets the rest; it may be loaded at
+        once. Which pages the machine has is not known for good yet: the source sends nothing that depends on it.
+        Otherwise as `load_state`, but that it is not waited for until it has been loaded."""
+        raise ProtocolError(f"early-state: a machine of kind {self.kind} has none")
 
     async def lend(self, adopt: Adopt) -> None:  # noqa: B027 -- most memory is mapped here
         """Destination, of one that `lends`: gives its userfaultfds away, if it has them already. It is known by then

@@ -399,13 +399,19 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         """Page maps, rounds and state; when it returns, the machine could run and every missing page would fault."""
         pages = [block.memory.pages for block in machine.blocks]
         ends: tuple[type[wire.Round | wire.Switchover], ...] = (wire.Round, wire.Switchover)
+
+        async def early(state: bytes) -> None:
+            control.hurry()
+            await machine.load_early(state)
+            control.hurry()
+
         # For the first part there is no limit: until then the machine runs at the source, as long as that likes.
         maps, message = await receive_maps(control, wire.PageMap, ends, pages, math.inf)
         began_ns = now_ns()
         await self._arm(machine, pager, maps)
         while isinstance(message, wire.Round):
             await self._end_round(control, pager, message)
-            maps, message = await receive_maps(control, wire.StaleMap, ends, pages, math.inf)
+            maps, message = await receive_maps(control, wire.StaleMap, ends, pages, math.inf, early)
             began_ns = now_ns()
             if isinstance(message, wire.Round) and message.pushed:
                 await self._until(lambda: not self._pushing)  # nothing that is older can arrive from here on

@@ -5,14 +5,24 @@ something (`page-map`), which have changed since (`stale-map`), and which have a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TypeVar, TypeVarTuple
 
 from postcopy._blocking import run_sync
 from postcopy.errors import ProtocolError
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.connection import SEND_BYTES, STEP_TIMEOUT_S, Control, P
-from postcopy.wire import PAGE_MAP_PAGES, Message, PageMap, ReceivedMap, Recover, Round, StaleMap, Switchover
+from postcopy.wire import (
+    PAGE_MAP_PAGES,
+    EarlyState,
+    Message,
+    PageMap,
+    ReceivedMap,
+    Recover,
+    Round,
+    StaleMap,
+    Switchover,
+)
 
 HEAVY_PAGES = 256 * 1024
 """From so many runs or pages on a map is packed, unpacked and added up in a thread: it takes a millisecond and more."""
@@ -96,13 +106,19 @@ async def receive_maps(
     last: tuple[type[Last], ...],
     pages: Sequence[int],
     first_timeout_s: float,
+    early: Callable[[bytes], Awaitable[None]] | None = None,
 ) -> tuple[list[Bitmap], Last]:
     """The maps of all blocks, of so many `pages`, and the message that follows them. `first_timeout_s`: for how long
-    the first part is waited for. `Disagreement` for maps that do not fit. No bitmap where a `switchover` says that
-    what it would have had to tell was told before."""
+    the first part is waited for. `early` takes an `early-state` that comes before them. `Disagreement` for maps that do
+    not fit. No bitmap where a `switchover` says that what it would have had to tell was told before."""
     due = last[-1].TYPE
     collector, timeout_s = MapCollector(pages), first_timeout_s
-    while isinstance(message := await control.receive_any(timeout_s, due), part):
+    while isinstance(message := await control.receive_any(timeout_s, due), part | EarlyState):
+        if isinstance(message, EarlyState):  # which comes before the maps
+            if early is None:
+                break
+            await early(message.state)
+            continue
         timeout_s = STEP_TIMEOUT_S
         with disagreeing():
             await if_heavy(len(message.runs), collector.add, message)

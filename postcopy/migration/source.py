@@ -32,6 +32,7 @@ import logging
 import math
 import os
 import secrets
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -153,6 +154,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         self._keep = True
         self._changes: Changes | None = None  # until the machine is the destination's, or goes on here
         self._pushing: set[int] = set()  # bulk channels that have not ended the present push
+        self._early = deque[bytes]()  # pieces of the machine's state that have to be sent
         self._prepared_ns = 0  # when the destination was
         self._rounds = 0  # that were told
         self._left_pages = 0  # that the destination does not have, some perhaps counted twice,
@@ -279,7 +281,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         return self._link
 
     def _watchers(self, control: Control[SourceProtocol]) -> Sequence[Callable[[], Awaitable[None]]]:
-        return self._watch_machine, self._release_acknowledged, self._after_commit
+        return self._watch_machine, self._release_acknowledged, self._after_commit, partial(self._send_early, control)
 
     def _peer_lost(self, until: str) -> bool:
         log.log(
@@ -603,8 +605,15 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         """In the pause nothing is done that could be done before or after: no statistics, no callback."""
         machine, protocol, options = self.machine, self._protocol, self._options
         assert self._accepted is not None
+
+        def early(state: bytes) -> None:
+            most = wire.EARLY_STATE_BYTES
+            self._early.extend(state[at : at + most] for at in range(0, max(1, len(state)), most))
+            control.hurry()
+            self._wake()
+
         began_ns = now_ns()
-        await machine.before_pause()
+        await machine.before_pause(early if protocol.version >= wire.EarlyState.SINCE else None)
         control.hurry()
         parts = {"paused": now_ns()}
         if began_ns <= (stopped_ns := machine.statistics().paused_ns) < parts["paused"]:  # it was then already
@@ -629,6 +638,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         parts["dirty_ns"] = now_ns()
         state = await machine.save_state()
         parts["state_ns"] = now_ns()
+        await self._until(lambda: not self._early)
         if whole:
             # What has changed is forgotten before the rest can arrive.
             await self._round(control, part, changed, timeout_s=options.prepare_timeout_s)
@@ -657,6 +667,16 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
             with trio.CancelScope(shield=True):
                 await machine.release_network()
             self._wake()
+
+    async def _send_early(self, control: Control[SourceProtocol]) -> None:
+        """Nothing waits for it that the machine does meanwhile."""
+        while not self._protocol.ended:  # else whoever receives says why
+            if self._early:
+                await control.send(self._protocol.send(wire.EarlyState(self._early[0])))
+                self._early.popleft()
+                self._wake()
+            else:
+                await self._until(lambda: bool(self._early))
 
     async def _until_prepared(self, control: Control[SourceProtocol], server: PageServer, rest_bytes: int) -> None:
         """Until the destination is prepared, which has `rest_bytes` to gather before. It has some time for that, and no

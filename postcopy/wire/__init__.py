@@ -10,21 +10,22 @@ its migration. From the bottom up: `messages`, `codec`, `handshake`, `states`. T
 from __future__ import annotations
 
 from postcopy.wire.messages import (
-    Abort, Accept, Block, Commit, Complete, CompleteAck, Ended, Hello, ID_BYTES, MAGIC, MAX_BULK_CHANNELS,
-    MAX_MESSAGE_BYTES, MAX_REASON_CHARS, Message, Offer, PAGE_MAP_PAGES, PLACED_PAGES, PREAMBLE, PROTOCOL_VERSION,
-    PageMap, Ping, Placed, Pong, Prepared, Ready, ReceivedMap, Recover, Recovered, Refused, Reject, Round, RoundDone,
-    Running, SMALL_MESSAGE_BYTES, StaleMap, Switchover, Welcome, one_line, same_secret,
+    Abort, Accept, Block, Commit, Complete, CompleteAck, EARLY_STATE_BYTES, EarlyState, Ended, Hello, ID_BYTES,
+    MAGIC, MAX_BULK_CHANNELS, MAX_MESSAGE_BYTES, MAX_REASON_CHARS, Message, Offer, PAGE_MAP_PAGES, PLACED_PAGES,
+    PREAMBLE, PROTOCOL_VERSION, PageMap, Ping, Placed, Pong, Prepared, Ready, ReceivedMap, Recover, Recovered,
+    Refused, Reject, Round, RoundDone, Running, SMALL_MESSAGE_BYTES, StaleMap, Switchover, Welcome, one_line,
+    same_secret,
 )
 from postcopy.wire.codec import HEADER_BYTES, decode, encode
 from postcopy.wire.handshake import ClientHandshake, EndedElsewhere, OlderPeerError, RefusedError, ServerHandshake
 from postcopy.wire.states import DestinationProtocol, SourceProtocol, State
 
 __all__ = [
-    "HEADER_BYTES", "ID_BYTES", "MAGIC", "MAX_BULK_CHANNELS", "MAX_MESSAGE_BYTES", "MAX_REASON_CHARS",
-    "PAGE_MAP_PAGES", "PLACED_PAGES", "PREAMBLE", "PROTOCOL_VERSION", "SMALL_MESSAGE_BYTES", "Abort", "Accept",
-    "Block", "ClientHandshake", "Commit", "Complete", "CompleteAck", "DestinationProtocol", "Ended",
-    "EndedElsewhere", "Hello", "Message", "Offer", "OlderPeerError", "PageMap", "Ping", "Placed", "Pong",
-    "Prepared", "Ready", "ReceivedMap", "Recover", "Recovered", "Refused", "RefusedError", "Reject", "Round",
-    "RoundDone", "Running", "ServerHandshake", "SourceProtocol", "StaleMap", "State", "Switchover", "Welcome", "decode",
-    "encode", "one_line", "same_secret",
+    "EARLY_STATE_BYTES", "HEADER_BYTES", "ID_BYTES", "MAGIC", "MAX_BULK_CHANNELS", "MAX_MESSAGE_BYTES",
+    "MAX_REASON_CHARS", "PAGE_MAP_PAGES", "PLACED_PAGES", "PREAMBLE", "PROTOCOL_VERSION", "SMALL_MESSAGE_BYTES",
+    "Abort", "Accept", "Block", "ClientHandshake", "Commit", "Complete", "CompleteAck", "DestinationProtocol",
+    "EarlyState", "Ended", "EndedElsewhere", "Hello", "Message", "Offer", "OlderPeerError", "PageMap", "Ping",
+    "Placed", "Pong", "Prepared", "Ready", "ReceivedMap", "Recover", "Recovered", "Refused", "RefusedError",
+    "Reject", "Round", "RoundDone", "Running", "ServerHandshake", "SourceProtocol", "StaleMap", "State",
+    "Switchover", "Welcome", "decode", "encode", "one_line", "same_secret",
 ]

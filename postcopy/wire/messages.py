@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Final, Self
 from msgspec import Meta, Struct
 from msgspec.structs import force_setattr, replace
 
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5
 OLDEST_VERSION: Final = 2  # that is still spoken
 MAGIC: Final = b"postcpy"
 PREAMBLE: Final = MAGIC + bytes([PROTOCOL_VERSION])
@@ -31,6 +31,8 @@ MAX_SHARDS: Final = 64
 MAX_BULK_CHANNELS: Final = 16
 MAX_REASON_CHARS: Final = 500
 MAX_STATE_BYTES: Final = MAX_MESSAGE_BYTES - 4096
+EARLY_STATE_BYTES: Final = 1024 * 1024
+"""What one `early-state` holds at most; all of a state together, with that of `switchover`: MAX_STATE_BYTES."""
 MAX_PAGE_BYTES: Final = 4 * 1024 * 1024  # one page must fit into one data frame (PC_FRAME_MAX_PAYLOAD_BYTES)
 PAGE_MAP_PAGES: Final = 8 * 1024 * 1024
 """Pages a `page-map` describes at most. A run takes at least a page and, when it is short, one byte: so the worst
@@ -261,6 +263,15 @@ class Round(Message, frozen=True):
 class RoundDone(Message, frozen=True):
     SINCE: ClassVar[int] = 4
     number: U32
+
+
+class EarlyState(Message, frozen=True):
+    """The beginning of the state, or what follows that: it is final, and the machine may load it at once. An empty one
+    says that some will come."""
+
+    SINCE: ClassVar[int] = 5
+    MAX_BYTES: ClassVar[int] = EARLY_STATE_BYTES + SMALL_MESSAGE_BYTES
+    state: Annotated[bytes, Meta(max_length=EARLY_STATE_BYTES)]
 
 
 class Switchover(Message, frozen=True):

@@ -19,8 +19,8 @@ destination that gets no answer gives up, and never runs the machine.
 
 **Rounds.** Before that decision is due the destination learns, while the machine runs at the source, which pages there
 are (`page-map`), gets some of them, and is told which it has to forget since they have changed (`stale-map`). Each
-`round` is answered by `round-done`. Nothing of it moves the right to run the machine, and after `prepared` there is
-none.
+`round` is answered by `round-done`. The beginning of the machine's state can come then, too (`early-state`). Nothing of
+it moves the right to run the machine, and after `prepared` there is none.
 
 **Recovery.** A connection that is lost after the commit ends nothing. The side that had connected connects again, with
 the migration's id, its token and a higher epoch; `reconnected` puts the same object onto the new connection. The
@@ -87,6 +87,7 @@ _BEFORE_COMMIT: Final = (*_BEFORE_PREPARED, S.PREPARED)
 _SAID_BY_SOURCE: Final[Table] = {
     (S.SETUP, "offer"): S.OFFERED,
     **{(state, f"{kind}-map"): S.MAPS for state in (S.READY, S.MAPS) for kind in ("page", "stale")},
+    (S.READY, "early-state"): S.READY,
     (S.MAPS, "round"): S.ROUND,
     (S.MAPS, "switchover"): S.HANDED,
     (S.READY, "switchover"): S.HANDED,  # what had changed was told in a round just before
@@ -185,6 +186,7 @@ class _ControlProtocol:
         self._error: ProtocolError | None = None
         self._reason = ""
         self._placed_wanted = False  # the offer asked for `placed`
+        self._state_bytes = 0  # that were told
         self.peer_said_why = False  # it has sent `abort` or `reject`: `reason` is its word
         self._no_way_back = False  # the peer has ended it, or the two do not agree
         self.must_announce = False  # the peer may wait for this side in vain, unless it learns of `ending`
@@ -360,6 +362,10 @@ class _ControlProtocol:
             raise ProtocolError(f"{message.TYPE} must not be {said}: version {self.version} is spoken, which has none")
         if isinstance(message, m.Placed) and not self._placed_wanted:
             raise ProtocolError(f"placed must not be {said} by the {self.SIDE}: the offer did not ask for it")
+        if isinstance(message, m.EarlyState | m.Switchover):
+            if self._state_bytes + len(message.state) > m.MAX_STATE_BYTES:
+                raise ProtocolError(f"{message.TYPE} must not be {said}: the state has more than 16 MiB with it")
+            self._state_bytes += len(message.state)
         if isinstance(message, m.Offer):
             self._placed_wanted = bool(message.placed_every_ms)
         elif isinstance(message, m.Switchover):

@@ -24,7 +24,8 @@ from typing import Any
 
 MIB = 1 << 20
 STATE = b"the state of all devices" * 1000
-CAPABILITIES = ("x-ignore-shared", "events", "multifd", "postcopy-ram", "return-path")
+EARLY_BYTES = 5000  # of it, before the guest stops
+CAPABILITIES = ("x-ignore-shared", "events", "pause-before-switchover", "multifd", "postcopy-ram", "return-path")
 
 
 @dataclass
@@ -112,6 +113,7 @@ class _Qemu:
         self._refused: dict[str, int] = {}
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
+        self._going_on = threading.Event()
         self._migration = ""
         self._fds: dict[str, int] = {}
         self._memory: list[Any] = []
@@ -252,11 +254,16 @@ class _Qemu:
                 self._fds[arguments["fdname"]] = fds.pop()
             case "migrate":
                 self._cancelled.clear()
+                self._going_on.clear()
                 fd = self._fds.pop(arguments["uri"].removeprefix("fd:"))
                 self._went("setup")
                 return {}, lambda: self._migrate(self._orders, fd)
             case "migrate_cancel":
                 self._cancelled.set()
+                self._going_on.set()
+            case "migrate-continue":
+                assert self._migration == arguments["state"] == "pre-switchover"
+                self._going_on.set()
             case "stop":
                 return {}, self._stop
             case "cont":
@@ -285,17 +292,21 @@ class _Qemu:
             os.close(fd)
             self._went("cancelled")
             return
-        if orders.migrates == "unstopped":  # somebody else had stopped the guest
-            self.status = "finish-migrate"
-        else:
-            self._stop("finish-migrate")
-        if orders.migrates == "dies":
-            os.kill(os.getpid(), signal.SIGKILL)
         try:
-            if orders.migrates == "endless":
-                while not self._cancelled.is_set():
-                    os.write(fd, bytes(65536))
-            os.write(fd, STATE[: orders.state])
+            os.write(fd, STATE[: min(EARLY_BYTES, orders.state)])
+            while orders.migrates == "endless" and not self._cancelled.is_set():
+                os.write(fd, bytes(65536))
+            if orders.migrates == "unstopped":  # somebody else had stopped the guest
+                self.status = "finish-migrate"
+            else:
+                self._stop("finish-migrate")
+            if orders.migrates == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            self._went("pre-switchover")
+            self._going_on.wait()
+            if not self._cancelled.is_set():
+                self._went("device")
+                os.write(fd, STATE[EARLY_BYTES : orders.state])
             if orders.migrates == "unread":
                 self._cancelled.wait()
         except BrokenPipeError:

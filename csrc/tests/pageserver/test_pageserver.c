@@ -229,7 +229,7 @@ static void one_event_for_all_that_is_unreadable(void)
     while (pc_pageserver_next_event(server, &event) == 1) {
         fatal += event.type == PC_EVENT_FATAL;
         others += event.type != PC_EVENT_FATAL;
-        CHECK(event.type != PC_EVENT_FATAL || strstr(event.text, "image"));
+        CHECK(event.type != PC_EVENT_FATAL || strstr(event.text, "file"));
     }
     CHECK_EQ(fatal, 1);
     CHECK(others <= 2);

@@ -40,7 +40,7 @@ from postcopy._fd import FdHolder
 from postcopy._native import ffi, lib
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ResourceError
 from postcopy.machines._peer import Process
-from postcopy.machines.base import MachineState, RamBlock
+from postcopy.machines.base import MachineState, RamBlock, TellEarly
 from postcopy.machines.firecracker._process import (
     Exchange,
     find_regions,
@@ -231,7 +231,7 @@ class FirecrackerMachine(ProcessMachine):
             if (await self._api.instance(timeout_s))[0] != "Running":
                 await self._api.patch("/vm", {"state": "Resumed"}, timeout_s)
 
-    async def before_pause(self) -> None:
+    async def before_pause(self, early: TellEarly | None = None) -> None:
         """Asks Firecracker something, so that neither its code nor ours has to come into the processor's caches in the
         pause: that halves what the first request takes."""
         await run_sync(self._open_exchange)

@@ -6,7 +6,8 @@ and its memory is placed there page by page.
 |---|---|
 | `prepare` | it is found, or started; it must fit to the offer; its memory is emptied, and guarded by a userfaultfd |
 | `lend` | that userfaultfd is the engine's from here on |
-| `load_state` | its disks are taken, then ``migrate-incoming``: it touches pages of its memory, which are served |
+| `load_early` | ``migrate-incoming``, and what it may load before it is known which pages there are |
+| `load_state` | its disks are taken, then it loads the rest: it touches pages of its memory, which are served |
 | `resume` | ``cont`` |
 | `made_whole` | nothing is registered any more, and the library keeps nothing: QEMU runs on without us |
 
@@ -54,7 +55,7 @@ from postcopy.machines.preload.client import Mapping as Mapped
 from postcopy.machines.preload.start import environment
 from postcopy.machines.process import ArrivingProcess, Started
 from postcopy.machines.qemu._look import PAGE_SIZES, Backend, Config, Look, look, same_host_and_file
-from postcopy.machines.qemu.qmp import QemuError, QemuInDoubt, QemuRefused, QemuUnreachable
+from postcopy.machines.qemu.qmp import Asked, QemuError, QemuInDoubt, QemuRefused, QemuUnreachable
 from postcopy.machines.qemu.source import EVENTS, IGNORE_SHARED, QemuMachine
 from postcopy.memory import MemoryKind, check_memory
 from postcopy.memory._admission import PROMISES
@@ -112,6 +113,8 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
         self._library: Preload | None = None
         self._guard: Userfaultfd | None = None  # a copy of what guards its memory
         self._takes_disks_late = False
+        self._feed: _Feed | None = None  # once it loads
+        self._loads: Asked | None = None
 
     @classmethod
     def for_destination(cls, config: Mapping[str, Any], layout: Sequence[BlockLayout], host: QemuHost) -> ArrivingQemu:
@@ -237,20 +240,36 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
 
     # ---- its state
 
+    async def load_early(self, state: bytes) -> None:
+        with self._failing_to_load():
+            await self._begin_to_load()
+            assert self._feed is not None
+            self._feed.add(state)
+
     async def load_state(self, state: bytes) -> None:
-        if not state:  # for which QEMU would wait
-            raise ProtocolError("QEMU has not loaded the state: the source has sent an empty one")
-        self._touched = True
+        assert self._monitor is not None
         disks = self._seen.config.disks
-        try:
+        with self._failing_to_load():
+            if not state:  # for which QEMU would wait
+                raise ProtocolError("QEMU has not loaded the state: the source has sent an empty one")
             with trio.fail_after(LOAD_S):
+                await self._begin_to_load()
                 if disks and not self._takes_disks_late:
-                    await self._execute("cont", timeout_s=LOAD_S)
-                    await self._execute("stop", timeout_s=LOAD_S)
+                    # Not before QEMU has let go of them at the source; done before the last of the state is there.
+                    taken = [await self._monitor.ask(command, timeout_s=LOAD_S) for command in ("cont", "stop")]
+                    for asked in taken:
+                        await self._monitor.answer_to(asked)
+                    self._stopped = True
                 await self._load(state)
                 if disks and self._takes_disks_late:
                     await self._execute(SET_ACTIVE, {"active": True}, timeout_s=LOAD_S)
-                status = await self._status()
+        self._state = MachineState.PAUSED
+
+    @contextlib.contextmanager
+    def _failing_to_load(self) -> Iterator[None]:
+        self._touched = True
+        try:
+            yield
         except trio.TooSlowError:
             raise MigrationError(
                 f"QEMU has not loaded the state within {LOAD_S:g} s: a page that it needs has not come, or a disk does"
@@ -263,36 +282,54 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
             ) from error
         except QemuError as error:
             raise MigrationError(f"QEMU has not loaded the state: {error}; {self._what_is_left}") from error
-        if status != "paused":
-            raise MigrationError(
-                f"QEMU has loaded the state, and is {status!r}, not paused: another client has told it something;"
-                f" {self._what_is_left}"
-            )
-        self._state = MachineState.PAUSED
 
-    async def _load(self, state: bytes) -> None:
+    async def _begin_to_load(self) -> None:
+        """It loads what comes through a pipe from here on."""
         assert self._monitor is not None
-        ours, theirs = _pipe()
+        if self._feed is not None:
+            return
+        self._feed, theirs = _Feed.open()
         request: dict[str, Any] = {"uri": f"fd:{STATE}"}
         if self._monitor.version >= EXIT_ON_ERROR:
             request["exit-on-error"] = False
-        self._migration = ""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_feed, ours, state)
-            ended = await outcome.acapture(self._load_from, theirs, request)
-            nursery.cancel_scope.cancel()
-        ended.unwrap()
+        self._migration, self._stopped = "", True
+        with theirs:
+            given = await self._monitor.ask("getfd", {"fdname": STATE}, fd=theirs.fileno(), timeout_s=LOAD_S)
+            self._loads = await self._monitor.ask("migrate-incoming", request, timeout_s=LOAD_S)
+            await self._monitor.answer_to(given)
+
+    async def _load(self, rest: bytes) -> None:
+        assert self._monitor is not None
+        assert self._feed is not None
+        assert self._loads is not None
+        self._feed.add(rest)
+        if self._feed.is_empty:
+            self._feed.close()
+            await self._until_loaded(self._loads)
+        else:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._feed.end)
+                ended = await outcome.acapture(self._until_loaded, self._loads)
+                nursery.cancel_scope.cancel()
+            ended.unwrap()
         if self._migration != "completed":
             said = await self._execute("query-migrate")
             why = said.get("error-desc", "") if isinstance(said, dict) else ""
             raise MigrationError(f"QEMU has not loaded the state: {str(why)[:300] or self._migration}")
+        if not self._stopped:
+            raise MigrationError(
+                "QEMU has loaded the state, and runs already: another client has told it to; it is ended"
+            )
 
-    async def _load_from(self, theirs: FdHolder, request: dict[str, Any]) -> None:
+    async def _until_loaded(self, asked: Asked) -> None:
         assert self._monitor is not None
-        with theirs:
-            await self._execute("getfd", {"fdname": STATE}, fd=theirs.fileno())
-        await self._execute("migrate-incoming", request, timeout_s=LOAD_S)
-        await self._monitor.wait_until(lambda: self._migration in ("completed", "failed"), math.inf)
+
+        def over() -> bool:
+            return self._migration in ("completed", "failed")
+
+        self._monitor.hurry(over)
+        await self._monitor.answer_to(asked)
+        await self._monitor.wait_until(over, math.inf)
 
     @property
     def _what_is_left(self) -> str:
@@ -303,7 +340,7 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
     async def _tell_to_run(self, timeout_s: float) -> None:
         assert self._monitor is not None
         await self._monitor.mend()
-        await self._execute("cont", timeout_s=timeout_s)
+        await self._monitor.answer_to(await self._monitor.ask("cont", timeout_s=timeout_s), hurry=True)
 
     async def _is_running(self, timeout_s: float) -> bool | None:
         assert self._monitor is not None
@@ -325,6 +362,8 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
         await self._library.disarm()
 
     async def _release(self) -> None:
+        if self._feed is not None:
+            self._feed.close()
         if self._guard is not None:
             if not self._whole and self._is_alive() and self._library is not None:
                 try:
@@ -417,20 +456,53 @@ def _check_file_system(name: str, fd: int, size_bytes: int) -> None:
         )
 
 
-def _pipe() -> tuple[FdHolder, FdHolder]:
-    """Ours, to write to, and QEMU's end."""
-    try:
-        theirs, ours = os.pipe2(os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno in NO_FILES:
-            raise out_of_files(error.errno or 0, "a pipe for QEMU's state") from error
-        raise
-    with contextlib.suppress(OSError):  # beyond what this user may have in pipes
-        fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-    return FdHolder(ours), FdHolder(theirs)
+class _Feed:
+    """The end of a pipe out of which QEMU loads its state. Until `close`, or `end`."""
 
+    def __init__(self, holder: FdHolder) -> None:
+        self._fd = holder
+        self._unwritten = bytearray()
 
-async def _feed(ours: FdHolder, state: bytes) -> None:
-    async with trio.lowlevel.FdStream(ours.detach()) as stream:
-        with contextlib.suppress(trio.BrokenResourceError):  # QEMU says itself why it reads no more
-            await stream.send_all(state)
+    @classmethod
+    def open(cls) -> tuple[_Feed, FdHolder]:
+        """Ours, and QEMU's end."""
+        try:
+            theirs, ours = os.pipe2(os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in NO_FILES:
+                raise out_of_files(error.errno or 0, "a pipe for QEMU's state") from error
+            raise
+        os.set_blocking(ours, False)
+        with contextlib.suppress(OSError):  # beyond what this user may have in pipes
+            fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        return cls(FdHolder(ours)), FdHolder(theirs)
+
+    def add(self, piece: bytes) -> None:
+        """What the pipe cannot hold waits for `end`, or the next piece."""
+        self._unwritten += piece
+        self._write()
+
+    def _write(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while self._unwritten:
+                try:
+                    written = os.write(self._fd.fileno(), self._unwritten)
+                except BrokenPipeError:  # QEMU says itself why it reads no more
+                    written = len(self._unwritten)
+                del self._unwritten[:written]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether all was written."""
+        return not self._unwritten
+
+    async def end(self) -> None:
+        """Writes what waits; nothing comes after it."""
+        self._write()
+        while self._unwritten:
+            await trio.lowlevel.wait_writable(self._fd.fileno())
+            self._write()
+        self.close()
+
+    def close(self) -> None:
+        self._fd.close()

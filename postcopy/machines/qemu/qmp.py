@@ -21,7 +21,11 @@ waits for, another goes on. So there is no task of its own, and while nobody wai
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
 import socket
+import time
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -38,6 +42,10 @@ REQUEST_TIMEOUT_S = 10.0
 GREETING_TIMEOUT_S = 2.0
 """How long it has to say who it is, which it does at once where the monitor has no other client."""
 MAX_LINE_BYTES = 4 << 20
+IN_PLACE_S = 0.002
+"""See `Monitor.hurry`."""
+PATIENCE_S = 0.25
+"""How long that may be in all, on one connection: QEMU may call for it again and again."""
 _READ_BYTES = 64 << 10
 _Part = Annotated[int, msgspec.Meta(ge=0, lt=10_000)]  # of a version
 
@@ -164,6 +172,16 @@ def _when_ns(timestamp: object) -> int:
         return 0
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A command that was sent."""
+
+    number: int
+    command: str
+    timeout_s: float
+    deadline: float  # for its answer
+
+
 class Monitor:
     """The monitor of one QEMU. Made by `open`; `close` ends the connection, and nothing else."""
 
@@ -179,6 +197,8 @@ class Monitor:
         self._answers: dict[int, Answer | None] = {}  # what a task waits for
         self._read = trio.Event()
         self._reading = False
+        self._idle = trio.CancelScope()  # of the task that reads, while it waits
+        self._patience_s = PATIENCE_S
         self._broken: QemuError | None = None
 
     @classmethod
@@ -242,24 +262,52 @@ class Monitor:
     ) -> Any:
         """What QEMU answers. `fd`: a descriptor that goes along, as ``getfd`` takes one; it stays the caller's. Raises
         a `QemuError`. Cancelled, it is in doubt whether it was done."""
-        deadline = trio.current_time() + timeout_s
+        return await self.answer_to(await self.ask(command, arguments, fd=fd, timeout_s=timeout_s))
+
+    async def ask(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        fd: int | None = None,
+        timeout_s: float = REQUEST_TIMEOUT_S,
+    ) -> Asked:
+        """`execute` up to where its answer is waited for: see `answer_to`, which is called once. Commands that are
+        asked one after the other are done in this order."""
         number, line = self._protocol.command(command, arguments)
+        asked = Asked(number, command, timeout_s, trio.current_time() + timeout_s)
         self._answers[number] = None
         try:
-            with trio.fail_at(deadline):
+            with trio.fail_at(asked.deadline):
                 await self._send(line, fd)
+        except BaseException as error:
+            del self._answers[number]
+            if isinstance(error, trio.TooSlowError):
+                raise self._unanswered(asked) from None
+            raise
+        return asked
+
+    async def answer_to(self, asked: Asked, *, hurry: bool = False) -> Any:
+        number, command = asked.number, asked.command
+        try:
+            if hurry:
+                self.hurry(lambda: self._answers[number] is not None)
+            with trio.fail_at(asked.deadline):
                 await self._until(lambda: self._answers[number] is not None)
         except trio.TooSlowError:
-            raise QemuInDoubt(
-                f"QEMU ({self.path}) has not answered {command} within {timeout_s:g} s; it may wait for a page of the"
-                " guest's memory, or for a disk"
-            ) from None
+            raise self._unanswered(asked) from None
         finally:
             answer = self._answers.pop(number)
         assert answer is not None
         if answer.refusal is not None:
             raise QemuRefused(command, *answer.refusal)
         return answer.value
+
+    def _unanswered(self, asked: Asked) -> QemuInDoubt:
+        return QemuInDoubt(
+            f"QEMU ({self.path}) has not answered {asked.command} within {asked.timeout_s:g} s; it may wait for a page"
+            " of the guest's memory, or for a disk"
+        )
 
     async def wait_until(self, done: Callable[[], bool], timeout_s: float) -> None:
         """Reads until `done`, which is asked after each piece of what QEMU sends. `trio.TooSlowError` after
@@ -268,19 +316,27 @@ class Monitor:
             await self._until(done)
 
     async def _send(self, line: bytes, fd: int | None) -> None:
-        async with self._sending:
+        try:
+            self._sending.acquire_nowait()  # no other task need run before a command leaves
+        except trio.WouldBlock:
+            await self._sending.acquire()
+        sent = 0
+        try:
             self._check()
-            ancillary = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [fd]))]
-            sent = 0
-            try:
-                sent = await self._stream.socket.sendmsg([line], ancillary)
-                while sent < len(line):
-                    sent += await self._stream.socket.send(line[sent:])
-            except OSError as error:
-                raise self._break(self._ended()) from error
-            finally:
-                if 0 < sent < len(line):  # cancelled within a line
-                    self._break(QemuInDoubt(f"QEMU ({self.path}) was sent half of a command"))
+            if fd is not None:
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [fd]))]
+                sent = await self._stream.socket.sendmsg([line], rights)
+            else:
+                with contextlib.suppress(BlockingIOError):
+                    sent = os.write(self._stream.socket.fileno(), line)
+            while sent < len(line):
+                sent += await self._stream.socket.send(line[sent:])
+        except OSError as error:
+            raise self._break(self._ended()) from error
+        finally:
+            if 0 < sent < len(line):  # cancelled within a line
+                self._break(QemuInDoubt(f"QEMU ({self.path}) was sent half of a command"))
+            self._sending.release()
 
     async def _until(self, done: Callable[[], bool]) -> None:
         while not done():
@@ -293,14 +349,50 @@ class Monitor:
                 await self._read_some()
             finally:
                 self._reading = False
-                read, self._read = self._read, trio.Event()
-                read.set()
+                self._wake()
+
+    def _wake(self) -> None:
+        read, self._read = self._read, trio.Event()
+        read.set()
 
     async def _read_some(self) -> None:
+        await trio.lowlevel.checkpoint()  # the others get their turn, however much QEMU says
+        while not self._read_now():
+            with trio.CancelScope() as self._idle:
+                await trio.lowlevel.wait_readable(self._stream.socket)
+            if self._idle.cancelled_caught:  # it has been read in place
+                return
+
+    def _read_now(self) -> bool:
+        """Takes what has come, if anything."""
         try:
-            data = await self._stream.socket.recv(_READ_BYTES)
+            data = os.read(self._stream.socket.fileno(), _READ_BYTES)
+        except BlockingIOError:
+            return False
         except OSError as error:
             raise self._break(self._ended()) from error
+        self._sort(data)
+        return True
+
+    def hurry(self, done: Callable[[], bool]) -> None:
+        """A guest stands: what QEMU says is waited for *in place*, with no other task running, since each pass of the
+        event loop costs as much as QEMU's answer. What does not come within `IN_PLACE_S` is to be waited for as
+        ever."""
+        began_s = time.monotonic()
+        until_s = began_s + min(IN_PLACE_S, self._patience_s)
+        poll = select.poll()
+        poll.register(self._stream.socket.fileno(), select.POLLIN)
+        try:
+            while not done() and self._broken is None:
+                left_s = until_s - time.monotonic()
+                if not self._read_now() and (left_s <= 0 or not poll.poll(left_s * 1000)):
+                    return
+        finally:
+            self._patience_s -= time.monotonic() - began_s
+            self._idle.cancel()  # whoever reads has to look
+            self._wake()
+
+    def _sort(self, data: bytes) -> None:
         if not data:
             raise self._break(self._ended())
         try:

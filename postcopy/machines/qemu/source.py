@@ -6,10 +6,11 @@ QEMU is driven over its monitor and watched from outside: it is not changed, and
 **Memory** is the files of its shared backends, mapped here too (`_look`): read in place, and QEMU knows nothing of it.
 
 **State.** QEMU migrates to a pipe of ours, and leaves shared memory out of that (capability ``x-ignore-shared``). It
-prepares itself while the guest runs, stops the guest (event STOP, from which the pause is counted), writes the devices'
-state and has *completed*; what the pipe holds then is all of the state. Memory is looked at only after that, since a
-device may still write to it while it is saved. QEMU is not asked to wait in between (``pause-before-switchover``): that
-would be one more round trip in the pause, and there would be two ways back in place of one.
+writes what it keeps in memory of its own (ROMs) while the guest runs, stops the guest (event STOP, from which the pause
+is counted), waits until its disks have done what they were asked, and then for us (``pause-before-switchover``). What
+it has written until then is final, and loading it touches no guest memory: it is the *early* state, which is given away
+as it comes. Told to go on, QEMU writes the devices' state and has *completed*; memory is looked at meanwhile, since
+nothing changes it any more: QEMU's own migration sends the last of it before the devices, too.
 
 **The way back** is the same from everywhere (`_set_running`), and asks QEMU where it is: a migration that is under way
 is cancelled, and a guest that does not run is told to (``cont``). That only one of the two runs is a matter of the
@@ -20,8 +21,9 @@ pages that were pinned before (O_DIRECT) shows in no page table: a QEMU with suc
 ends all requests (`settled`).
 
 **The end.** `close` lets go of it and ends nothing. A source that dies while QEMU writes its state fails that, and QEMU
-lets the guest run on; one that dies later leaves a guest that is stopped ("postmigrate"), which the user tells to run
-(``cont``) if he knows that it does not run elsewhere. When the guest runs elsewhere, `destroy` ends what is left here.
+lets the guest run on; one that dies while QEMU waits for it leaves a guest that is stopped, which the user tells to run
+(``migrate_cancel``); one that dies later does so too ("postmigrate", ``cont``): if he knows that it does not run
+elsewhere. When the guest runs elsewhere, `destroy` ends what is left here.
 """
 
 from __future__ import annotations
@@ -43,19 +45,22 @@ from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
 from postcopy.errors import NO_FILES, BusyError, ConfigurationError, MigrationError, PostcopyError, out_of_files
 from postcopy.machines._peer import one_line
-from postcopy.machines.base import MachineState, RamBlock
+from postcopy.machines.base import MachineState, RamBlock, TellEarly
 from postcopy.machines.preload.client import Armed, Preload
 from postcopy.machines.process import ProcessMachine
 from postcopy.machines.qemu._look import Look, look, look_at_disks, ram_blocks
-from postcopy.machines.qemu.qmp import Event, Monitor, QemuError, QemuInDoubt, QemuRefused
+from postcopy.machines.qemu.qmp import Asked, Event, Monitor, QemuError, QemuInDoubt, QemuRefused
 from postcopy.memory import FEATURES_OF_PROCESS, DirtyLog, Memory
 from postcopy.units import format_size
 
 MAX_STATE_BYTES = (16 << 20) - (64 << 10)
 """What a message of the protocol can hold. The state of a guest has some hundred KiB."""
-IGNORE_SHARED, EVENTS = "x-ignore-shared", "events"
+IGNORE_SHARED, EVENTS, WAIT = "x-ignore-shared", "events", "pause-before-switchover"
 STOP_TIMEOUT_S = 20.0
 """How long QEMU may take from `migrate` until the guest stands."""
+SAVE_TIMEOUT_S = 10.0
+"""How long it may take from there until it has saved its devices: some milliseconds."""
+WAITS = "pre-switchover"
 GO_ON_TIMEOUT_S = 8.0
 """How long it may take until a guest runs that was told to."""
 READ_WITHIN_NS = 10**9
@@ -96,6 +101,7 @@ class QemuMachine(ProcessMachine):
         self._stopped = False  # the guest, as QEMU has told
         self._settings: dict[str, dict[str, Any]] = {}  # commands, by which what we have set is as it was
         self._stream: _Stream | None = None
+        self._going_on: Asked | None = None
         self._saved: bytes | None = None
 
     @classmethod
@@ -153,8 +159,8 @@ class QemuMachine(ProcessMachine):
         if reasons := said.get("blocked-reasons"):
             raise ConfigurationError(f"{self._name} says that it cannot be migrated: {str(reasons)[:300]}")
         await self._check_jobs()
-        if IGNORE_SHARED not in await self._capabilities():
-            raise ConfigurationError(f"{self._name} cannot leave shared memory out of its migration ({IGNORE_SHARED})")
+        for capability in sorted({IGNORE_SHARED, EVENTS, WAIT} - (await self._capabilities()).keys(), reverse=True):
+            raise ConfigurationError(f"{self._name} cannot be moved: its migration has no capability {capability}")
 
     async def _check_jobs(self) -> None:
         """A job that copies a disk must copy each write before the guest hears of it, or the last ones are lost; while
@@ -277,18 +283,22 @@ class QemuMachine(ProcessMachine):
 
     # ---- the pause
 
-    async def before_pause(self) -> None:
-        """Has QEMU migrate, until it has stopped the guest."""
+    async def before_pause(self, early: TellEarly | None = None) -> None:
+        """Has QEMU migrate, until it has stopped the guest and waits for us."""
         if self._state is MachineState.PAUSED:
             return
         await self._check_is_as_found()
+        if early is not None:
+            early(b"")
         try:
             await self._set_up_migration(
-                frozenset({IGNORE_SHARED, EVENTS}), {"max-bandwidth": _NO_LIMIT, "downtime-limit": _LEFT_MS}
+                frozenset({IGNORE_SHARED, EVENTS, WAIT}), {"max-bandwidth": _NO_LIMIT, "downtime-limit": _LEFT_MS}
             )
             self._migration, self._stopped = "", False
             self._stream = await self._begin_migration()
-            await self._stream_until(lambda: self._stopped or self._is_over, STOP_TIMEOUT_S)
+            await self._stream_until(lambda: self._migration == WAITS or self._is_over, STOP_TIMEOUT_S, early)
+            if self._migration != WAITS or not self._stopped:
+                raise MigrationError(await self._why_not())
         except BaseException as error:
             await self._undo(error)
             raise
@@ -316,61 +326,76 @@ class QemuMachine(ProcessMachine):
     def _is_over(self) -> bool:
         return bool(self._migration) and self._migration not in _UNDER_WAY
 
-    async def _stream_until(self, done: Callable[[], bool], timeout_s: float) -> None:
-        """Takes what QEMU writes, until `done`, and then what the pipe holds."""
-        assert self._monitor is not None
+    async def _stream_until(
+        self, done: Callable[[], bool], timeout_s: float, early: TellEarly | None = None, *, hurry: bool = False
+    ) -> None:
+        """Takes what QEMU writes, until `done`, and then what the pipe holds; gives it to `early`."""
         assert self._stream is not None
-        stream, failed = self._stream, None
+        stream = self._stream
         try:
             with trio.fail_after(timeout_s):
-                async with trio.open_nursery() as nursery:
-
-                    async def take() -> None:
-                        await stream.take_all()
-                        if stream.too_long:
-                            nursery.cancel_scope.cancel()
-
-                    nursery.start_soon(take)
-                    try:
-                        await self._monitor.wait_until(done, math.inf)
-                    except QemuError as error:
-                        failed = error
-                    nursery.cancel_scope.cancel()
+                over = False
+                while not over:
+                    over = await self._stream_some(done, stream.too_long if early is None else stream.full, hurry)
+                    stream.take()
+                    if stream.too_long():
+                        break
+                    if early is not None and (piece := stream.cut()):
+                        early(piece)
         except trio.TooSlowError:
             raise MigrationError(
                 f"{self._name} has not stopped its guest and saved its state within {timeout_s:g} s (its migration is"
                 f" {self._migration or 'not begun'}); it may wait for a page of the guest's memory, or for a disk"
             ) from None
-        if failed is not None:
-            raise failed
-        stream.take()
-        if stream.too_long:
+        if stream.too_long():
             raise MigrationError(
                 f"the state of {self._name} is longer than {format_size(MAX_STATE_BYTES)}, which is all that the pause"
                 " can take: a device has much memory of its own, as video memory (-device VGA,vgamem_mb=16)"
             )
 
+    async def _stream_some(self, done: Callable[[], bool], enough: Callable[[], bool], hurry: bool) -> bool:
+        """Takes what QEMU writes, until `done` or it is `enough`: whether it is done."""
+        assert self._monitor is not None
+        assert self._stream is not None
+        stream, failed = self._stream, None
+        if hurry:
+            self._monitor.hurry(done)
+            if done():
+                return True
+        async with trio.open_nursery() as nursery:
+
+            async def take() -> None:
+                await stream.take_until(enough)
+                if enough():
+                    nursery.cancel_scope.cancel()
+
+            nursery.start_soon(take)
+            try:
+                await self._monitor.wait_until(done, math.inf)
+            except QemuError as error:
+                failed = error
+            nursery.cancel_scope.cancel()
+        if failed is not None:
+            raise failed
+        return done()
+
     async def pause(self, timeout_s: float = 10.0) -> None:
-        """Until QEMU has saved its state. When that fails the guest is told to run again."""
+        """Tells QEMU to go on, which waits with its guest stopped. When that fails the guest is told to run again."""
         with trio.CancelScope(shield=True):
             await self.before_pause()
-            if self._stream is None:
+            if self._stream is None or self._going_on is not None:
                 return
+            assert self._monitor is not None
             try:
-                await self._stream_until(lambda: self._is_over, timeout_s)
-                if self._migration != "completed" or not self._stopped:
-                    raise MigrationError(await self._why_not())
-                self._saved = _without_description(self._stream.content())
+                self._going_on = await self._monitor.ask("migrate-continue", {"state": WAITS}, timeout_s=timeout_s)
             except BaseException as error:
                 await self._undo(error)
                 raise
-            self._stream.close()
-            self._stream = None
             self._tell()
         await trio.lowlevel.checkpoint_if_cancelled()
 
     async def _why_not(self) -> str:
-        if self._migration == "completed":
+        if self._migration in ("completed", WAITS):
             return f"the guest of {self._name} was stopped by somebody else meanwhile"
         why = (await self._query_migrate()).get("error-desc", "")
         return f"{self._name} cannot save its state ({self._migration}){': ' if why else ''}{str(why)[:300]}"
@@ -395,7 +420,7 @@ class QemuMachine(ProcessMachine):
 
     async def _set_running(self) -> None:
         """Whatever has become of the pause, the guest runs. `MigrationError` when that cannot be, with the reason."""
-        stream, self._stream, self._saved = self._stream, None, None
+        stream, self._stream, self._going_on, self._saved = self._stream, None, None, None
         if stream is not None:
             stream.close()  # a write that nobody reads ends, too
         assert self._monitor is not None
@@ -438,10 +463,19 @@ class QemuMachine(ProcessMachine):
             await trio.sleep(_AGAIN_S)
 
     async def save_state(self) -> bytes:
-        """What `pause` has taken."""
-        await trio.lowlevel.checkpoint()
+        """What was not given away before. When that fails the guest is stopped as before (`resume`)."""
         if self._saved is None:
-            raise MigrationError("a QEMU has a state to be sent while its guest is paused")
+            if self._going_on is None or self._stream is None:
+                raise MigrationError("a QEMU has a state to be sent while its guest is paused")
+            assert self._monitor is not None
+            await self._stream_until(lambda: self._is_over, SAVE_TIMEOUT_S, hurry=True)
+            if self._migration != "completed":
+                raise MigrationError(await self._why_not())
+            await self._monitor.answer_to(self._going_on, hurry=True)
+            self._saved = _without_description(self._stream.cut())
+            self._stream.close()
+            self._stream = None
+        await trio.lowlevel.checkpoint_if_cancelled()
         return self._saved
 
     async def load_state(self, state: bytes) -> None:
@@ -524,18 +558,21 @@ class _Stream:
             fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         return cls(f"postcopy-{os.getpid()}-{ours}", FdHolder(ours)), FdHolder(theirs)
 
-    @property
     def too_long(self) -> bool:
         return self._bytes > MAX_STATE_BYTES
 
-    async def take_all(self) -> None:
-        """Takes what is written, until it ends or is too long."""
-        while not self.take() and not self.too_long:
+    def full(self) -> bool:
+        """Whether there is something for `cut`."""
+        return bool(self._pieces)
+
+    async def take_until(self, enough: Callable[[], bool]) -> None:
+        """Takes what is written, until it ends or is `enough`."""
+        while not self.take() and not enough():
             await self._fd.wait_readable()
 
     def take(self) -> bool:
         """Takes what is there; whether that was the end of it."""
-        while not self.too_long:
+        while not self.too_long():
             try:
                 piece = os.read(self._fd.fileno(), _PIPE_BYTES)
             except BlockingIOError:
@@ -546,8 +583,10 @@ class _Stream:
             self._bytes += len(piece)
         return False
 
-    def content(self) -> bytes:
-        return b"".join(self._pieces)
+    def cut(self) -> bytes:
+        """What was taken since the last call."""
+        pieces, self._pieces = self._pieces, []
+        return b"".join(pieces)
 
     def close(self) -> None:
         self._fd.close()

@@ -18,7 +18,7 @@ import msgpack
 import numpy as np
 
 MAGIC = b"postcpy"
-NEWEST, OLDEST = 4, 2
+NEWEST, OLDEST = 5, 2
 MAX_MESSAGE_BYTES = 16 << 20
 FRAME_MAGIC = 0x46504350
 FRAME_BYTES = 40

@@ -181,6 +181,38 @@ async def test_one_that_is_whole_stays_and_can_leave_again(guest: Stood, waiting
         assert await leaves.save_state()
 
 
+async def test_a_state_may_come_in_pieces(guest: Stood, waiting: Qemu) -> None:
+    """Also one that is given away too early, with devices: what they touch is waited for."""
+    guest.serving = trio.Event()
+    async with trio.open_nursery() as nursery:
+        machine = arriving(guest, waiting)
+        await machine.prepare()
+        await guest.lend(machine, nursery)
+        size = len(guest.state) // 3
+        for piece in (b"", guest.state[:size], guest.state[size:-1]):
+            await machine.load_early(piece)
+        guest.serving.set()
+        await machine.load_state(guest.state[-1:])
+        await machine.resume()
+        await run_sync(waiting.wait_passes, 2)
+        await run_sync(guest.fill)
+        await machine.made_whole()
+        nursery.cancel_scope.cancel()
+    await machine.close()
+    assert await run_sync(waiting.status) == "running"
+
+
+async def test_one_that_has_begun_to_load_is_killed(guest: Stood, waiting: Qemu) -> None:
+    async with trio.open_nursery() as nursery:
+        machine = arriving(guest, waiting)
+        await machine.prepare()
+        await guest.lend(machine, nursery)
+        await machine.load_early(guest.state[:100])
+        await machine.close()
+        assert await is_killed(waiting)
+        nursery.cancel_scope.cancel()
+
+
 async def test_one_that_is_not_whole_is_killed(guest: Stood, waiting: Qemu) -> None:
     async with trio.open_nursery() as nursery:
         machine = arriving(guest, waiting)

@@ -80,6 +80,7 @@ async def test_it_goes_on_wherever_the_pause_is_given_up(qemu: Qemu) -> None:
                 with trio.move_on_after(chosen.uniform(0, 0.02)) as scope:
                     await machine.before_pause()
                     await machine.pause()
+                    await machine.save_state()
                 given_up += scope.cancelled_caught
                 await machine.resume()
                 assert await machine._status() == "running"
@@ -116,6 +117,7 @@ async def test_one_that_has_left_ends_in_good_order(tmp_path: Path) -> None:
             machine = QemuMachine.create(qemu.qmp_path)
             await machine.prepare()
             await machine.pause()
+            await machine.save_state()
             await machine.destroy()
             assert await trio.to_thread.run_sync(qemu.process.wait, BOUND_S) == 0
     assert not (tmp_path / "pid").exists()

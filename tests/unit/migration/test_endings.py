@@ -153,7 +153,7 @@ async def test_the_machine_runs_while_its_pause_is_made_ready(monkeypatch: pytes
     pair = make_pair()
     found: list[tuple[MachineState, int]] = []
 
-    async def before_pause() -> None:
+    async def before_pause(*_: object) -> None:
         await trio.lowlevel.checkpoint()
         found.append((pair.machine.state, pair.source.paused_ns))
 

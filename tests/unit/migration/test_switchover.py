@@ -467,7 +467,7 @@ async def test_the_pause_begins_when_the_machine_says_that_it_stopped() -> None:
     pair = make_pair()
     stopped_ns = 0
 
-    async def before_pause() -> None:
+    async def before_pause(early: object = None) -> None:
         nonlocal stopped_ns
         await trio.lowlevel.checkpoint()
         stopped_ns = time.monotonic_ns()

@@ -34,6 +34,8 @@ MESSAGES: list[p.Message] = [
     p.StaleMap(1, 0, 512, b"\x00\x80\x04"),
     p.Round(3, 2, True),
     p.RoundDone(3),
+    p.EarlyState(b"\x00\xff" * 100),
+    p.EarlyState(b""),
     p.Switchover(b"\x00\xff" * 100, 2),
     p.Switchover(b"", 0, True),
     p.Prepared(),

@@ -222,7 +222,7 @@ class TestHandshake:
         [
             (b"\x00", "this is not a postcopy peer: it began with b'\\\\x00'"),
             (b"HTCPCP/1.0", "this is not a postcopy peer: it began with b'HTC"),
-            (b"postcpy\x01", "speaks version 1 of the postcopy protocol, this is version 4, which speaks 2 too"),
+            (b"postcpy\x01", "speaks version 1 of the postcopy protocol, this is version 5, which speaks 2 too"),
             (p.PREAMBLE + b"\x00\x00\x40\x01", "a message of 16385 bytes"),
             (p.PREAMBLE + b"\x00\x00\x00\x00", "a message of 0 bytes"),
             (p.PREAMBLE + b"\xff\xff\xff\xff", "a message of 4294967295 bytes"),

@@ -111,6 +111,11 @@ class TwoHosts(RuleBasedStateMachine):
     def page_map(self) -> None:
         self.send("dest", self.source.send(p.PageMap(0, 0, 256, b"\x01")))
 
+    @precondition(lambda self: self.source.state is State.READY)
+    @rule(state=st.binary(max_size=20))
+    def early_state(self, state: bytes) -> None:
+        self.send("dest", self.source.send(p.EarlyState(state)))
+
     @precondition(lambda self: self.source.state is State.MAPS)
     @rule()
     def round(self) -> None:

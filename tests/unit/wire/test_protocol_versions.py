@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Versions 4 and 3, and version 2: what is said first, and a peer of version 2 that is played from its bytes.
+"""Versions 5, 4 and 3, and version 2: what is said first, and a peer of version 2 that is played from its bytes.
 
 The bytes of version 2 below are written down by hand, as docs/protocol.md of that version has them, and not made by the
 package.
@@ -18,7 +18,7 @@ from postcopy import net as c
 from postcopy import wire as p
 from postcopy.errors import PeerError, ProtocolError
 from postcopy.wire import DestinationProtocol, SourceProtocol, State
-from postcopy.wire.messages import OLDEST_VERSION
+from postcopy.wire.messages import MAX_STATE_BYTES, OLDEST_VERSION
 from tests.unit.net.support import SESSION, open_acceptor
 from tests.unit.wire.support import MESSAGES, body, framed
 
@@ -36,15 +36,16 @@ HELLO_3 = {"channel", "side", "index", "migration", "epoch", "ended", "proof", "
 OFFER_3 = {"migration", "token", "machine", "config", "blocks", "bulk-channels", "placed-every-ms"}
 ACCEPT_3 = {"page-bytes", "shards", "bulk-channels"}
 DIFFERENT = {
-    "hello": {2: set(HELLO_2) - {"type"}, 3: HELLO_3, 4: HELLO_3},
-    "welcome": {2: set[str](), 3: {"proof"}, 4: {"proof"}},
-    "refused": {2: {"reason"}, 3: {"reason", "code", "proof"}, 4: {"reason", "code", "proof"}},
-    "offer": {2: OFFER_3, 3: OFFER_3, 4: OFFER_3 | {"compress"}},
-    "accept": {2: ACCEPT_3, 3: ACCEPT_3, 4: ACCEPT_3 | {"compress"}},
-    "switchover": {2: {"state", "maps"}, 3: {"state", "maps"}, 4: {"state", "maps", "whole"}},
-    "running": {2: {"resume-ns"}, 3: {"resume-ns"}, 4: {"resume-ns", "ago-ns"}},
+    "hello": {2: set(HELLO_2) - {"type"}, 3: HELLO_3},
+    "welcome": {2: set[str](), 3: {"proof"}},
+    "refused": {2: {"reason"}, 3: {"reason", "code", "proof"}},
+    "offer": {2: OFFER_3, 4: OFFER_3 | {"compress"}},
+    "accept": {2: ACCEPT_3, 4: ACCEPT_3 | {"compress"}},
+    "switchover": {2: {"state", "maps"}, 4: {"state", "maps", "whole"}},
+    "running": {2: {"resume-ns"}, 4: {"resume-ns", "ago-ns"}},
 }
-"""The fields of those messages that are not the same in all versions, as docs/protocol.md has them."""
+"""The fields of those messages that are not the same in all versions, from which version on, as docs/protocol.md has
+them."""
 
 
 @pytest.mark.parametrize("version", range(OLDEST_VERSION, p.PROTOCOL_VERSION + 1))
@@ -55,7 +56,8 @@ def test_the_fields_of_each_version(message: p.Message, version: int) -> None:
         return
     fields = msgpack.unpackb(body(message, version), strict_map_key=False)
     every = set(message.__struct_encode_fields__)
-    assert set(fields) - {"type"} == DIFFERENT.get(message.TYPE, {}).get(version, every)
+    by_version = DIFFERENT.get(message.TYPE, {version: every})
+    assert set(fields) - {"type"} == by_version[max(since for since in by_version if since <= version)]
     assert isinstance(p.decode(msgpack.packb(fields), version), type(message))
     assert not set(message.FIELDS_FROM) - every
     assert not set(message.FIELDS_UNTIL) - every
@@ -241,7 +243,7 @@ async def test_a_version_that_is_too_old_is_refused_by_name(version: int) -> Non
         await peer.stream.aclose()
 
 
-@pytest.mark.parametrize("answer", [b"postcpy\x01", b"postcpy\x05", b"postcpy\xff"])
+@pytest.mark.parametrize("answer", [b"postcpy\x01", b"postcpy\x06", b"postcpy\xff"])
 def test_answers_that_make_no_sense(answer: bytes) -> None:
     """A listening side may go down to what is spoken here, and never up: that would go round in circles."""
     client = p.ClientHandshake(p.Hello("control", "dest", 0, b"", 0))
@@ -378,3 +380,33 @@ def test_no_rounds_before_version_4(version: int) -> None:
         dest.receive_data(source.send(last))
         heard = dest.next_message()
     assert heard == p.Switchover(b"", 1)
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_no_early_state_before_version_5(version: int) -> None:
+    """Neither said nor taken."""
+    source, dest = SourceProtocol(version), DestinationProtocol(version)
+    source._state = dest._state = State.READY
+    with pytest.raises(ProtocolError, match=f"early-state must not be sent: version {version} is spoken"):
+        source.send(p.EarlyState(b"rom"))
+    assert source.state is State.READY
+    dest.receive_data(p.encode(p.EarlyState(b"rom")))
+    with pytest.raises(ProtocolError, match=f"early-state must not be received: version {version} is spoken"):
+        dest.next_message()
+
+
+def test_a_state_is_bounded_also_in_pieces() -> None:
+    source, dest = SourceProtocol(), DestinationProtocol()
+    source._state = dest._state = State.READY
+    piece, pieces = bytes(p.EARLY_STATE_BYTES), MAX_STATE_BYTES // p.EARLY_STATE_BYTES
+    for _ in range(pieces):
+        dest.receive_data(source.send(p.EarlyState(piece)))
+        assert dest.next_message() == p.EarlyState(piece)
+    for last in (p.EarlyState(piece), p.Switchover(piece, 0)):
+        with pytest.raises(ProtocolError, match=rf"{last.TYPE} must not be sent: the state has more than 16 MiB"):
+            source.send(last)
+    assert source.state is State.READY
+    source.send(p.Switchover(b"", 0))
+    dest.receive_data(p.encode(p.Switchover(piece, 0)))
+    with pytest.raises(ProtocolError, match="switchover must not be received: the state has more than 16 MiB"):
+        dest.next_message()
