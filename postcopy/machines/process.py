@@ -186,6 +186,7 @@ class ArrivingProcess(ProcessMachine):
         super().__init__(*arguments)
         self._own: Started | None = None
         self._touched = False
+        self._is_destroyed = False
         self._whole = False
         self._unconfirmed = False  # it was told to run, and has not answered
         self._doubt = ""  # the last reason for that
@@ -206,18 +207,21 @@ class ArrivingProcess(ProcessMachine):
             return
         if self._state is MachineState.RUNNING:
             return
-        tell: bool | None = True
-        with trio.move_on_after(RESUME_S) as deadline:
-            while tell is not None:
-                tell = await self._told_to_run(tell)
-        self._unconfirmed = deadline.cancelled_caught
+        self._unconfirmed = not await self._runs_in_time(tell=True)
         if self._unconfirmed:
             log.warning(
-                "%s was told to run, and has not done it within %g s: it waits for a page, or for a disk",
+                "%s was told to run, and has not done it within %g s; it is told again until it has: %s",
                 self._name,
                 RESUME_S,
+                self._doubt or "it waits for a page, or for a disk",
             )
         self._runs()
+
+    async def _runs_in_time(self, tell: bool | None) -> bool:
+        with trio.move_on_after(RESUME_S):
+            while tell is not None:
+                tell = await self._told_to_run(tell)
+        return tell is None
 
     async def _told_to_run(self, tell: bool) -> bool | None:
         """None: it runs. Else whether it has to be told (again)."""
@@ -239,22 +243,29 @@ class ArrivingProcess(ProcessMachine):
 
     async def wait_changed(self) -> None:
         tell: bool | None = False
-        while self._unconfirmed and tell is not None and self._is_alive():
+        while self._unconfirmed and tell is not None and self._is_alive() and not self._closed:
             tell = await self._told_to_run(tell)
         self._unconfirmed = False
         await super().wait_changed()
 
     async def made_whole(self) -> None:
         self._whole = True
+        # No page is missing any more: what it waits for now nobody here can bring.
+        if self._unconfirmed and not await self._runs_in_time(tell=False):
+            log.error(
+                "%s has all of its memory, and does not run: %s; see to that, and tell it to run",
+                self._name,
+                self._doubt or "it does not answer",
+            )
 
     async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        if not self._whole and (self._touched or self._own is not None):
+        if not self._whole and not self._is_destroyed and (self._touched or self._own is not None):
             await self.destroy()
         else:
             await super().close(timeout_s)
 
     async def destroy(self) -> None:
-        own, self._own, self._touched = self._own, None, False
+        own, self._own, self._is_destroyed = self._own, None, True
         with trio.CancelScope(shield=True):  # bounded
             if not self._whole:
                 await self._kill()  # it is not asked: it may wait for a page
@@ -351,7 +362,8 @@ class Started:
     def _remove(self) -> None:
         deadline_s = time.monotonic() + KILL_TIMEOUT_S
         while self.ended() is None and time.monotonic() < deadline_s:
-            os.killpg(self._pid, signal.SIGKILL)  # not waited for: its number is its own
+            with contextlib.suppress(PermissionError):  # all of it has become another user's
+                os.killpg(self._pid, signal.SIGKILL)  # not waited for: its number is its own
             time.sleep(_POLL_S)
         shutil.rmtree(self.directory, ignore_errors=True)
 

@@ -265,7 +265,7 @@ class _Qemu:
                 assert self._migration == arguments["state"] == "pre-switchover"
                 self._going_on.set()
             case "stop":
-                return {}, self._stop
+                self._stop()
             case "cont":
                 with self._lock:
                     self.status = "running"

@@ -361,7 +361,7 @@ def _check(pid: int, mappings: Sequence[Mapping]) -> None:
     for mapping in mappings:
         status = os.fstat(mapping.fd.fileno())
         page_bytes = mapping.page_bytes
-        if not stat.S_ISREG(status.st_mode) or _file_system(mapping.fd.fileno()) not in _IN_MEMORY:
+        if not stat.S_ISREG(status.st_mode) or not is_in_memory(mapping.fd.fileno()):
             raise ProtocolError(f"process {pid}: {mapping.name} is no file in memory")
         if (status.st_dev, status.st_ino) != (mapping.device, mapping.inode) or status.st_blksize != page_bytes:
             raise ProtocolError(f"process {pid}: {mapping.name} is another file than was said")
@@ -419,13 +419,14 @@ def _is_mapped(mapping: Mapping, areas: Sequence[_Area]) -> bool:
     return at >= end
 
 
-def _file_system(fd: int) -> int:
-    """The type that fstatfs(2) tells, which Python does not."""
+def is_in_memory(fd: int) -> bool:
+    """Whether a file is on a tmpfs (as a memfd is) or a hugetlbfs, by the type that fstatfs(2) tells, which Python does
+    not."""
     found = (ctypes.c_long * 32)()  # longer than struct statfs, whose first field it is
     if _libc.fstatfs(fd, ctypes.byref(found)):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
-    return int(found[0])
+    return int(found[0]) in _IN_MEMORY
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -27,6 +27,7 @@ from postcopy._blocking import run_sync
 from postcopy._native import lib
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ResourceError
 from postcopy.machines._peer import Process, one_line
+from postcopy.machines.preload.client import is_in_memory
 from postcopy.machines.qemu.qmp import Monitor, QemuAnswer
 from postcopy.memory import Memory
 from postcopy.units import format_size
@@ -34,14 +35,17 @@ from postcopy.units import format_size
 OLDEST = (4, 0)
 """The first version that can leave shared memory out."""
 MEMFD_TRAVELS = (8, 0)
-"""From some version on (seen in 10.0, not in 7.2) memory that has no named file travels though it is shared."""
+"""Memory that has no named file travels though it is shared: since 8.0 or 8.1 (seen in 10.0, not in 7.2)."""
 MAX_OWN_BYTES = 32 << 20
 """The largest block that may travel in QEMU's own stream: video memory has 16 MiB, nearly all of them zeros."""
 MAX_BLOCKS = 64
 PAGE_SIZES = (int(lib.pc_page_bytes()), 2 << 20)
 FILE_BACKEND = "memory-backend-file"
 
-_PINNING_DRIVERS = frozenset({"nvme", "io_uring", "nvme-io_uring", "virtio-blk-vfio-pci", "virtio-blk-vhost-vdpa"})
+# They write to pages that were pinned before, whatever the cache: as a SCSI device that is passed through does.
+_PINNING_DRIVERS = frozenset(
+    {"host_device", "nvme", "io_uring", "nvme-io_uring", "virtio-blk-vfio-pci", "virtio-blk-vhost-vdpa"}
+)
 # What has a RAM block or gives the guest's memory to others, in a way that is not known here to be moved right.
 _REFUSED_DEVICES = (
     (r"vhost-user-.*", "another process reads and writes the guest's memory for it"),
@@ -54,7 +58,6 @@ _REFUSED_NETS = re.compile(r"type=(vhost-user|vhost-vdpa)\b")
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)")
 _CHILD = re.compile(r"child<(.*)>")
 _MEMFD = "/memfd:"
-_MEMORY_FILES = frozenset({"tmpfs", "hugetlbfs", "ramfs"})
 
 _Text = Annotated[str, Meta(max_length=4096)]
 _Version = Annotated[str, Meta(pattern=r"\A[0-9]{1,4}\.[0-9]{1,4}\.[0-9]{1,4}\Z")]
@@ -67,13 +70,6 @@ class FileIdentity(msgspec.Struct, frozen=True):
     inode: int
 
 
-class Disk(msgspec.Struct, frozen=True):
-    """A file or device that QEMU reads or writes."""
-
-    node: _Text
-    file: _Text
-
-
 class Config(msgspec.Struct, frozen=True):
     """What a source offers, beside the layout of its memory."""
 
@@ -84,7 +80,6 @@ class Config(msgspec.Struct, frozen=True):
     vcpus: Annotated[int, Meta(ge=1, le=1 << 16)]
     boot: _Text  # which host that is: the kernel's boot id
     files: Annotated[list[FileIdentity], Meta(max_length=MAX_BLOCKS)]  # of the blocks, in their order
-    disks: Annotated[list[Disk], Meta(max_length=1024)] = []
 
 
 @dataclass(frozen=True)
@@ -129,6 +124,7 @@ class Look:
     threads: tuple[int, ...]  # of the vCPUs, by number
     blocks: tuple[tuple[str, int], ...]
     """All of QEMU's blocks of memory that travel, in the stream or by us: names and sizes."""
+    has_disks: bool
     pins: tuple[str, ...]
     """Block nodes that write to pages of the guest's memory which were pinned before (O_DIRECT)."""
 
@@ -144,7 +140,7 @@ async def look(monitor: Monitor, process: Process) -> Look:
     blocks = await ram_blocks(monitor)
     wanted = await _shared_backends(monitor, blocks)
     backends = await run_sync(_find, process.pid, wanted)
-    disks, pins = await look_at_disks(monitor)
+    has_disks, pins = await look_at_disks(monitor)
     kvm = _convert(await monitor.execute("query-kvm"), _Kvm, "query-kvm")
     machine = _text(await monitor.execute("qom-get", {"path": "/machine", "property": "type"}))
     config = Config(
@@ -155,9 +151,8 @@ async def look(monitor: Monitor, process: Process) -> Look:
         len(threads),
         await run_sync(_boot_id),
         [backend.identity for backend in backends],
-        disks,
     )
-    return Look(config, backends, threads, blocks, pins)
+    return Look(config, backends, threads, blocks, has_disks, pins)
 
 
 class _Kvm(msgspec.Struct):
@@ -358,18 +353,16 @@ def _check_backend(name: str, size_bytes: int, kind: str, version: tuple[int, ..
         )
 
 
-async def look_at_disks(monitor: Monitor) -> tuple[list[Disk], tuple[str, ...]]:
-    """The files that QEMU reads and writes, and which of its nodes write to memory that was pinned before."""
+async def look_at_disks(monitor: Monitor) -> tuple[bool, tuple[str, ...]]:
+    """Whether QEMU has files that it reads and writes, and which of them write to memory that was pinned before."""
     said = await monitor.execute("query-named-block-nodes", {"flat": True} if monitor.version >= (5, 0) else None)
     nodes = _convert(said, list[_Node], "query-named-block-nodes")
-    # What is below others is named again above it, with the same file.
-    disks = {node.file: Disk(one_line(node.node), node.file[:4096]) for node in nodes if node.file}
     pins = {
         one_line(node.file or node.node)
         for node in nodes
         if node.drv in _PINNING_DRIVERS or (node.cache is not None and node.cache.direct)
     }
-    return list(disks.values())[:1024], tuple(sorted(pins))
+    return any(node.file for node in nodes), tuple(sorted(pins))
 
 
 # ---- what the kernel says
@@ -398,14 +391,13 @@ def _find(pid: int, wanted: Iterable[_Wanted]) -> tuple[Backend, ...]:
 def _backend(pid: int, wanted: _Wanted, mapping: SharedMapping) -> Backend:
     fd = _open_file(pid, mapping.identity, os.O_RDWR)
     try:
-        size_bytes, page_bytes = os.fstat(fd).st_size, os.fstatvfs(fd).f_bsize
+        size_bytes, page_bytes, in_memory = os.fstat(fd).st_size, os.fstatvfs(fd).f_bsize, is_in_memory(fd)
     finally:
         os.close(fd)
-    kind = _file_system(pid, mapping)
-    if kind not in _MEMORY_FILES:
+    if not in_memory:
         raise ConfigurationError(
-            f"memory {wanted.name} of QEMU is the file {one_line(mapping.path)} on a disk ({kind}): put it on a tmpfs,"
-            " as /dev/shm, or on a hugetlbfs"
+            f"memory {wanted.name} of QEMU is the file {one_line(mapping.path)} on a disk: put it on a tmpfs, as"
+            " /dev/shm, or on a hugetlbfs"
         )
     if page_bytes not in PAGE_SIZES:
         raise ConfigurationError(
@@ -530,17 +522,18 @@ def _is_file(status: os.stat_result, identity: FileIdentity) -> bool:
     return stat.S_ISREG(status.st_mode) and FileIdentity(status.st_dev, status.st_ino) == identity
 
 
-def _file_system(pid: int, mapping: SharedMapping) -> str:
-    """The kind of file system that a mapped file is on."""
-    if mapping.path.startswith(_MEMFD):
-        return "tmpfs"
-    with open(f"/proc/{pid}/mountinfo", errors="surrogateescape") as file:
-        for line in file:
-            words, _, kind = line.partition(" - ")
-            major, _, minor = words.split()[2].partition(":")
-            if os.makedev(int(major), int(minor)) == mapping.identity.device:
-                return kind.split(" ", 1)[0]
-    return "tmpfs"  # a memfd under the name of its descriptor
+def other_process_with(pid: int, files: Iterable[FileIdentity]) -> str:
+    """Another process that has one of these files mapped, as far as this user may look; "" where there is none."""
+    wanted = [f" {os.major(one.device):02x}:{os.minor(one.device):02x} {one.inode} " for one in files]
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) not in (pid, os.getpid()):
+            with contextlib.suppress(OSError):
+                with open(f"/proc/{name}/maps", errors="surrogateescape") as file:
+                    content = file.read()
+                if any(one in content for one in wanted):
+                    with open(f"/proc/{name}/comm", errors="replace") as file:
+                        return f"process {name}, {one_line(file.read())}"
+    return ""
 
 
 def same_host_and_file(mine: Config, other: Config) -> bool:

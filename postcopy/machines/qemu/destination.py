@@ -26,7 +26,6 @@ or program here.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import math
 import os
@@ -38,27 +37,35 @@ import msgspec
 import outcome
 import trio
 
+from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
 from postcopy.errors import (
-    NO_FILES,
     BusyError,
     ConfigurationError,
     MigrationError,
     PostcopyError,
     ProtocolError,
     ResourceError,
-    out_of_files,
 )
 from postcopy.machines.base import Adopt, BlockLayout, Extent, MachineState
-from postcopy.machines.preload.client import Armed, Preload
 from postcopy.machines.preload.client import Mapping as Mapped
+from postcopy.machines.preload.client import Preload
 from postcopy.machines.preload.start import environment
 from postcopy.machines.process import ArrivingProcess, Started
-from postcopy.machines.qemu._look import PAGE_SIZES, Backend, Config, Look, look, same_host_and_file
+from postcopy.machines.qemu._look import (
+    PAGE_SIZES,
+    Backend,
+    Config,
+    Look,
+    look,
+    other_process_with,
+    same_host_and_file,
+)
 from postcopy.machines.qemu.qmp import Asked, QemuError, QemuInDoubt, QemuRefused, QemuUnreachable
-from postcopy.machines.qemu.source import EVENTS, IGNORE_SHARED, QemuMachine
-from postcopy.memory import MemoryKind, check_memory
+from postcopy.machines.qemu.source import EVENTS, IGNORE_SHARED, QemuMachine, open_pipe
+from postcopy.memory import Memory, MemoryKind, check_memory
 from postcopy.memory._admission import PROMISES
+from postcopy.memory.bitmap import Bitmap
 from postcopy.uffd import RegisterMode, UffdFeature, Userfaultfd
 from postcopy.units import format_size
 
@@ -83,7 +90,6 @@ FEATURES = (
 ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 """As QEMU does it by itself: so many frames, and pauses between them in ms."""
 NOT_TO_BE_SAID = ("incoming", "daemonize")
-_PIPE_BYTES = 1 << 20
 
 log = logging.getLogger(__name__)
 
@@ -147,16 +153,22 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
         assert monitor is not None
         seen = await look(monitor, monitor.process)
         _check_fits(seen, self._offered, self._layout, self._qmp)
+        if other := await run_sync(other_process_with, self._pid, seen.config.files):
+            raise ConfigurationError(
+                f"the QEMU at {self._qmp} has its memory in a file that {other}, has mapped, too, which would lose all"
+                " that it has there: give each QEMU a mem-path of its own"
+            )
         commands = await self._execute("query-commands")
-        self._takes_disks_late = any(one.get("name") == SET_ACTIVE for one in commands)
-        library = self._library = await Preload.of_process(self._pid, self._preload)
+        self._takes_disks_late = isinstance(commands, list) and {"name": SET_ACTIVE} in commands
+        library = await Preload.of_process(self._pid, self._preload)
         await self._found(seen)
         self._check_room()
+        await self._execute("stop")  # it does not run by itself when it has loaded, also where -S is missing
         await self._set_up_migration(frozenset({EVENTS, IGNORE_SHARED}), {"announce-rounds": 0})
         mappings = await library.mappings()
         try:
             chosen = [_mapping_of(backend, mappings, library) for backend in seen.backends]
-            self._guard = Userfaultfd.adopt(*await self._arm(library, chosen))
+            self._guard = await self._arm(library, chosen)
         finally:
             for mapping in mappings:
                 mapping.fd.close()
@@ -184,7 +196,7 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
             yield {**variables, NAME_VARIABLE: self._machine_name}
 
     async def _answers(self) -> bool:
-        with contextlib.suppress(QemuUnreachable):
+        with contextlib.suppress(QemuUnreachable, QemuInDoubt):  # it may be about to end
             await self._connect()
             return True
         return False
@@ -203,32 +215,32 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
                 f"the QEMU at {self._qmp} has begun to load a guest ({str(said['status'])[:40]}), and can be used no"
                 " more: end it, and start a new one with -incoming defer -S"
             )
-        await self._execute("stop")  # it does not run by itself when it has loaded, also where -S is missing
 
     def _check_room(self) -> None:
         """What this host cannot hold is refused; what it can is promised, in the same step."""
         small = [block.memory for block in self.blocks if block.memory.kind is MemoryKind.MEMFD]
         if small:
             check_memory(MemoryKind.MEMFD, sum(memory.size_bytes for memory in small))
-        for block in self.blocks:
-            _check_file_system(block.name, block.memory.fd, block.memory.size_bytes)
+        _check_file_systems([block.memory for block in self.blocks])
         PROMISES.add(block.memory for block in self.blocks)
 
-    async def _arm(self, library: Preload, mappings: Sequence[Mapped]) -> tuple[int, int]:
+    async def _arm(self, library: Preload, mappings: Sequence[Mapped]) -> Userfaultfd:
         """Empties its memory, and guards it: whoever touches it from now on waits."""
+        for block in self.blocks:  # what is full takes a second for some GiB, which a request may not
+            await run_sync(block.memory.discard_pages, Bitmap.full(block.memory.pages))
 
-        async def arm() -> Armed:
-            return await library.arm(mappings, features=FEATURES, mode=RegisterMode.MISSING, keep=True, empty=True)
+        async def arm() -> Userfaultfd:
+            self._library = library  # from here on it may be guarded, whatever becomes of the request
+            armed = await library.arm(mappings, features=FEATURES, mode=RegisterMode.MISSING, keep=True, empty=True)
+            return Userfaultfd.adopt(armed.uffd.detach(), int(armed.features))
 
         try:
-            armed = await arm()
+            return await arm()
         except BusyError:
             # Whoever guarded it has ended, since nobody else has this QEMU, and has told it nothing.
-            left = await library.take()
-            with Userfaultfd.adopt(left.uffd.detach()) as guard:
-                await self._stop_guarding(library, guard)
-            armed = await arm()
-        return armed.uffd.detach(), int(armed.features)
+            if not await self._stop_guarding(library):
+                raise
+        return await arm()
 
     async def lend(self, adopt: Adopt) -> None:
         assert self._guard is not None
@@ -248,7 +260,7 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
 
     async def load_state(self, state: bytes) -> None:
         assert self._monitor is not None
-        disks = self._seen.config.disks
+        disks = self._seen.has_disks
         with self._failing_to_load():
             if not state:  # for which QEMU would wait
                 raise ProtocolError("QEMU has not loaded the state: the source has sent an empty one")
@@ -338,13 +350,10 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
     # ---- running
 
     async def _tell_to_run(self, timeout_s: float) -> None:
-        assert self._monitor is not None
-        await self._monitor.mend()
-        await self._monitor.answer_to(await self._monitor.ask("cont", timeout_s=timeout_s), hurry=True)
+        monitor = await self._mended()
+        await monitor.answer_to(await monitor.ask("cont", timeout_s=timeout_s), hurry=True)
 
     async def _is_running(self, timeout_s: float) -> bool | None:
-        assert self._monitor is not None
-        await self._monitor.mend()
         with trio.move_on_after(timeout_s):
             return {"paused": False, "inmigrate": None}.get(await self._status(), True)
         return None
@@ -359,25 +368,36 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
         await super().made_whole()
         await self._restore()
         assert self._library is not None
+        assert self._guard is not None
+        self._guard.close()
         await self._library.disarm()
 
     async def _release(self) -> None:
         if self._feed is not None:
             self._feed.close()
+        if not self._whole and not self._touched and self._library is not None and self._is_alive():
+            try:
+                await self._stop_guarding(self._library)
+            except PostcopyError as error:
+                log.error("%s waits at its memory, and cannot be used: end it (%s)", self._name, error)
         if self._guard is not None:
-            if not self._whole and self._is_alive() and self._library is not None:
-                try:
-                    await self._stop_guarding(self._library, self._guard)
-                except PostcopyError as error:
-                    log.error("%s waits at its memory, and cannot be used: end it (%s)", self._name, error)
             self._guard.close()
         await super()._release()
 
-    async def _stop_guarding(self, library: Preload, guard: Userfaultfd) -> None:
-        """It was told nothing, and has touched nothing: it can be used again."""
-        for backend in self._seen.backends:
-            guard.unregister(backend.address, backend.size_bytes)
+    async def _stop_guarding(self, library: Preload) -> bool:
+        """It was told nothing, and has touched nothing: it can be used again. Whether it was guarded."""
+        guard = self._guard
+        if guard is None:
+            try:
+                left = await library.take()
+            except MigrationError:
+                return False
+            guard = Userfaultfd.adopt(left.uffd.detach(), int(left.features))
+        with guard:
+            for backend in self._seen.backends:
+                guard.unregister(backend.address, backend.size_bytes)
         await library.disarm()
+        return True
 
 
 def _check_fits(seen: Look, offered: Config, layout: Sequence[BlockLayout], qmp: str) -> None:
@@ -445,15 +465,20 @@ def _mapping_of(backend: Backend, mappings: Sequence[Mapped], library: Preload) 
     )
 
 
-def _check_file_system(name: str, fd: int, size_bytes: int) -> None:
+def _check_file_systems(memories: Sequence[Memory]) -> None:
     """A tmpfs has a limit of its own, beyond which pages cannot be placed."""
-    status = os.fstatvfs(fd)
-    available = status.f_bavail * status.f_frsize + os.fstat(fd).st_blocks * 512
-    if status.f_blocks and available < size_bytes:
-        raise ResourceError(
-            f"memory backend {name}: its file system has {format_size(available)} left for {format_size(size_bytes)}",
-            "remove files there that are not used any more, or mount it larger (-o remount,size=...)",
-        )
+    wanted: dict[int, int] = {}  # by file system: bytes that it does not hold yet
+    for memory in memories:
+        status, room = os.fstat(memory.fd), os.fstatvfs(memory.fd)
+        size_bytes = wanted.get(status.st_dev, 0) + memory.size_bytes - status.st_blocks * 512
+        wanted[status.st_dev] = size_bytes
+        available = room.f_bavail * room.f_frsize
+        if room.f_blocks and available < size_bytes:
+            raise ResourceError(
+                f"the file system of QEMU's memory has {format_size(available)} left, and {format_size(size_bytes)} are"
+                " to come",
+                "remove files there that are not used any more, or mount it larger (-o remount,size=...)",
+            )
 
 
 class _Feed:
@@ -466,16 +491,9 @@ class _Feed:
     @classmethod
     def open(cls) -> tuple[_Feed, FdHolder]:
         """Ours, and QEMU's end."""
-        try:
-            theirs, ours = os.pipe2(os.O_CLOEXEC)
-        except OSError as error:
-            if error.errno in NO_FILES:
-                raise out_of_files(error.errno or 0, "a pipe for QEMU's state") from error
-            raise
-        os.set_blocking(ours, False)
-        with contextlib.suppress(OSError):  # beyond what this user may have in pipes
-            fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        return cls(FdHolder(ours)), FdHolder(theirs)
+        theirs, ours = open_pipe()
+        os.set_blocking(ours.fd, False)
+        return cls(ours), theirs
 
     def add(self, piece: bytes) -> None:
         """What the pipe cannot hold waits for `end`, or the next piece."""

@@ -200,6 +200,8 @@ class Monitor:
         self._idle = trio.CancelScope()  # of the task that reads, while it waits
         self._patience_s = PATIENCE_S
         self._broken: QemuError | None = None
+        self._mending = trio.Lock()
+        self._closed = False
 
     @classmethod
     async def open(cls, path: str, timeout_s: float = GREETING_TIMEOUT_S) -> Monitor:
@@ -224,17 +226,29 @@ class Monitor:
             raise
         return monitor
 
-    async def mend(self, timeout_s: float = GREETING_TIMEOUT_S) -> None:
-        """A new connection with the same QEMU, where the one that there was is of no use any more."""
+    async def mend(self, timeout_s: float = GREETING_TIMEOUT_S) -> bool:
+        """A new connection with the same QEMU, where the one that there was is of no use any more; whether it is new.
+        Those who wait on the old one get its error. Events in between are lost."""
         if self._broken is None:
-            return
-        self._stream.socket.close()
-        fresh = await Monitor.open(self.path, timeout_s)
-        with fresh.process.pidfd:
-            if fresh.process.pid != self.process.pid:
-                fresh.close()
-                raise QemuUnreachable(f"another QEMU (process {fresh.process.pid}) has the monitor {self.path} now")
-        self._stream, self._protocol, self._broken = fresh._stream, fresh._protocol, None
+            return False
+        async with self._mending:
+            if self._broken is None:
+                return True
+            if self._closed or not self.process.alive:
+                self._check()
+            self._stream.socket.close()
+            fresh = await Monitor.open(self.path, timeout_s)
+            with fresh.process.pidfd:
+                if self._closed:
+                    fresh.close()
+                    self._check()
+                if fresh.process.pid != self.process.pid or not self.process.alive:
+                    fresh.close()
+                    raise QemuUnreachable(f"another QEMU (process {fresh.process.pid}) has the monitor {self.path} now")
+            # Numbers go on, so that no answer is taken for that to an older question.
+            fresh._protocol._last = max(self._protocol._last, fresh._protocol._last)
+            self._stream, self._protocol, self._broken = fresh._stream, fresh._protocol, None
+            return True
 
     async def _greet(self, timeout_s: float) -> None:
         try:
@@ -242,9 +256,10 @@ class Monitor:
         except trio.TooSlowError:
             raise QemuUnreachable(
                 f"QEMU ({self.path}) says nothing: another client has this monitor, and it takes one at a time; end"
-                " that client, or start QEMU with a second -qmp unix:PATH,server=on,wait=off"
+                " that client, or start QEMU with a second -qmp unix:PATH,server=on,wait=off (or it hangs: it waits for"
+                " a page of the guest's memory, or for a disk)"
             ) from None
-        await self.execute("qmp_capabilities")
+        await self.execute("qmp_capabilities", timeout_s=timeout_s)
 
     @property
     def version(self) -> tuple[int, int, int]:
@@ -331,6 +346,9 @@ class Monitor:
                     sent = os.write(self._stream.socket.fileno(), line)
             while sent < len(line):
                 sent += await self._stream.socket.send(line[sent:])
+        except trio.ClosedResourceError:  # by `close`, or `mend`
+            self._check()
+            raise
         except OSError as error:
             raise self._break(self._ended()) from error
         finally:
@@ -347,6 +365,9 @@ class Monitor:
             self._reading = True
             try:
                 await self._read_some()
+            except trio.ClosedResourceError:  # by `close`, or `mend`
+                self._check()
+                raise
             finally:
                 self._reading = False
                 self._wake()
@@ -360,7 +381,7 @@ class Monitor:
         while not self._read_now():
             with trio.CancelScope() as self._idle:
                 await trio.lowlevel.wait_readable(self._stream.socket)
-            if self._idle.cancelled_caught:  # it has been read in place
+            if self._idle.cancel_called:  # it has been read in place, perhaps after this task was woken for it
                 return
 
     def _read_now(self) -> bool:
@@ -378,6 +399,8 @@ class Monitor:
         """A guest stands: what QEMU says is waited for *in place*, with no other task running, since each pass of the
         event loop costs as much as QEMU's answer. What does not come within `IN_PLACE_S` is to be waited for as
         ever."""
+        if self._broken is not None:
+            return
         began_s = time.monotonic()
         until_s = began_s + min(IN_PLACE_S, self._patience_s)
         poll = select.poll()
@@ -417,7 +440,8 @@ class Monitor:
         return error
 
     def close(self) -> None:
-        """Twice does no harm. Tasks that wait get `trio.ClosedResourceError`, later ones a `QemuError`."""
+        """Twice does no harm. Tasks that wait get a `QemuError`, as later ones do."""
+        self._closed = True
         self._break(QemuInDoubt(f"the connection with QEMU ({self.path}) was closed"))
         self._stream.socket.close()
         self.process.pidfd.close()

@@ -49,7 +49,7 @@ from postcopy.machines.base import MachineState, RamBlock, TellEarly
 from postcopy.machines.preload.client import Armed, Preload
 from postcopy.machines.process import ProcessMachine
 from postcopy.machines.qemu._look import Look, look, look_at_disks, ram_blocks
-from postcopy.machines.qemu.qmp import Asked, Event, Monitor, QemuError, QemuInDoubt, QemuRefused
+from postcopy.machines.qemu.qmp import Asked, Event, Monitor, QemuError, QemuInDoubt, QemuRefused, QemuUnreachable
 from postcopy.memory import FEATURES_OF_PROCESS, DirtyLog, Memory
 from postcopy.units import format_size
 
@@ -68,7 +68,7 @@ READ_WITHIN_NS = 10**9
 RESTORE_TIMEOUT_S = 2.0
 QUIT_TIMEOUT_S = 2.0
 _AGAIN_S = 0.01
-_PIPE_BYTES = 1 << 20
+PIPE_BYTES = 1 << 20
 _NO_LIMIT = 1 << 40  # of bandwidth, bytes/s
 _LEFT_MS = 2000  # what may be left of QEMU's own blocks when it stops the guest: some ROMs
 _UNDER_WAY = frozenset(
@@ -178,8 +178,14 @@ class QemuMachine(ProcessMachine):
     # ---- asking it
 
     async def _execute(self, command: str, arguments: dict[str, Any] | None = None, **how: Any) -> Any:
+        return await (await self._mended()).execute(command, arguments, **how)
+
+    async def _mended(self) -> Monitor:
+        """Its monitor, where that is needed with a new connection."""
         assert self._monitor is not None
-        return await self._monitor.execute(command, arguments, **how)
+        if await self._monitor.mend():
+            self._tell()  # so that events are read there, too
+        return self._monitor
 
     async def _status(self) -> str:
         """What its guest does: "running", "paused", "inmigrate", "postmigrate", ..."""
@@ -423,8 +429,6 @@ class QemuMachine(ProcessMachine):
         stream, self._stream, self._going_on, self._saved = self._stream, None, None, None
         if stream is not None:
             stream.close()  # a write that nobody reads ends, too
-        assert self._monitor is not None
-        await self._monitor.mend()
         deadline = trio.current_time() + GO_ON_TIMEOUT_S
         cancelled = False
         while (status := (await self._query_migrate()).get("status")) in _UNDER_WAY:
@@ -445,21 +449,26 @@ class QemuMachine(ProcessMachine):
         """``cont``, until the guest runs. QEMU refuses that for a while: until its migration is put away, and while
         another one has locked a disk of the guest."""
         deadline = trio.current_time() + GO_ON_TIMEOUT_S
-        why = ""
-        while (status := await self._status()) != "running":
-            if status not in _STOPPED_BY_US:
-                raise MigrationError(f"the guest of {self._name} cannot go on: it is {status}; see to that, and cont")
-            if trio.current_time() > deadline:
-                raise MigrationError(f"the guest of {self._name} cannot go on (it is {status}){why}")
+        status, why = "silent", ""
+        while True:
             try:
+                if (status := await self._status()) == "running":
+                    return
+                if status not in _STOPPED_BY_US:
+                    raise MigrationError(
+                        f"the guest of {self._name} cannot go on: it is {status}; see to that, and cont"
+                    )
                 if status != _FINISHING:
                     await self._execute("cont")
                     continue
             except QemuRefused as error:
                 why = f": {error.description}"
-            except QemuInDoubt:
+            except (QemuInDoubt, QemuUnreachable) as error:
                 if not self._is_alive():
                     raise
+                why = f": {error}"
+            if trio.current_time() > deadline:
+                raise MigrationError(f"the guest of {self._name} cannot go on (it is {status}){why}")
             await trio.sleep(_AGAIN_S)
 
     async def save_state(self) -> bytes:
@@ -496,13 +505,16 @@ class QemuMachine(ProcessMachine):
 
     async def _arm_log(self) -> Armed:
         library = await Preload.of_process(self._pid, self._preload)
+        try:
+            return await library.arm([], features=FEATURES_OF_PROCESS, mode=0, keep=False, empty=False)
+        except BusyError:  # it keeps what guarded it while it arrived: all of its memory is there
+            await library.disarm()
         return await library.arm([], features=FEATURES_OF_PROCESS, mode=0, keep=False, empty=False)
 
     @contextlib.asynccontextmanager
     async def settled(self) -> AsyncIterator[None]:
         """With disks that write to pages which were pinned before, the guest is stopped: that waits for all of them."""
-        assert self._monitor is not None
-        pins = (await look_at_disks(self._monitor))[1] if self._state is MachineState.RUNNING else ()
+        pins = (await look_at_disks(await self._mended()))[1] if self._state is MachineState.RUNNING else ()
         if not pins:
             yield
             return
@@ -512,7 +524,13 @@ class QemuMachine(ProcessMachine):
             yield
         finally:
             with trio.CancelScope(shield=True):
-                await self._run()
+                try:
+                    await self._run()
+                except QemuError as error:
+                    raise MigrationError(
+                        f"the guest of {self._name} was stopped for a look at its memory, and may still be; tell it to"
+                        f" run (cont): {error}"
+                    ) from error
 
     # ---- the end
 
@@ -528,11 +546,24 @@ class QemuMachine(ProcessMachine):
 
     async def destroy(self) -> None:
         """Ends it: it runs elsewhere, or nobody wants it any more. The files of its memory stay."""
-        if self._saved is not None and not self._closed and self._is_alive():
+        if self._monitor is not None and not self._closed and self._is_alive():
             with trio.CancelScope(shield=True), contextlib.suppress(QemuError):
                 await self._execute("quit", timeout_s=QUIT_TIMEOUT_S)
                 await self._ends_within(QUIT_TIMEOUT_S)
         await super().destroy()
+
+
+def open_pipe() -> tuple[FdHolder, FdHolder]:
+    """For a state: the end to read from, and that to write to."""
+    try:
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in NO_FILES:
+            raise out_of_files(error.errno or 0, "a pipe for QEMU's state") from error
+        raise
+    with contextlib.suppress(OSError):  # beyond what this user may have in pipes
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    return FdHolder(reader), FdHolder(writer)
 
 
 class _Stream:
@@ -547,16 +578,9 @@ class _Stream:
     @classmethod
     def open(cls) -> tuple[_Stream, FdHolder]:
         """Ours, and QEMU's end."""
-        try:
-            ours, theirs = os.pipe2(os.O_CLOEXEC)
-        except OSError as error:
-            if error.errno in NO_FILES:
-                raise out_of_files(error.errno or 0, "a pipe for QEMU's state") from error
-            raise
-        os.set_blocking(ours, False)
-        with contextlib.suppress(OSError):  # beyond what this user may have in pipes
-            fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        return cls(f"postcopy-{os.getpid()}-{ours}", FdHolder(ours)), FdHolder(theirs)
+        ours, theirs = open_pipe()
+        os.set_blocking(ours.fd, False)
+        return cls(f"postcopy-{os.getpid()}-{ours.fd}", ours), theirs
 
     def too_long(self) -> bool:
         return self._bytes > MAX_STATE_BYTES
@@ -574,7 +598,7 @@ class _Stream:
         """Takes what is there; whether that was the end of it."""
         while not self.too_long():
             try:
-                piece = os.read(self._fd.fileno(), _PIPE_BYTES)
+                piece = os.read(self._fd.fileno(), PIPE_BYTES)
             except BlockingIOError:
                 return False
             if not piece:
@@ -612,6 +636,11 @@ def _check_runs(status: str) -> None:
         raise ConfigurationError(
             f"the guest is stopped ({status}); tell it to run first (cont), if you know that it does not run elsewhere:"
             " one that was moved, and whose source has died, is left so"
+        )
+    if status == _FINISHING:
+        raise ConfigurationError(
+            "the guest is stopped by a migration that has not ended (finish-migrate); where that is one whose `postcopy"
+            " source` has died, migrate_cancel lets it run on"
         )
     if status == "inmigrate":
         raise ConfigurationError("that QEMU waits for a guest (-incoming): name the one that runs it")

@@ -8,10 +8,13 @@ import fcntl
 import os
 import shlex
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +22,17 @@ import pytest
 import trio
 
 from postcopy._blocking import run_sync
-from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError
+from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
 from postcopy.machines import BlockLayout, Extent, MachineState, process
 from postcopy.machines.kinds import HostOptions, create_destination
+from postcopy.machines.preload.client import Armed, Preload, State
 from postcopy.machines.preload.start import library
 from postcopy.machines.process import Started
 from postcopy.machines.qemu import destination
 from postcopy.machines.qemu.destination import ArrivingQemu
+from postcopy.machines.qemu.qmp import QemuRefused
 from postcopy.machines.qemu.source import QemuMachine
+from postcopy.memory import Memory
 from postcopy.service.options import QEMU as QEMU_OPTION
 from postcopy.testbed.qemu import Qemu, command_line
 from postcopy.uffd import PageFault, Userfaultfd
@@ -154,7 +160,15 @@ async def is_killed(qemu: Qemu) -> bool:
     return await run_sync(qemu.process.wait, 30) == -signal.SIGKILL
 
 
-async def test_one_that_is_whole_stays_and_can_leave_again(guest: Stood, waiting: Qemu) -> None:
+async def unanswered(*_: Any) -> None:
+    await trio.lowlevel.checkpoint()
+    raise MigrationError("it has not answered")
+
+
+@pytest.mark.parametrize("disarms", [True, False])
+async def test_one_that_is_whole_stays_and_can_leave_again(
+    disarms: bool, guest: Stood, waiting: Qemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with trio.open_nursery() as nursery:
         machine = arriving(guest, waiting)
         await machine.prepare()
@@ -169,7 +183,13 @@ async def test_one_that_is_whole_stays_and_can_leave_again(guest: Stood, waiting
         assert machine.statistics().state is MachineState.RUNNING
         await run_sync(waiting.wait_passes, 2)
         await run_sync(guest.fill)
-        await machine.made_whole()
+        if disarms:
+            await machine.made_whole()
+        else:
+            with monkeypatch.context() as patch:
+                patch.setattr(Preload, "disarm", unanswered)
+                with pytest.raises(MigrationError):
+                    await machine.made_whole()
         nursery.cancel_scope.cancel()
     await machine.close()
     assert await run_sync(waiting.status) == "running"
@@ -177,6 +197,8 @@ async def test_one_that_is_whole_stays_and_can_leave_again(guest: Stood, waiting
     assert lines[-1].values["errors"] == lines[-1].values["stale"] == 0
     async with QemuMachine.create(waiting.qmp_path) as leaves:
         await leaves.prepare()
+        log = await run_sync(leaves.dirty_log)
+        await run_sync(log.close)
         await leaves.pause()
         assert await leaves.save_state()
 
@@ -254,6 +276,37 @@ async def test_what_a_dead_destination_has_left_guarded_is_taken_over(guest: Sto
     await dead.close()
 
 
+async def test_memory_that_was_guarded_by_a_request_that_failed(
+    guest: Stood, waiting: Qemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is emptied, and guarded no more."""
+    with await run_sync(open, waiting.ram_paths[0], "r+b") as file:
+        os.pwrite(file.fileno(), b"of an earlier guest", PAGE)
+    armed, arm = [], Preload.arm
+
+    async def lost(*arguments: Any, **options: Any) -> Armed:
+        armed.append(await arm(*arguments, **options))
+        raise MigrationError("it has not answered")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Preload, "arm", lost)
+        machine = arriving(guest, waiting)
+        with pytest.raises(MigrationError, match="has not answered"):
+            await machine.prepare()
+    asked = machine._library
+    assert asked is not None
+    for one in armed:
+        one.uffd.close()
+    assert (await run_sync(os.stat, waiting.ram_paths[0])).st_blocks == 0
+    for mapping in await asked.mappings():
+        mapping.fd.close()
+    assert State.KEPT in asked.state
+    await machine.close()
+    for mapping in await asked.mappings():
+        mapping.fd.close()
+    assert State.KEPT not in asked.state
+
+
 @pytest.mark.parametrize(
     ("offer", "why"),
     [
@@ -295,6 +348,38 @@ async def test_the_file_of_its_own_source_is_never_emptied(guest: Stood, waits: 
     with pytest.raises(ConfigurationError, match="the same file"):
         await machine.prepare()
     await machine.close()
+
+
+async def test_the_file_of_another_one_is_never_emptied(guest: Stood, waits: Qemu) -> None:
+    script = "import mmap, os, sys; mapping = mmap.mmap(os.open(sys.argv[1], os.O_RDWR), 4096); print(); input()"
+    command = [sys.executable, "-c", script, str(waits.ram_paths[0])]
+    with await run_sync(partial(subprocess.Popen, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)) as other:
+        try:
+            assert other.stdout is not None
+            await run_sync(other.stdout.readline)
+            machine = arriving(guest, waits)
+            with pytest.raises(ConfigurationError, match=rf"process {other.pid}, python.*mem-path of its own"):
+                await machine.prepare()
+            await machine.close()
+        finally:
+            other.kill()
+
+
+async def test_a_file_system_that_is_too_small_for_all_of_it(on_tmpfs: Path) -> None:
+    room = os.statvfs(on_tmpfs)
+    size_bytes = room.f_bavail * room.f_frsize // PAGE * 6 // 10 * PAGE
+    memories = []
+    for name in "ab":
+        path = on_tmpfs / name
+        path.touch()
+        os.truncate(path, size_bytes)
+        with await run_sync(open, path, "r+b") as file:
+            memories.append(Memory.from_shared_file(file.fileno(), size_bytes))
+    destination._check_file_systems(memories[:1])
+    with pytest.raises(ResourceError, match=r"left, and .* are to come"):
+        destination._check_file_systems(memories)
+    for memory in memories:
+        memory.close()
 
 
 async def test_one_that_does_not_wait_is_refused(guest: Stood) -> None:
@@ -375,6 +460,37 @@ async def test_one_that_does_not_answer_is_told_to_run_until_it_does(
         assert await run_sync(waiting.status) == "running"
         nursery.cancel_scope.cancel()
     await machine.close()
+
+
+async def test_one_that_refuses_to_run_is_told_again_and_named(
+    guest: Stood, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(process, "RESUME_S", 0.2)
+    machine = arriving(guest, command="true")
+    refused = 0
+
+    async def refuse(timeout_s: float) -> None:
+        nonlocal refused
+        refused += 1
+        await trio.lowlevel.checkpoint()
+        raise QemuRefused("cont", "GenericError", "Failed to get lock")
+
+    async def stands(timeout_s: float) -> bool:
+        await trio.lowlevel.checkpoint()
+        return False
+
+    monkeypatch.setattr(machine, "_tell_to_run", refuse)
+    monkeypatch.setattr(machine, "_is_running", stands)
+    await machine.resume()
+    assert refused > 1
+    await process.ArrivingProcess.made_whole(machine)
+    messages = [record.getMessage() for record in caplog.records]
+    assert ["Failed to get lock" in message for message in messages] == [True] * 3
+    assert "it is told again" in messages[1]
+    assert "has all of its memory, and does not run" in messages[2]
+    await machine.close()
+    with trio.fail_after(30), pytest.raises(trio.ClosedResourceError):
+        await machine.wait_changed()
 
 
 async def test_one_that_has_ended_cannot_run(guest: Stood, waiting: Qemu) -> None:

@@ -367,13 +367,62 @@ async def test_closing_it_wakes_who_waits(tmp_path: Path, listener: socket.socke
     async with connected(tmp_path, listener) as (_, monitor):
 
         async def wait() -> None:
-            with pytest.raises(trio.ClosedResourceError):
+            with pytest.raises(QemuInDoubt, match="was closed"):
                 await monitor.wait_until(lambda: False, BOUND_S)
 
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
             nursery.start_soon(wait)
             await trio.testing.wait_all_tasks_blocked()
             monitor.close()
         monitor.close()
         with pytest.raises(QemuInDoubt, match="was closed"):
             await monitor.execute("query-status")
+        with pytest.raises(QemuInDoubt, match="was closed"):
+            await monitor.mend()
+
+
+async def test_a_connection_of_no_use_is_made_again_once(tmp_path: Path, listener: socket.socket) -> None:
+    """Those who wait on the old one get its error, and no answer of the new one."""
+    async with connected(tmp_path, listener) as (server, monitor):
+        assert not await monitor.mend()
+        events: list[Event] = []
+        monitor.on_event = events.append
+        mended: list[bool] = []
+
+        async def wait() -> None:
+            with pytest.raises(QemuInDoubt, match="half of a command"):
+                await monitor.wait_until(lambda: False, BOUND_S)
+
+        async def mend() -> None:
+            mended.append(await monitor.mend(BOUND_S))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked()
+            monitor._break(QemuInDoubt("half of a command"))
+            old, server = server, Server(listener)
+            nursery.start_soon(mend)
+            nursery.start_soon(mend)
+            await server.accept()
+            assert await old.connection.recv(1) == b""
+            old.connection.close()
+            assert await server.answer() == "qmp_capabilities"
+        assert mended == [True, True]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.say, b'{"event": "STOP"}\n')
+            nursery.start_soon(server.answer, "fine")
+            assert await monitor.execute("query-status", timeout_s=BOUND_S) == "fine"
+        assert [event.name for event in events] == ["STOP"]
+        server.connection.close()
+
+
+async def test_another_one_is_not_taken_for_it(tmp_path: Path, listener: socket.socket) -> None:
+    async with connected(tmp_path, listener) as (server, monitor):
+        server.connection.close()
+        (tmp_path / "qmp.sock").unlink()
+        with pytest.raises(QemuInDoubt):
+            await monitor.execute("query-status", timeout_s=BOUND_S)
+        with fake_qemu(tmp_path), pytest.raises(QemuUnreachable, match="another QEMU"):
+            await monitor.mend(BOUND_S)

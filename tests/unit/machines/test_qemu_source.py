@@ -83,8 +83,8 @@ async def test_what_it_is_is_found(tmp_path: Path) -> None:
             "cpu": "qemu64-x86_64-cpu",
             "vcpus": 1,
             "files": [{"device": path.stat().st_dev, "inode": path.stat().st_ino} for path in paths],
-            "disks": [{"node": "d0", "file": "/disk"}],
         }
+        assert (machine._seen.has_disks, machine._seen.pins) == (True, ())
         shown = [(block.name, block.memory.size_bytes, block.memory.page_bytes) for block in machine.blocks]
         assert shown == [("ram0", 4 * MIB, PAGE), ("ram1", 8 * MIB, PAGE)]
         present = machine.blocks[1].memory.present()
@@ -311,6 +311,13 @@ async def test_one_that_has_left_is_ended(hangs: bool, tmp_path: Path, monkeypat
         assert await trio.to_thread.run_sync(fake.process.wait, BOUND_S) == -signalled
 
 
+async def test_one_that_nobody_wants_is_ended(tmp_path: Path) -> None:
+    """In good order, also while it runs: a disk may have to be written."""
+    async with prepared(tmp_path) as (fake, machine):
+        await machine.destroy()
+        assert await trio.to_thread.run_sync(fake.process.wait, BOUND_S) == -signal.SIGTERM
+
+
 async def test_its_end_is_noticed(tmp_path: Path) -> None:
     async with prepared(tmp_path) as (fake, machine):
         noticed = 0
@@ -351,6 +358,7 @@ async def test_one_belongs_to_one(tmp_path: Path) -> None:
 REFUSED: list[tuple[Orders, type[PostcopyError], str]] = [
     (is_now("paused"), ConfigurationError, r"stopped \(paused\); tell it to run first \(cont\)"),
     (is_now("postmigrate"), ConfigurationError, "does not run elsewhere"),
+    (is_now("finish-migrate"), ConfigurationError, "migrate_cancel"),
     (is_now("inmigrate"), ConfigurationError, "waits for a guest"),
     (is_now("guest-panicked"), ConfigurationError, "guest-panicked"),
     (Orders(version=[3, 1, 0]), ConfigurationError, r"3\.1\.0 cannot be moved: that needs 4\.0"),
@@ -481,6 +489,36 @@ async def test_it_is_stopped_for_a_look_where_disks_pin_memory(tmp_path: Path) -
         async with machine.settled():
             assert "stop" not in fake.was_told()[-2:]
         await machine.resume()
+
+
+async def test_it_runs_after_a_look_in_which_the_monitor_breaks(tmp_path: Path) -> None:
+    async with prepared(tmp_path, Orders(says=PINS)) as (fake, machine), trio.open_nursery() as nursery:
+        asked = len(fake.was_told("query-status"))
+
+        async def once() -> None:
+            while len(fake.was_told("query-status")) < asked + 2:  # noqa: ASYNC110 -- another process
+                await trio.sleep(0.001)
+            fake.order(Orders(says=PINS))
+
+        async with machine.settled():
+            fake.order(Orders(says=PINS, drops=["query-status"]))
+            nursery.start_soon(once)
+        assert await status(machine) == "running"
+        assert fake.was_told() == ["stop", "cont"]
+
+
+async def test_it_is_said_when_it_may_still_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with prepared(tmp_path, Orders(says=PINS)) as (fake, machine):
+        with monkeypatch.context() as patch:
+            patch.setattr(source, "GO_ON_TIMEOUT_S", 0.1)
+            with pytest.raises(MigrationError, match=r"cannot go on .*closed its monitor"):
+                async with machine.settled():
+                    fake.order(Orders(says=PINS, drops=["query-status"]))
+        fake.order(Orders(says=PINS))
+        await machine._run()
+        with pytest.raises(MigrationError, match=r"may still be; tell it to run \(cont\)"):
+            async with machine.settled():
+                fake.order(Orders(says=PINS, dies=["query-status"]))
 
 
 async def test_it_stays_stopped_where_somebody_else_has_stopped_it(tmp_path: Path) -> None:
