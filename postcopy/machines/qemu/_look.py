@@ -24,6 +24,7 @@ import msgspec
 from msgspec import Meta
 
 from postcopy._blocking import run_sync
+from postcopy._fd import FdHolder
 from postcopy._native import lib
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ResourceError
 from postcopy.machines._peer import Process, one_line
@@ -56,6 +57,7 @@ _REFUSED_DEVICES = (
 )
 _REFUSED_NETS = re.compile(r"type=(vhost-user|vhost-vdpa)\b")
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)")
+_ONLY_NAME = os.O_PATH | os.O_CLOEXEC
 _CHILD = re.compile(r"child<(.*)>")
 _MEMFD = "/memfd:"
 
@@ -501,14 +503,13 @@ def _open_file(pid: int, identity: FileIdentity, flags: int) -> int:
     """A descriptor of a file that the process has open."""
     try:
         for name in os.listdir(f"/proc/{pid}/fd"):
-            path = f"/proc/{pid}/fd/{name}"
-            with contextlib.suppress(FileNotFoundError):
-                if not _is_file(os.stat(path), identity):
-                    continue
-                fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
-                if _is_file(os.fstat(fd), identity):
-                    return fd
-                os.close(fd)
+            # O_PATH opens nothing yet: by its name it could be a device by then, which root may open and QEMU may not.
+            with (
+                contextlib.suppress(FileNotFoundError),
+                FdHolder(os.open(f"/proc/{pid}/fd/{name}", _ONLY_NAME)) as file,
+            ):
+                if _is_file(os.fstat(file.fd), identity):
+                    return os.open(f"/proc/self/fd/{file.fd}", flags | os.O_CLOEXEC | os.O_NONBLOCK)
     except PermissionError as error:
         raise _may_not(pid) from error
     except (FileNotFoundError, ProcessLookupError):
