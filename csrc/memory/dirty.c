@@ -10,13 +10,15 @@
  * A page that is in no page table was not written, with one exception: shared memory is taken out of them when it is swapped out, and
  * leaves no trace there unless it was protected. So for a memfd the scan takes an empty entry for a written page too, and the file
  * says which of those it holds. That scan protects empty entries by filling them, and makes page tables for it: hence it looks only
- * at parts of the memory of which the file holds something, and a sparse machine costs what is in it.
+ * at parts of the memory of which the file holds something, and a sparse machine costs what is in it. In a part that it has looked at
+ * before every empty entry was protected: one that is not has been written to since, and is in the log also when the file does not hold
+ * the page any more. (Who gives back what he has just filled with zeros expects to find zeros, and not what was there before.)
  *
  * What a page table does not show is marked: in a map that `collect` takes at the same time, before it scans. A writer marks after it
  * has written, so that a mark which is taken too early is of a write that the scan's caller reads.
  *
- * Of another process it is the same, by a userfaultfd of that process and the file of its page tables. These do not say when it has
- * ended, they are empty then: the userfaultfd does.
+ * Of another process it is the same, by a userfaultfd of that process and the file of its page tables. A scan of these does not say
+ * when it has ended, it finds nothing then: reading them does.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -41,6 +43,8 @@ struct logged {
     uint64_t address; /* in the process that writes */
     uint64_t *marks; /* atomic */
     uint64_t words;
+    uint64_t *known; /* parts that have been looked at, of a memfd; behind the marks */
+    uint64_t parts;
 };
 
 struct pc_dirty_log {
@@ -48,6 +52,11 @@ struct pc_dirty_log {
     uint32_t count; /* atomic: published after the memory */
     struct logged memories[PC_DIRTY_LOG_MEMORIES];
 };
+
+static uint64_t maps_bytes(const struct logged *logged)
+{
+    return (logged->words + pc_bitmap_words(logged->parts)) * sizeof(uint64_t);
+}
 
 int pc_dirty_log_new(struct pc_dirty_log **out)
 {
@@ -85,10 +94,12 @@ int pc_dirty_log_new_of(int uffd, int pagemap, struct pc_dirty_log **out, char *
     return pc_fail(result, error, error_bytes, "dirty log: %s", strerror(result));
 }
 
-/* The process, or the program that it was. There is no memory at address 0: this changes nothing. */
-static bool has_ended(const struct pc_dirty_log *log)
+/* The process, or the program that it was, whose page tables are looked at. */
+static bool has_ended(const struct pc_dirty_log *log, const struct logged *logged)
 {
-    return pc_uffd_writeprotect(log->uffd, 0, pc_page_bytes(), 0) == -ESRCH;
+    uint64_t entry;
+
+    return pread(log->pagemap, &entry, sizeof(entry), (off_t)(logged->address / pc_page_bytes() * sizeof(entry))) == 0;
 }
 
 /* Whether memory that is registered is in the page tables that the log looks at: 0, or -EPERM, where they are another process's. */
@@ -102,11 +113,14 @@ static int look_for(const struct pc_dirty_log *log, const struct logged *logged)
     uint64_t walk_end;
     int64_t found = pc_pagemap_scan(log->pagemap, &query, &region, 1, &walk_end);
 
-    return found < 0 ? (int)found : found ? 0 : -EPERM;
+    if (!found)
+        return has_ended(log, logged) ? -ESRCH : -EPERM;
+    return found < 0 ? (int)found : 0;
 }
 
-/* Write-protects what was written of a part of a memory, and adds it to `words` unless that is NULL. */
-static int scan_part(const struct pc_dirty_log *log, const struct logged *logged, uint64_t first_byte, uint64_t bytes,
+/* Write-protects what was written of a part of a memory, and adds it to `words` unless that is NULL. `known`: all of it was protected
+ * before. */
+static int scan_part(const struct pc_dirty_log *log, const struct logged *logged, uint64_t first_byte, uint64_t bytes, bool known,
                      struct pc_pagemap_region *regions, uint64_t *words)
 {
     const struct pc_memory *memory = &logged->memory;
@@ -135,7 +149,7 @@ static int scan_part(const struct pc_dirty_log *log, const struct logged *logged
             uint64_t first = regions[i].start - base, end = regions[i].end - base, page = first / memory->page_bytes;
             int error = 0;
 
-            if (regions[i].categories & there)
+            if (known || regions[i].categories & there)
                 pc_bitmap_set_range(words, page, (end - 1) / memory->page_bytes + 1 - page);
             else
                 error = pc_range_present(memory->fd, 0, first, end - first, memory->page_bytes, words);
@@ -147,27 +161,39 @@ static int scan_part(const struct pc_dirty_log *log, const struct logged *logged
     return 0;
 }
 
+/* Where the next part begins, from `first` on, that has to be looked at. */
+static uint64_t next_part(const struct logged *logged, uint64_t first)
+{
+    const struct pc_memory *memory = &logged->memory;
+    uint64_t known = pc_bitmap_next(logged->known, logged->parts, first / PART_BYTES, 1) * PART_BYTES;
+    off_t data;
+
+    if (memory->kind != PC_MEMORY_MEMFD || known == first)
+        return first;
+    data = lseek(memory->fd, (off_t)first, SEEK_DATA);
+    if (data < 0) /* where the file has nothing, nothing was written */
+        return errno == ENXIO ? known : first;
+    return pc_least(known, (uint64_t)data - (uint64_t)data % PART_BYTES);
+}
+
 /* The same for all of a memory. */
 static int scan(const struct pc_dirty_log *log, const struct logged *logged, uint64_t *words)
 {
     const struct pc_memory *memory = &logged->memory;
     struct pc_pagemap_region *regions = malloc(REGIONS * sizeof(*regions));
+    bool in_parts = memory->kind == PC_MEMORY_MEMFD;
     int error = regions ? 0 : -ENOMEM;
 
-    for (uint64_t first = 0, end; !error && first < memory->size_bytes; first = end) {
-        end = memory->size_bytes;
-        if (memory->kind == PC_MEMORY_MEMFD) { /* where the file has nothing, nothing was written */
-            off_t data = lseek(memory->fd, (off_t)first, SEEK_DATA);
+    for (uint64_t first = 0, bytes; !error && (first = next_part(logged, first)) < memory->size_bytes; first += bytes) {
+        bool known = in_parts && pc_bits_test(logged->known, first / PART_BYTES);
 
-            if (data < 0 && errno == ENXIO)
-                break;
-            first = data < 0 ? first : (uint64_t)data - (uint64_t)data % PART_BYTES;
-            end = pc_least(first + PART_BYTES, end);
-        }
-        error = scan_part(log, logged, first, end - first, regions, words);
+        bytes = in_parts ? PART_BYTES : memory->size_bytes;
+        error = scan_part(log, logged, first, pc_least(bytes, memory->size_bytes - first), known, regions, words);
+        if (!error && in_parts)
+            pc_bitmap_set_range(logged->known, first / PART_BYTES, 1);
     }
     free(regions);
-    return !error && has_ended(log) ? -ESRCH : error;
+    return !error && has_ended(log, logged) ? -ESRCH : error;
 }
 
 /* What the first memory of a log needs. 0, or an error with its line. */
@@ -200,7 +226,8 @@ static int protect(const struct pc_dirty_log *log, const struct logged *logged, 
 
     if (result == -EBUSY)
         return pc_fail(EBUSY, error, error_bytes, "dirty log: a part of the memory is registered with another userfaultfd");
-    if (result && has_ended(log))
+    /* (Of an address that is not registered this changes nothing.) */
+    if (result && pc_uffd_writeprotect(log->uffd, logged->address, logged->memory.page_bytes, 0) == -ESRCH)
         return pc_fail(ESRCH, error, error_bytes, "dirty log: the process has ended");
     if (result)
         return pc_fail(-result, error, error_bytes, "dirty log: cannot register the memory with a userfaultfd: %s",
@@ -236,12 +263,14 @@ int pc_dirty_log_add_at(struct pc_dirty_log *log, const struct pc_memory *memory
     logged->memory = *memory;
     logged->address = address;
     logged->words = pc_bitmap_words(memory->size_bytes / memory->page_bytes);
-    logged->marks = pc_buffer_new(logged->words * sizeof(uint64_t));
+    logged->parts = (memory->size_bytes + PART_BYTES - 1) / PART_BYTES;
+    logged->marks = pc_buffer_new(maps_bytes(logged));
     if (!logged->marks)
         return pc_fail(ENOMEM, error, error_bytes, "dirty log: no memory for the map of its marks");
+    logged->known = logged->marks + logged->words;
     result = protect(log, logged, error, error_bytes);
     if (result) {
-        pc_buffer_free(logged->marks, logged->words * sizeof(uint64_t));
+        pc_buffer_free(logged->marks, maps_bytes(logged));
         return result;
     }
     __atomic_store_n(&log->count, log->count + 1, __ATOMIC_RELEASE);
@@ -290,7 +319,7 @@ void pc_dirty_log_free(struct pc_dirty_log *log)
         const struct logged *logged = &log->memories[i];
 
         (void)pc_uffd_unregister(log->uffd, logged->address, logged->memory.size_bytes);
-        pc_buffer_free(logged->marks, logged->words * sizeof(uint64_t));
+        pc_buffer_free(logged->marks, maps_bytes(logged));
     }
     if (log->uffd >= 0)
         close(log->uffd);

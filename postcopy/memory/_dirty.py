@@ -43,7 +43,8 @@ class DirtyLog:
     def of_process(cls, memories: Iterable[tuple[Memory, int]], uffd: int, pid: int, pidfd: int) -> DirtyLog:
         """The same of memory files (`Memory.from_shared_file`), each as another process has it mapped, shared and as a
         whole, at an address there. What it writes through another mapping or by its descriptor is not seen, and page
-        tables do not tell of memory that it gives back by a hole in the file: that counts as not defined.
+        tables do not tell of memory that it gives back by a hole in the file, unless it had been written since the last
+        call: that counts as having kept its content.
 
         `uffd`: of that process, opened with the features of `FEATURES_OF_PROCESS` and no others; nothing is registered
         with it. Both descriptors stay the caller's. `ResourceError` without the right to look at that process (that to

@@ -161,8 +161,8 @@ class Memory:
     @classmethod
     def from_shared_file(cls, fd: int, size_bytes: int, page_bytes: int | None = None) -> Memory:
         """The first `size_bytes` of a memory file (memfd, tmpfs, hugetlbfs) that other processes have mapped: looked at
-        and read by its descriptor alone, which is duplicated, and never mapped here. So nothing is populated by
-        looking, and a process that cuts the file short makes a `CoreError` (ENODATA) and no SIGBUS.
+        and read by its descriptor alone, and never mapped here. So nothing is populated by looking, and a process that
+        cuts the file short makes a `CoreError` (ENODATA) and no SIGBUS. The descriptor stays the caller's.
 
         `page_bytes`: as mapped there. `ConfigurationError` when it is no memory file of so many whole pages.
         """
@@ -174,7 +174,7 @@ class Memory:
                     f"memory (descriptor {fd}): not a memory file of {size_bytes} bytes in whole pages of {unit}"
                 )
             kind = MemoryKind.MEMFD if unit == int(lib.pc_page_bytes()) else MemoryKind.HUGETLB
-            return cls(_struct(ffi.NULL, size_bytes, unit, kind, os.dup(fd)), kind, size_bytes)
+            return cls(_struct(ffi.NULL, size_bytes, unit, kind, _open_again(fd)), kind, size_bytes)
         except OSError as error:
             raise ConfigurationError(f"memory (descriptor {fd}): {error.strerror}") from error
 
@@ -511,6 +511,15 @@ def memory_error(result: int, line: ErrorLine) -> PostcopyError:
     if result == -errno.ENOTSUP:
         return ResourceError(text, remedy or "use --backing memfd")
     return CoreError(-result, "memory", text)
+
+
+def _open_again(fd: int) -> int:
+    """The same file with a position of its own, which looking for data moves: that of a copy is also the other
+    process's. Where this user may not open the file it is a copy all the same."""
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError:
+        return os.dup(fd)
 
 
 def _struct(base: Any, size_bytes: int, page_bytes: int, kind: MemoryKind, fd: int = -1) -> Any:

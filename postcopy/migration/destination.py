@@ -2,14 +2,13 @@
 """The destination's engine: one machine received, from the offer until its last page is here.
 
 The plan: make the machine that is offered, or say why not; connect the data channels; take the page maps, and register
-all memory with userfaultfds. (A machine that is another process's gives its userfaultfds away: `Machine.lend`. Where
-its memory is mapped only while its state is loaded, in the middle of that, pages are staged until then:
-`Machine.load_and_map`.) In each round that follows
-pages come, and those that have changed since are forgotten: they are missing again, so that no old page is ever seen.
-Then take the state, with all pages that are to be here before the machine runs, and say `prepared`. From then on this
-side waits for a decision that is not its own. On `commit` the machine runs, and every page comes: because it was
-touched, because the source pushed it, or because this side asked for what was left when the source had nothing more to
-push.
+all memory with userfaultfds. (A machine whose memory is another process's lends the userfaultfds of that:
+`Machine.lend`. Memory that is mapped only while the state is loaded is lent then, by `Machine.load_and_map`, and its
+pages are staged until then.) In each round that follows pages come, and those that have changed since are forgotten:
+they are missing again, so that no old page is ever seen. Then take the state, with all pages that are to be here before
+the machine runs, and say `prepared`. From then on this side waits for a decision that is not its own. On `commit` the
+machine runs, and every page comes: because it was touched, because the source pushed it, or because this side asked for
+what was left when the source had nothing more to push.
 
 Resource handling: machine and pager belong to the engine. `close` ends them in the order that the state demands: a
 machine whose memory is not complete is closed first, since its vCPUs may be blocked on pages that only the pager can
@@ -25,6 +24,7 @@ learn of it later (`announce`).
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -133,6 +133,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         self._pushing: set[int] = set()  # bulk channels that have not sent the `end` of this push
         self._doubt_for_s = doubt_for_s
         self._lent = 0  # shards whose userfaultfd was lent
+        self._process_ended = False  # that of a machine whose memory is another process's
         self._held: dict[int, FdHolder] = {}  # urgent connections of those that were not yet, by shard
         self._last_word_s = LAST_WORD_S if link.version >= 3 else ACK_TIMEOUT_S
 
@@ -207,7 +208,13 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
 
     def _peer_lost(self, until: str) -> bool:
         keep = not self.complete and not self._kill_when_lost and self.state is not State.IN_DOUBT
-        if keep:
+        if self._process_ended and self.state is State.PAUSED:
+            keep = False
+            self.failure = MigrationError(
+                "the machine was given to this host, and is lost: its process has ended before its memory was whole"
+            )
+            log.error("%s", self.failure)
+        elif keep:
             log.error("the source is lost for good (%s); the machine is kept %s", self.failure, until)
         elif self.state is State.IN_DOUBT:
             self.failure = MigrationError(
@@ -217,7 +224,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             )
             log.error("%s", self.failure)
         elif not self.complete:
-            # `close` poisons its missing pages: nothing of it is ever filled with zeros.
+            # `close` ends it, and poisons its missing pages here: nothing of it is ever filled with zeros.
             self.failure = MigrationError(f"the source is lost for good ({self.failure}), and the machine with it")
             log.error("%s", self.failure)
         return keep
@@ -332,9 +339,9 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         """Memory of the machine's process is there, and is registered with a userfaultfd of that."""
         pager = cast("Pager", pager)  # one in a process of its own is not for such machines
         shard = pager.adopt_shard(uffd, features, self._busy_poll_us)
+        self._lent += 1  # also when it cannot be armed: `close`
         for extent in extents:
             pager.arm_at(shard, extent.block, extent.first_page, extent.pages, extent.address)
-        self._lent += 1
         pager.attach_urgent(shard, self._held.pop(shard).detach())
         await pager.confirm()
 
@@ -508,6 +515,8 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             await trio.sleep(REQUEST_PERIOD_S)
 
     def _note(self, event: Event) -> None:
+        if event.type is EventType.FATAL and event.error == errno.ESRCH:
+            self._process_ended = True
         super()._note(event)
         if event.type is EventType.COMPLETE:
             self._look_for_all()
@@ -575,7 +584,8 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             # Again after the pager, which has freed whatever waited for a page; closing twice does no harm.
             for what in (pager, machine) if self.complete else (machine, pager, machine):
                 if what is pager and self._lent and not self.complete:
-                    # Nothing is poisoned: its process has ended, or has its memory back, or keeps what guards it.
+                    # Nothing is poisoned: by now the machine has killed its process, or has given the memory back to
+                    # it; where both have failed, that process has a copy of the userfaultfd, and waits.
                     await self._contained(cast("Pager", pager).leave)
                 elif what is not None:
                     await self._contained(what.close)

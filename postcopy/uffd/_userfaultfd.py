@@ -284,6 +284,8 @@ class Userfaultfd:
         with self._use() as fd:
             result = lib.pc_uffd_unregister(fd, address, size_bytes)
             self._check(result, "unregistering memory", "unregister", address, size_bytes)
+            # The kernel wakes those who wait, and only then lets the mapping go: a thread that comes between waits on.
+            lib.pc_uffd_wake(fd, address, size_bytes)
             self._addresses.unregister(self._owner, address, end)
 
     # ---- filling

@@ -26,7 +26,7 @@ PROGRAM = os.path.join(os.path.dirname(__file__), "_lender_program.py")
 
 
 class Lender(Machine):
-    """It is stopped and continued by signals. `refuses`: to load a state."""
+    """It is stopped and continued by signals. `refuses`: to load a state; `errs`: about where its last page is."""
 
     kind = "lender"
     live = True
@@ -46,7 +46,7 @@ class Lender(Machine):
         self.pidfd = os.pidfd_open(self.pid)
         self._address = 0
         self._state = MachineState.PAUSED
-        self.refuses = False
+        self.refuses = self.errs = False
         self.whole = False
         self.looks = 0  # at the dirty log
         self.resumed = trio.Event()
@@ -123,8 +123,9 @@ class Lender(Machine):
             raise MigrationError("this program takes no state")
 
     async def lend(self, adopt: Adopt) -> None:
-        pages = self.memory.pages
-        await adopt(await trio.to_thread.run_sync(self.open, LENT), int(LENT), [Extent(0, 0, pages, self._address)])
+        last = self.memory.pages - 1
+        extents = [Extent(0, 0, last, self._address), Extent(0, last, 1, self._address + last * PAGE + self.errs)]
+        await adopt(await trio.to_thread.run_sync(self.open, LENT), int(LENT), extents)
 
     async def made_whole(self) -> None:
         await self.ask("close")

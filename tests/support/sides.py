@@ -116,14 +116,21 @@ class Side:
 
 
 class Operator:
-    """`postcopy ctl` on one socket."""
+    """`postcopy ctl` on one socket, of a process that may have been started just now."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def _until_it_listens(self) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while not self.path.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
     def ask(self, *arguments: object, status: int = 0) -> tuple[str, str]:
         """What it says on stdout and stderr."""
         words = ["ctl", "--control", str(self.path), *(str(one) for one in arguments)]
+        if not status:
+            self._until_it_listens()
         done = warm.run(words, deadline_s=DEADLINE_S)
         assert done.returncode == status, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
@@ -134,6 +141,7 @@ class Operator:
 
     def machines(self) -> dict[str, Json]:
         """Asked without a process in between, since it is asked often."""
+        self._until_it_listens()
         with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rw") as file:
             connection.settimeout(DEADLINE_S)
             connection.connect(str(self.path))

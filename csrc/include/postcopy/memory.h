@@ -112,8 +112,9 @@ int pc_dirty_log_new(struct pc_dirty_log **log); /* 0, -ENOMEM; free with pc_dir
 int pc_dirty_log_add(struct pc_dirty_log *log, const struct pc_memory *memory, char *error, size_t error_bytes);
 /* The same of another process, whose memory is a file that it has mapped shared: by a userfaultfd of it, with the features WP_ASYNC,
  * WP_UNPOPULATED, WP_HUGETLBFS_SHMEM and PAGEFAULT_FLAG_WP and no events, with which nothing is registered, and by its
- * /proc/PID/pagemap. Both are duplicated; when the last copy of the userfaultfd is closed, all is as it was before. What gives memory back
- * there, by a hole in the file, is not in the log: the content of such a page counts as not defined. 0 or -errno with a line in `error`. */
+ * /proc/PID/pagemap. Both are duplicated; when the last copy of the userfaultfd is closed, all is as it was before. A page that is given
+ * back there, by a hole in the file, is in the log when it had been written since the last call (not on huge pages, where nothing tells);
+ * otherwise it counts as having kept its content. 0 or -errno with a line in `error`. */
 int pc_dirty_log_new_of(int uffd, int pagemap, struct pc_dirty_log **log, char *error, size_t error_bytes);
 /* A memory that lies at `address` of the process that writes; -EPERM: the page tables are those of another process. */
 int pc_dirty_log_add_at(struct pc_dirty_log *log, const struct pc_memory *memory, uint64_t address, char *error, size_t error_bytes);

@@ -117,6 +117,17 @@ static void writes_are_logged_once(int kind)
     pc_dirty_log_mark(log, owner->address + 12 * memory.page_bytes, 1);
     CHECK_LOG(log, kind == PC_MEMORY_MEMFD ? 0x1208 : 0x1200);
     CHECK_LOG(log, 0);
+    if (kind == PC_MEMORY_MEMFD) { /* written, and given back: by a guest that expects what it has written, if that is zeros */
+        order_write(owner, WRITE, 1, 0);
+        (void)order(owner, PUNCH, 1);
+        (void)order(owner, DONTNEED, 1);
+        (void)order(owner, PUNCH, 6); /* not written */
+        CHECK_LOG(log, 2);
+        CHECK_LOG(log, 0);
+        CHECK_EQ(order(owner, READ, 1), 0);
+        order_write(owner, WRITE, 1, 2);
+        CHECK_LOG(log, 2);
+    }
     pc_dirty_log_free(log);
     order_write(owner, WRITE, 2, 1); /* of no log */
     log = open_log(owner); /* the same userfaultfd once more */

@@ -39,7 +39,7 @@ def lenders(count: int) -> Iterator[list[Lender]]:
 async def move(source: Lender, twin: Lender, options: SourceOptions) -> tuple[SourceMigration, DestinationMigration]:
     """Until it has ended, however. A machine that has arrived is handed over."""
     acceptor = await Acceptor.open(Address("127.0.0.1", 0), "dest", lambda waiting: "")
-    go, never = trio.Event(), trio.Event()
+    go, never, stop = trio.Event(), trio.Event(), trio.Event()
     go.set()
     found: list[DestinationMigration] = []
 
@@ -57,13 +57,15 @@ async def move(source: Lender, twin: Lender, options: SourceOptions) -> tuple[So
                 await arriving.hand_over()
         finally:
             await arriving.close()
+        if arriving.state is State.PAUSED:
+            stop.set()
 
     with trio.fail_after(60):
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(acceptor.serve)
                 async with trio.open_nursery() as both:
-                    both.start_soon(leaving.run, go, never)
+                    both.start_soon(leaving.run, go, stop)
                     both.start_soon(arrive)
                 nursery.cancel_scope.cancel()
         finally:
@@ -102,15 +104,36 @@ async def test_it_moves_while_it_writes_and_leaves_again(precopy_s: float) -> No
             await twin.ask("run", 2)  # where no pager is any more
 
 
-async def test_what_was_lent_is_given_back_when_it_fails() -> None:
+@pytest.mark.parametrize(("fault", "said"), [("refuses", "takes no state"), ("errs", "cannot be at")])
+async def test_what_was_lent_is_given_back_when_it_fails(fault: str, said: str) -> None:
     with lenders(2) as (source, twin):
         await source.prepare()
         await source.resume()
         await source.ask("run", 1)
-        twin.refuses = True
+        setattr(twin, fault, True)
         leaving, arriving = await move(source, twin, SourceOptions())
         assert leaving.state is arriving.state is State.ABORTED
-        assert "takes no state" in str(leaving.failure)
+        assert said in str(leaving.failure)
         assert source.statistics().state.value == "running"
         assert twin.memory.closed
         assert await twin.ask("crc") == zlib.crc32(bytes(PAGES * PAGE))  # nobody serves it, and it does not wait
+
+
+async def test_one_that_ends_before_it_is_whole() -> None:
+    """Nobody has to end what is left of it."""
+    with lenders(2) as (source, twin):
+        await source.prepare()
+        await source.resume()
+        for page in range(PAGES):
+            await source.ask("write", page)
+
+        async def kill() -> None:
+            await twin.resumed.wait()
+            twin.kill()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(kill)
+            leaving, arriving = await move(source, twin, SourceOptions(max_bandwidth_bytes_per_s=1 << 20))
+        assert leaving.state is arriving.state is State.PAUSED
+        assert "is lost: its process has ended" in str(arriving.failure)
+        assert arriving.over
