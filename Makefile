@@ -76,7 +76,7 @@ test-1:
 	$(STEP) 600 --log $(LOGS)/sanitize.log "C tests, sanitized" $(MAKE) --no-print-directory sanitize || failed=1; \
 	$(STEP) 180 --log $(LOGS)/fuzz.log "fuzz targets: corpus and a short run" $(MAKE) --no-print-directory fuzz-replay || failed=1; \
 	$(STEP) 400 --log $(LOGS)/hostile.log "hostile peers" $(MAKE) --no-print-directory check-hostile PYTEST_ARGS= || failed=1; \
-	$(STEP) 600 --log $(LOGS)/packages.log "packages" $(MAKE) --no-print-directory check-packages PYTEST_ARGS= || failed=1; \
+	$(STEP) 800 --log $(LOGS)/packages.log "packages" $(MAKE) --no-print-directory check-packages PYTEST_ARGS= || failed=1; \
 	$(STEP) 500 --log $(LOGS)/containers.log "containers" $(MAKE) --no-print-directory test-containers OR_SKIP=--or-skip PYTEST_ARGS= \
 		POSTCOPY_WHEEL="$$(ls dist/*.whl 2>/dev/null)" || failed=1; \
 	[ -z "$$failed" ]

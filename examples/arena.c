@@ -3,8 +3,8 @@
  * A program that is no virtual machine, and can be moved to another host while it computes (docs/programs.md).
  *
  * All that it knows is in one file in memory, the arena, which it has mapped shared: arena FILE MEBIBYTES. It changes page after
- * page of it, at random, and checks each one before. It may be stopped for good at any instruction: whoever maps the same memory
- * afterwards goes on from there. A page that was being changed then is changed once more: `busy` says which one.
+ * page of it, at random, and checks each one before. It may be stopped for good at any instruction: a process that maps the same
+ * memory afterwards goes on from there. A page that was being changed then is changed once more: `busy` says which one.
  *
  *     cc -O2 -o arena arena.c && postcopy run -- ./arena /dev/shm/arena 64
  */

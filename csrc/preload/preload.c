@@ -62,6 +62,7 @@ static struct {
     bool lazy; /* mappings are guarded from their making on, by `kept` */
     bool started; /* the thread */
     bool lost; /* of the mappings */
+    pid_t pid; /* that has the socket */
     struct descriptor device; /* /dev/userfaultfd, open, inherited */
     struct descriptor listener;
     struct descriptor kept; /* userfaultfd */
@@ -135,6 +136,11 @@ static struct descriptor copy_of(int fd)
     return made;
 }
 
+static struct descriptor copy_of_ours(const struct descriptor *one)
+{
+    return is_ours(one) ? copy_of(one->fd) : (struct descriptor){.fd = -1};
+}
+
 static struct descriptor moved_up(int fd)
 {
     struct descriptor made = copy_of(fd);
@@ -201,7 +207,7 @@ static void forget(uintptr_t start, uintptr_t end)
             continue;
         }
         if (one->end > end && one->start < start) { /* its middle */
-            tail.file = copy_of(one->file.fd);
+            tail.file = copy_of_ours(&one->file);
             tail.offset += end - tail.start;
             tail.start = end;
             one->end = start;
@@ -221,19 +227,17 @@ static void forget(uintptr_t start, uintptr_t end)
     set_bounds();
 }
 
-/* Before the kernel unmaps it: afterwards the addresses may be another mapping's. */
-static void forget_before_unmapping(uintptr_t start, size_t bytes)
+static uintptr_t end_of(uintptr_t start, size_t bytes, size_t page_bytes)
 {
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), end = start + ((bytes + page - 1) & -page);
-    int error = errno;
-    sigset_t signals;
+    return start + ((bytes + page_bytes - 1) & -page_bytes);
+}
 
-    if (!bytes || start % page || end <= start || end <= self.low || start >= self.high)
-        return;
-    lock(&signals);
-    forget(start, end);
-    unlock(&signals);
-    errno = error;
+/* Whether a call that changes this range may change a mapping that is remembered. */
+static bool concerns_us(const void *address, size_t bytes)
+{
+    uintptr_t start = (uintptr_t)address, end = end_of(start, bytes, (size_t)sysconf(_SC_PAGESIZE));
+
+    return start < self.high && (end > self.low || end < start);
 }
 
 /* The mapping that has all of a range. */
@@ -353,32 +357,39 @@ static size_t arm(int *fds)
     for (reply.index = 0; reply.index < request.count; reply.index++)
         if (guard(made.fd, request.ranges[reply.index].address, request.ranges[reply.index].bytes, request.mode)) {
             fail(PRELOAD_REGISTER, errno);
-            goto undo;
+            if (opened)
+                drop(&made); /* and nothing is registered any more */
+            return 0;
         }
-    for (reply.index = 0; reply.index < request.count && request.flags & PRELOAD_EMPTY; reply.index++) {
-        struct preload_range range = request.ranges[reply.index];
-        struct record *record = find(range.address, range.bytes);
-        off_t offset = (off_t)(record->offset + (range.address - record->start));
-
-        if (!is_ours(&record->file) ||
-            fallocate(record->file.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, (off_t)range.bytes)) {
-            fail(PRELOAD_PUNCH, is_ours(&record->file) ? errno : EBADF);
-            goto undo;
-        }
-    }
     self.lazy = false; /* what the program maps from now on is not waited for */
     self.features = features;
     self.kept = made;
     fds[0] = made.fd;
     return 1;
-undo:
-    if (opened)
-        drop(&made); /* and nothing is registered any more */
-    return 0;
+}
+
+/* Whether the mapping is still registered with the userfaultfd that is kept: then it cannot be with another one. (Where no other one
+ * can be opened this is not known, and DISARM is not refused.) */
+static bool is_registered(int other, const struct record *record)
+{
+    struct uffdio_register range = {.range = {record->start, record->end - record->start}, .mode = UFFDIO_REGISTER_MODE_MISSING};
+
+    return ioctl(other, UFFDIO_REGISTER, &range) && errno == EBUSY;
 }
 
 static void disarm(void)
 {
+    enum preload_step step;
+    struct descriptor other = open_userfaultfd(0, &step);
+
+    for (reply.index = 0; reply.index < self.count; reply.index++)
+        if (is_registered(other.fd, &self.records[reply.index])) {
+            fail(PRELOAD_GUARDED, EBUSY);
+            break;
+        }
+    drop(&other);
+    if (reply.error)
+        return;
     drop(&self.kept);
     self.lazy = false;
     for (size_t i = 0; i < self.count; i++)
@@ -400,7 +411,7 @@ static size_t carry_out(ssize_t bytes, int *fds)
         return fail(PRELOAD_REQUEST, EPROTO), 0;
     if (request.op == PRELOAD_LIST)
         return list(fds);
-    if (request.op == PRELOAD_ARM && !(request.flags & ~(uint32_t)(PRELOAD_EMPTY | PRELOAD_KEEP)))
+    if (request.op == PRELOAD_ARM && !(request.flags & ~(uint32_t)PRELOAD_KEEP))
         return arm(fds);
     if (request.op != PRELOAD_TAKE && request.op != PRELOAD_DISARM)
         return fail(PRELOAD_REQUEST, EPROTO), 0;
@@ -509,6 +520,26 @@ static void leave_environment(void)
     }
 }
 
+/* A program that was killed leaves its socket's file behind: the next one with the same path replaces it. */
+static bool is_left_behind(void)
+{
+    int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    struct stat file;
+    bool is = fd >= 0 && !lstat(self.path.sun_path, &file) && S_ISSOCK(file.st_mode) &&
+              connect(fd, (struct sockaddr *)&self.path, sizeof(self.path)) && errno == ECONNREFUSED;
+
+    if (fd >= 0)
+        (void)close(fd);
+    return is;
+}
+
+static bool is_bound(int fd)
+{
+    return !bind(fd, (struct sockaddr *)&self.path, sizeof(self.path)) ||
+           (errno == EADDRINUSE && is_left_behind() && !unlink(self.path.sun_path) &&
+            !bind(fd, (struct sockaddr *)&self.path, sizeof(self.path)));
+}
+
 /* Signals are blocked, and the thread inherits that. */
 static void start(void)
 {
@@ -518,11 +549,12 @@ static void start(void)
     int error;
 
     self.started = true;
+    self.pid = getpid();
     leave_environment();
     if (is_ours(&self.device)) /* nor do they have that */
         (void)fcntl(self.device.fd, F_SETFD, FD_CLOEXEC);
     /* A socket's file gets the mode that the socket has when it is bound. (umask is the whole process's.) */
-    if (fd < 0 || fchmod(fd, 0600) || bind(fd, (struct sockaddr *)&self.path, sizeof(self.path)) || listen(fd, 16)) {
+    if (fd < 0 || fchmod(fd, 0600) || !is_bound(fd) || listen(fd, 16)) {
         debug("postcopy: no socket at %s: %s\n", self.path.sun_path, strerror(errno));
         if (fd >= 0)
             (void)close(fd);
@@ -543,86 +575,119 @@ static void start(void)
 
 /* ---- what the program calls */
 
-/* False: it must not have this mapping. */
-static bool take_note(void *address, size_t bytes, int fd, uint64_t offset)
+/* Under the lock. Takes the record's descriptor. False: the program must not have this mapping. */
+static bool take_note(struct record record)
 {
-    uint32_t page_bytes = page_bytes_of(fd);
-    struct record record = {.start = (uintptr_t)address, .offset = offset, .page_bytes = page_bytes}, *made;
-    int error = errno;
+    struct record *made = remember(record);
     bool may = true;
-    sigset_t signals;
+    int error;
 
-    if (!page_bytes)
-        return errno = error, true;
-    record.end = record.start + ((bytes + page_bytes - 1) & -(size_t)page_bytes);
-    lock(&signals);
-    record.file = copy_of(fd);
-    made = remember(record);
     if (self.lazy && (!made || guard_at_once(made))) {
         error = made ? errno : EMFILE;
-        debug("postcopy: the mapping at %p cannot wait for its pages: %s\n", address, strerror(error));
+        debug("postcopy: the mapping at %#lx cannot wait for its pages: %s\n", record.start, strerror(error));
         forget(record.start, record.end);
+        errno = error;
         may = false;
     }
+    error = errno;
     if (!self.started)
         start();
-    unlock(&signals);
-    return errno = error, may;
+    errno = error;
+    return may;
 }
 
+/* A mapping is forgotten after the kernel has unmapped it, since the kernel may refuse, and under the same lock, since another thread
+ * may get the same addresses next. (No such call waits for a reader of events, unless a client has asked for a userfaultfd with
+ * UFFD_FEATURE_EVENT_UNMAP or _REMAP.) */
 void *preload_mmap(void *address, size_t bytes, int protection, int flags, int fd, off_t offset)
 {
+    bool replaces = flags & MAP_FIXED && concerns_us(address, bytes), may = true;
+    struct record record = {.offset = (uint64_t)offset};
+    sigset_t signals;
     void *mapped;
+    int error;
 
-    if (flags & MAP_FIXED)
-        forget_before_unmapping((uintptr_t)address, bytes);
+    if (replaces)
+        lock(&signals);
     mapped = (void *)syscall(SYS_mmap, address, bytes, protection, flags, fd, offset);
-    if (mapped == MAP_FAILED || fd < 0 || flags & MAP_ANONYMOUS || !(flags & MAP_SHARED) || !(protection & PROT_WRITE) ||
-        !self.path.sun_path[0])
-        return mapped;
-    if (!take_note(mapped, bytes, fd, (uint64_t)offset)) {
-        int error = errno;
-
-        (void)syscall(SYS_munmap, mapped, bytes);
-        errno = error;
-        return MAP_FAILED;
+    error = errno;
+    if (replaces) {
+        if (mapped != MAP_FAILED)
+            forget((uintptr_t)mapped, end_of((uintptr_t)mapped, bytes, (size_t)sysconf(_SC_PAGESIZE)));
+        unlock(&signals);
     }
+    if (mapped != MAP_FAILED && fd >= 0 && !(flags & MAP_ANONYMOUS) && flags & MAP_SHARED && protection & PROT_WRITE &&
+        self.path.sun_path[0] && (record.page_bytes = page_bytes_of(fd))) {
+        record.start = (uintptr_t)mapped;
+        record.end = end_of(record.start, bytes, record.page_bytes);
+        lock(&signals);
+        record.file = copy_of(fd);
+        may = take_note(record);
+        if (!may)
+            error = errno;
+        unlock(&signals);
+    }
+    if (!may) {
+        (void)syscall(SYS_munmap, mapped, bytes);
+        mapped = MAP_FAILED;
+    }
+    errno = error;
     return mapped;
 }
 
 int preload_munmap(void *address, size_t bytes)
 {
-    forget_before_unmapping((uintptr_t)address, bytes);
-    return (int)syscall(SYS_munmap, address, bytes);
+    sigset_t signals;
+    int result, error;
+
+    if (!concerns_us(address, bytes))
+        return (int)syscall(SYS_munmap, address, bytes);
+    lock(&signals);
+    result = (int)syscall(SYS_munmap, address, bytes);
+    error = errno;
+    if (!result)
+        forget((uintptr_t)address, end_of((uintptr_t)address, bytes, (size_t)sysconf(_SC_PAGESIZE)));
+    unlock(&signals);
+    errno = error;
+    return result;
 }
 
 void *preload_mremap(void *address, size_t bytes, size_t new_bytes, int flags, void *new_address)
 {
-    struct descriptor file = {.fd = -1};
-    struct record *record;
-    uint64_t offset = 0;
+    size_t page_bytes = (size_t)sysconf(_SC_PAGESIZE);
+    uintptr_t start = (uintptr_t)address, to;
+    struct record record = {.file.fd = -1};
+    const struct record *found;
     sigset_t signals;
     void *mapped;
     int error;
 
-    if ((uintptr_t)address + bytes > self.low && (uintptr_t)address < self.high) {
-        lock(&signals);
-        record = find((uintptr_t)address, bytes);
-        if (record) {
-            offset = record->offset + ((uintptr_t)address - record->start);
-            file = copy_of(record->file.fd);
-        }
-        unlock(&signals);
+    if (!concerns_us(address, bytes) && !(flags & MREMAP_FIXED && concerns_us(new_address, new_bytes)))
+        return (void *)syscall(SYS_mremap, address, bytes, new_bytes, flags, new_address);
+    lock(&signals);
+    found = find(start, bytes ? bytes : 1); /* 0: a second mapping of the same */
+    if (found) {
+        record = *found;
+        record.offset += start - found->start;
+        record.file = copy_of_ours(&found->file);
     }
-    if (flags & MREMAP_FIXED)
-        forget_before_unmapping((uintptr_t)new_address, new_bytes);
     mapped = (void *)syscall(SYS_mremap, address, bytes, new_bytes, flags, new_address);
-    if (mapped != MAP_FAILED && file.fd >= 0) {
-        forget_before_unmapping((uintptr_t)address, bytes);
-        (void)take_note(mapped, new_bytes, file.fd, offset);
-    }
     error = errno;
-    drop(&file);
+    to = (uintptr_t)mapped;
+    if (mapped != MAP_FAILED) {
+        if (bytes && !(flags & MREMAP_DONTUNMAP))
+            forget(start, end_of(start, bytes, page_bytes));
+        if (flags & MREMAP_FIXED)
+            forget(to, end_of(to, new_bytes, page_bytes));
+    }
+    if (mapped != MAP_FAILED && found) {
+        record.start = to;
+        record.end = end_of(to, new_bytes, record.page_bytes);
+        (void)take_note(record);
+    } else {
+        drop(&record.file);
+    }
+    unlock(&signals);
     errno = error;
     return mapped;
 }
@@ -681,6 +746,6 @@ void preload_begin(void)
 
 void preload_end(void)
 {
-    if (is_ours(&self.listener))
+    if (self.pid == getpid() && is_ours(&self.listener)) /* not of a child that no handler of ours has seen */
         (void)unlink(self.path.sun_path);
 }

@@ -30,12 +30,11 @@ enum preload_op {
     PRELOAD_LIST = 1, /* all mappings in the order of their making, each with a descriptor of its file */
     PRELOAD_ARM = 2, /* a userfaultfd, opened with `features`; the mappings of `ranges`, if any, are registered with it, by `mode` */
     PRELOAD_TAKE = 3, /* the userfaultfd that is kept, once more: its owner has ended */
-    PRELOAD_DISARM = 4, /* closes the userfaultfd that is kept. Before: unregister, or missing pages read as zeros */
+    PRELOAD_DISARM = 4, /* closes the userfaultfd that is kept, with which nothing is registered any more */
 };
 
 enum preload_flag {
-    PRELOAD_EMPTY = 1, /* of ARM: what the file has in these ranges is thrown away, once they are guarded */
-    PRELOAD_KEEP = 2, /* of ARM: the program keeps a copy, so that it waits for its pages when the asker dies */
+    PRELOAD_KEEP = 1, /* of ARM: the program keeps a copy, so that it waits for its pages when the asker dies */
 };
 
 /* What an `error` is about. */
@@ -48,7 +47,7 @@ enum preload_step {
     PRELOAD_OPEN, /* no way leads to a userfaultfd that stops the kernel's own faults too */
     PRELOAD_FEATURES, /* the kernel lacks one, or the userfaultfd that guards since the start does: `features` has it */
     PRELOAD_REGISTER, /* `index` of the ranges */
-    PRELOAD_PUNCH,
+    PRELOAD_GUARDED, /* `index` of the mappings is registered with what is kept: without it, its missing pages would read as zeros */
 };
 
 /* Of a reply. */

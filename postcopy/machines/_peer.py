@@ -62,7 +62,7 @@ async def connect(path: str, deadline: float, who: str, start_one: str) -> trio.
             name = f"/proc/self/fd/{directory}/{os.path.basename(path)}"
         # (trio's own takes EAGAIN, of a listener for which too many wait, for a connection that is being made)
         with trio.fail_at(deadline):
-            while not _connected(connection, name):  # noqa: ASYNC110 -- nothing tells when there is room
+            while not connected(connection, name):  # noqa: ASYNC110 -- nothing tells when there is room
                 await trio.sleep(_CONNECT_AGAIN_S)
     except trio.TooSlowError:
         connection.close()
@@ -90,7 +90,8 @@ def _unreachable(error: OSError | ValueError, path: str, who: str, start_one: st
     return Unreachable(f"{who} ({path}): {why}")
 
 
-def _connected(connection: socket.socket, path: str) -> bool:
+def connected(connection: socket.socket, path: str) -> bool:
+    """False: too many wait there for a connection."""
     try:
         connection.connect(path)
     except BlockingIOError:

@@ -36,13 +36,13 @@ from msgspec import Meta
 
 from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
-from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
+from postcopy.errors import BusyError, ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
+from postcopy.machines._memory_files import check_nobody_else_has, empty, promise_room
 from postcopy.machines.base import Adopt, BlockLayout, Extent, MachineState, RamBlock
 from postcopy.machines.preload.client import Mapping as Mapped
 from postcopy.machines.preload.client import Preload, State, process_at
 from postcopy.machines.process import ArrivingProcess, ProcessMachine
-from postcopy.memory import FEATURES_OF_PROCESS, DirtyLog, Memory, MemoryKind, check_memory
-from postcopy.memory._admission import PROMISES
+from postcopy.memory import FEATURES_OF_PROCESS, DirtyLog, Memory
 from postcopy.uffd import RegisterMode, Userfaultfd
 from postcopy.units import format_size
 
@@ -86,6 +86,7 @@ class ProgramMachine(ProcessMachine):
         mappings = await self._find()
         for mapping in mappings:
             mapping.fd.close()
+        await self._check_whole()
         await self._open_logger()
         self._state = MachineState.RUNNING
 
@@ -97,24 +98,35 @@ class ProgramMachine(ProcessMachine):
         mappings = await library.mappings()
         try:
             _check(mappings, self._name)
-            self._config = Config(await run_sync(_boot_id), [(one.device, one.inode) for one in mappings])
+            files = [(one.device, one.inode) for one in mappings]
+            await check_nobody_else_has(self._name, self._pid, files)
+            self._config = Config(await run_sync(_boot_id), files)
             self._addresses = tuple(one.address for one in mappings)
-            self._blocks = tuple(
-                RamBlock(
-                    f"mapping{number}", Memory.from_shared_file(one.fd.fileno(), one.size_bytes, one.page_bytes), 0
-                )
-                for number, one in enumerate(mappings)
-            )
+            for number, one in enumerate(mappings):
+                memory = Memory.from_shared_file(one.fd.fileno(), one.size_bytes, one.page_bytes)
+                self._blocks += (RamBlock(f"mapping{number}", memory, 0),)
         except BaseException:
             for one in mappings:
                 one.fd.close()
             raise
         return mappings
 
+    async def _check_whole(self) -> None:
+        assert self._library is not None
+        try:
+            if self._library.state & (State.KEPT | State.LAZY):
+                # Nobody else has this program; one that has ended may have left it a userfaultfd that guards nothing.
+                await self._library.disarm()
+        except BusyError as error:
+            raise BusyError(
+                f"{self._name} waits for its memory: what has not arrived would be sent as zeros. If the migration that"
+                " brought it here has been lost, end it"
+            ) from error
+
     async def _open_logger(self) -> None:
         assert self._library is not None
         try:
-            armed = await self._library.arm((), features=FEATURES_OF_PROCESS, mode=0, keep=False, empty=False)
+            armed = await self._library.arm((), features=FEATURES_OF_PROCESS, mode=0, keep=False)
             self._logger = armed.uffd
         except PostcopyError as error:  # which matters where precopy is asked for
             self._logger = error
@@ -144,12 +156,18 @@ class ProgramMachine(ProcessMachine):
             return
         with trio.CancelScope(shield=True):
             self._signal(signal.SIGSTOP)
-            with trio.move_on_after(timeout_s) as scope:
-                while not _stands(self._pid):  # noqa: ASYNC110 -- nothing tells when it does, but to its parent
-                    await trio.sleep(_POLL_S)
-            if scope.cancelled_caught:
+            why = ""
+            try:
+                with trio.fail_after(timeout_s):
+                    while not _stands(self._pid):  # noqa: ASYNC110 -- nothing tells when it does, but to its parent
+                        await trio.sleep(_POLL_S)
+            except trio.TooSlowError:
+                why = f"has not stopped within {timeout_s:g} s: a system call does not end"
+            except OSError as error:
+                why = f"cannot be looked at: {error.strerror}"
+            if why:
                 self._signal(signal.SIGCONT)
-                raise MigrationError(f"{self._name} has not stopped within {timeout_s:g} s: a system call does not end")
+                raise MigrationError(f"{self._name} {why}")
             if not self._is_alive():
                 raise MigrationError(f"{self._name} has ended")
             self._paused_ns = time.monotonic_ns()
@@ -227,12 +245,14 @@ class ArrivingProgram(ArrivingProcess, ProgramMachine):
         mappings = await self._find()
         try:
             self._check_fits(mappings)
-            self._check_room()
-            library = self._library
-            assert library is not None
+            assert self._library is not None
+            memories = [block.memory for block in self._blocks]
+            promise_room(self._name, memories)
             self._touched = True
-            armed = await library.arm(mappings, features=0, mode=RegisterMode.MISSING, keep=True, empty=True)
+            await empty(memories)
+            armed = await self._library.arm(mappings, features=0, mode=RegisterMode.MISSING, keep=True)
             self._guard = Userfaultfd.adopt(armed.uffd.detach(), int(armed.features))
+            await empty(memories)
         finally:
             for mapping in mappings:
                 mapping.fd.close()
@@ -257,22 +277,6 @@ class ArrivingProgram(ArrivingProcess, ProgramMachine):
                 f"{self._name} has mapped {_shown(here)}, the source's program {_shown(there)}: both must map the same,"
                 " in the same order, before they touch any of it"
             )
-
-    def _check_room(self) -> None:
-        """What this host cannot hold is refused; what it can is promised, in the same step."""
-        small = [block.memory for block in self._blocks if block.memory.kind is MemoryKind.MEMFD]
-        if small:
-            check_memory(MemoryKind.MEMFD, sum(memory.size_bytes for memory in small))
-        for block in self._blocks:
-            status = os.fstatvfs(block.memory.fd)
-            available = status.f_bavail * status.f_frsize + os.fstat(block.memory.fd).st_blocks * 512
-            if status.f_blocks and available < block.memory.size_bytes:
-                raise ResourceError(
-                    f"{block.name} of {self._name}: its file system has {format_size(available)} left for"
-                    f" {format_size(block.memory.size_bytes)}",
-                    "remove files there that are not used any more, or mount it larger (-o remount,size=...)",
-                )
-        PROMISES.add(block.memory for block in self._blocks)
 
     async def lend(self, adopt: Adopt) -> None:
         assert self._guard is not None
@@ -337,7 +341,7 @@ def _stands(pid: int) -> bool:
         tasks = sorted(directory.iterdir())
         # (One that has stopped meanwhile may have made another one before.)
         return all(_state_of(task) in "TtZX" for task in tasks) and tasks == sorted(directory.iterdir())
-    except FileNotFoundError:  # a thread has ended: look again; so has the process, which its owner sees
+    except (FileNotFoundError, ProcessLookupError):  # a thread has ended: look again; so has the process, which is seen
         return not os.path.exists(f"/proc/{pid}")
 
 

@@ -60,6 +60,8 @@ def arena(binary: Path, spawn_child: Callable[..., Any], tmp_path: Path) -> Iter
 
     def start(name: str, *, lazy: bool = False, mib: int = 8) -> Arena:
         files.append(Path(f"/dev/shm/test-arena-{os.getpid()}-{name}"))
+        if lazy:  # what it had in its file before is thrown away, and not seen
+            files[-1].write_bytes(b"another one's content..." * (1 << 15))
         command = [sys.executable, "-P", "-m", "postcopy", "run", *["--lazy"] * lazy, "--socket", tmp_path / name, "--"]
         started = Arena(spawn_child([*map(str, command), str(binary), str(files[-1]), str(mib)]), tmp_path / name)
         started.wait("mapping", lambda: "mapped" in started.child.output())

@@ -11,6 +11,7 @@ import contextlib
 import json
 import mmap
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -42,7 +43,7 @@ class Orders:
     hangs: list[str] = field(default_factory=list)  # commands that are never answered
     drops: list[str] = field(default_factory=list)  # commands at which it closes the connection
     dies: list[str] = field(default_factory=list)
-    migrates: str = "completed"  # or: failed, endless, silent, dies, unstopped, unread
+    migrates: str = "completed"  # or: failed, endless, silent, dies, unstopped, unread, deaf
     clock_us: int = 0  # of its events; 0: the true one
     events: int = 0  # other ones, before each answer
     state: int = len(STATE)  # how much of it
@@ -113,6 +114,7 @@ class _Qemu:
         self._refused: dict[str, int] = {}
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
+        self._noticed = threading.Event()
         self._going_on = threading.Event()
         self._migration = ""
         self._fds: dict[str, int] = {}
@@ -190,6 +192,10 @@ class _Qemu:
         if command in orders.raw:
             self._write(orders.raw[command].encode("latin-1"))
             return True
+        if command == "migrate-continue" and arguments["state"] != self._migration:
+            error = {"class": "GenericError", "desc": f"Migration not in expected state: {self._migration}"}
+            self._say({"error": error, "id": request["id"]})
+            return True
         why = orders.refuses.get(command, [])
         if self._refused.get(command, 0) < len(why):
             number = self._refused[command] = self._refused.get(command, 0) + 1
@@ -259,11 +265,12 @@ class _Qemu:
                 self._went("setup")
                 return {}, lambda: self._migrate(self._orders, fd)
             case "migrate_cancel":
+                if self._migration == "device":  # 7.2 may run its guest without disks then, and ends at the next one
+                    os.kill(os.getpid(), signal.SIGKILL)
                 self._cancelled.set()
                 self._going_on.set()
             case "migrate-continue":
-                assert self._migration == arguments["state"] == "pre-switchover"
-                self._going_on.set()
+                (self._noticed if arguments["state"] == "cancelling" else self._going_on).set()
             case "stop":
                 self._stop()
             case "cont":
@@ -302,13 +309,21 @@ class _Qemu:
                 self._stop("finish-migrate")
             if orders.migrates == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
-            self._went("pre-switchover")
-            self._going_on.wait()
+            if orders.migrates == "deaf":
+                self._cancelled.wait()
+                self._went("cancelling")
+                self._noticed.wait()
+            else:
+                self._went("pre-switchover")
+                self._going_on.wait()
             if not self._cancelled.is_set():
                 self._went("device")
                 os.write(fd, STATE[EARLY_BYTES : orders.state])
             if orders.migrates == "unread":
-                self._cancelled.wait()
+                poll = select.poll()
+                poll.register(fd, 0)
+                poll.poll()  # until nobody can read it any more
+                raise BrokenPipeError
         except BrokenPipeError:
             pass
         os.close(fd)

@@ -33,19 +33,37 @@ static struct pc_memory make(int kind, uint64_t pages)
     return memory;
 }
 
-/* At random, at all of the memory, in each way of writing; sometimes all leaves the page tables, as when memory is short. */
+/* As a guest that zeroes what it frees, and gives that back. */
+static void zero_and_give_back(const struct owner *owner, uint64_t page)
+{
+    for (uint64_t i = 0; i < owner->memory.page_bytes / sizeof(uint64_t); i++)
+        owner_page(owner, page)[i] = 0;
+    owner_punch(owner, page);
+    owner_dontneed(owner, page);
+}
+
+/* At random, at all of the memory, in each way of writing; sometimes all leaves the page tables, as when memory is short. Some pages of a
+ * memfd belong to one thread each, which gives them back. */
 static void write_about(struct owner *owner, uint64_t number)
 {
     uint64_t x = test_.seed + number, pages = owner->memory.size_bytes / owner->memory.page_bytes;
+    bool memfd = owner->memory.kind == PC_MEMORY_MEMFD;
 
     while (!atomic_load(&owner->stop)) {
+        uint64_t page;
+
         x = x * 6364136223846793005u + 1442695040888963407u;
-        if (x >> 55 == 1 && owner->memory.kind == PC_MEMORY_MEMFD)
-            owner_dontneed(owner, (x >> 20) % pages);
-        else if (x >> 56 == 2)
-            owner_write_by_kernel(&owner_page(owner, (x >> 20) % pages)[number], x);
-        else
-            owner_page(owner, (x >> 20) % pages)[number + 8 * (x >> 60)] = x;
+        page = (x >> 20) % pages;
+        if (memfd && page % 8 < OWNER_THREADS && (page % 8 != number || x >> 63)) {
+            if (page % 8 == number)
+                zero_and_give_back(owner, page);
+        } else if (x >> 55 == 1 && memfd) {
+            owner_dontneed(owner, page);
+        } else if (x >> 56 == 2) {
+            owner_write_by_kernel(&owner_page(owner, page)[number], x);
+        } else {
+            owner_page(owner, page)[number + 8 * (x >> 60)] = x;
+        }
         atomic_fetch_add(&owner->steps, 1);
     }
 }

@@ -143,6 +143,18 @@ static size_t arm(uint32_t flags, const char *at, size_t bytes)
     return ask(PRELOAD_ARM, flags, FEATURES, UFFDIO_REGISTER_MODE_MISSING, at, bytes);
 }
 
+static void unregister(int uffd, const char *at, size_t bytes)
+{
+    struct uffdio_range range = {(uint64_t)at, bytes};
+
+    CHECK_SYS(ioctl(uffd, UFFDIO_UNREGISTER, &range));
+}
+
+static void empty(int fd)
+{
+    CHECK_SYS(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)BYTES));
+}
+
 static void place(int uffd, char *at, int value)
 {
     static char page[4096];
@@ -229,7 +241,7 @@ static void check_pieces(size_t count, const char *base, const size_t (*pages)[2
 static void forgets_what_is_unmapped(void)
 {
     char *base = mmap(NULL, 64 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    void *moved;
+    void *moved, *second;
 
     begin(0);
     CHECK(base != MAP_FAILED);
@@ -247,10 +259,29 @@ static void forgets_what_is_unmapped(void)
     CHECK_EQ(reply.mappings[1].address, (uint64_t)moved);
     CHECK_EQ(reply.mappings[1].bytes, 9 * PAGE);
     CHECK_EQ(reply.mappings[1].offset, 6 * PAGE);
+    CHECK((second = preload_mremap(moved, 0, 4 * PAGE, MREMAP_MAYMOVE, NULL)) != MAP_FAILED); /* once more */
+    CHECK_EQ(list(), 3);
+    CHECK_EQ(reply.mappings[1].address, (uint64_t)moved);
+    CHECK_EQ(reply.mappings[2].address, (uint64_t)second);
+    CHECK_EQ(reply.mappings[2].bytes, 4 * PAGE);
+    CHECK_SYS(preload_munmap(second, 4 * PAGE));
     CHECK_SYS(preload_munmap(moved, 9 * PAGE));
     CHECK_SYS(preload_munmap(base, BYTES));
     CHECK_EQ(list(), 0);
     CHECK_EQ(reply.state, 0);
+}
+
+static void forgets_nothing_that_stays(void)
+{
+    char *base;
+
+    begin(0);
+    base = map_new(BYTES);
+    CHECK(preload_munmap(base, (size_t)1 << 62) < 0);
+    CHECK(preload_mmap(base, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, 9999, 0) == MAP_FAILED && errno == EBADF);
+    CHECK(preload_mmap(base, PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) == MAP_FAILED);
+    CHECK(preload_mremap(base, BYTES, BYTES, MREMAP_FIXED, base + 64 * PAGE) == MAP_FAILED && errno == EINVAL);
+    check_pieces(1, base, (const size_t[][2]){{0, 16}});
 }
 
 static void keeps_no_file_that_is_unmapped(void)
@@ -303,12 +334,14 @@ static void guards_and_undoes_it(void)
 {
     struct reader reader;
     pthread_t thread;
+    int fd = memory_file(BYTES);
     char *base;
 
     begin(0);
-    base = map_new(BYTES);
+    base = map_at(NULL, fd, BYTES, 0);
     memset(base, 1, BYTES);
-    CHECK_EQ(arm(PRELOAD_EMPTY, base, BYTES), 1);
+    CHECK_EQ(arm(0, base, BYTES), 1);
+    empty(fd);
     CHECK_EQ(reply.error, 0);
     CHECK_EQ(reply.features, FEATURES);
     CHECK_EQ(reply.state, 0);
@@ -328,14 +361,13 @@ static void guards_and_undoes_it(void)
 
 static void keeps_a_copy_until_it_is_disarmed(void)
 {
-    struct uffdio_range whole = {.len = BYTES};
     struct reader reader;
     pthread_t thread;
     char *base;
 
     begin(0);
+    (void)map_new(PAGE);
     base = map_new(BYTES);
-    whole.start = (uint64_t)base;
     CHECK_EQ(arm(PRELOAD_KEEP, base, BYTES), 1);
     CHECK_EQ(reply.state, PRELOAD_IS_KEPT);
     CHECK_SYS(close(got[0])); /* the end of the asker */
@@ -350,7 +382,13 @@ static void keeps_a_copy_until_it_is_disarmed(void)
     place(got[0], base, 5);
     CHECK(!pthread_join(thread, NULL));
     CHECK_EQ(reader.value, 5);
-    CHECK_SYS(ioctl(got[0], UFFDIO_UNREGISTER, &whole));
+    unregister(got[0], base, 5 * PAGE);
+    CHECK_EQ(ask(PRELOAD_DISARM, 0, 0, 0, NULL, 0), 0);
+    CHECK_EQ(reply.error, EBUSY); /* what is missing in the rest would read as zeros */
+    CHECK_EQ(reply.step, PRELOAD_GUARDED);
+    CHECK_EQ(reply.index, 1);
+    CHECK_EQ(reply.state, PRELOAD_IS_KEPT);
+    unregister(got[0], base + 5 * PAGE, BYTES - 5 * PAGE);
     CHECK_EQ(ask(PRELOAD_DISARM, 0, 0, 0, NULL, 0), 0);
     CHECK_EQ(reply.error, 0);
     CHECK_EQ(ask(PRELOAD_DISARM, 0, 0, 0, NULL, 0), 0);
@@ -376,7 +414,10 @@ static void guards_from_the_first_touch_on(void)
     CHECK_EQ(reply.state, PRELOAD_IS_LAZY);
     CHECK_EQ(ask(PRELOAD_ARM, PRELOAD_KEEP, UFFD_FEATURE_SIGBUS, 1, base, BYTES), 0);
     CHECK_EQ(reply.step, PRELOAD_FEATURES);
-    CHECK_EQ(arm(PRELOAD_KEEP | PRELOAD_EMPTY, base, BYTES), 1);
+    CHECK_EQ(ask(PRELOAD_DISARM, 0, 0, 0, NULL, 0), 0);
+    CHECK_EQ(reply.step, PRELOAD_GUARDED);
+    empty(fd);
+    CHECK_EQ(arm(PRELOAD_KEEP, base, BYTES), 1);
     CHECK_EQ(reply.state, PRELOAD_IS_KEPT);
     place(got[0], base, 'n');
     place(got[0], base + PAGE, 'm');
@@ -432,6 +473,55 @@ static void refuses_what_makes_no_sense(void)
     CHECK_EQ(list(), 1);
 }
 
+static int in_child(void (*run)(void))
+{
+    pid_t child = CHECK_SYS(fork());
+    int status;
+
+    if (!child) {
+        run();
+        _exit(0);
+    }
+    CHECK_EQ(waitpid(child, &status, 0), child);
+    return status;
+}
+
+static void map_only(void)
+{
+    (void)map_new(BYTES);
+}
+
+static void map_and_end(void)
+{
+    (void)map_new(BYTES);
+    preload_end();
+}
+
+static void map_and_answer(void)
+{
+    (void)map_new(BYTES);
+    CHECK_EQ(list(), 1);
+    preload_end();
+    CHECK(access(path.sun_path, F_OK) < 0);
+}
+
+static void takes_the_path_of_one_that_has_ended_and_of_nobody_else(void)
+{
+    int fd = CHECK_SYS(socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+
+    begin(0);
+    CHECK_SYS(bind(fd, (struct sockaddr *)&path, sizeof(path)));
+    CHECK_EQ(listen(fd, 1), 0);
+    CHECK_EQ(in_child(map_only), 0); /* the other one runs: its socket is its own */
+    CHECK_SYS(close(connection()));
+    CHECK_SYS(close(fd));
+    CHECK_EQ(in_child(map_and_answer), 0); /* it has left its file behind */
+    fd = CHECK_SYS(open(path.sun_path, O_CREAT | O_EXCL | O_WRONLY, 0600));
+    CHECK_EQ(in_child(map_only), 0);
+    CHECK_SYS(access(path.sun_path, F_OK)); /* no socket */
+    CHECK_SYS(close(fd));
+}
+
 static void outlives_clients_that_say_nothing(void)
 {
     struct preload_request request = {.magic = PRELOAD_MAGIC, .version = PRELOAD_VERSION, .op = PRELOAD_LIST};
@@ -481,40 +571,22 @@ static void answers_its_own_user_only(void)
 
 /* ---- processes and threads */
 
-static int in_child(void (*run)(void))
-{
-    pid_t child = CHECK_SYS(fork());
-    int status;
-
-    if (!child) {
-        run();
-        _exit(0);
-    }
-    CHECK_EQ(waitpid(child, &status, 0), child);
-    return status;
-}
-
-static void map_and_end(void)
-{
-    (void)map_new(BYTES);
-    preload_end();
-}
-
-static void map_and_answer(void)
-{
-    (void)map_new(BYTES);
-    CHECK_EQ(list(), 1);
-    preload_end();
-    CHECK(access(path.sun_path, F_OK) < 0);
-}
-
 static void serves_a_daemon_and_no_child(void)
 {
+    pid_t child;
+
     begin(0);
     CHECK_EQ(in_child(map_and_answer), 0); /* which has forked before anything was mapped */
     (void)map_new(BYTES);
     CHECK_EQ(list(), 1);
     CHECK_EQ(in_child(map_and_end), 0); /* it has not what the parent has, and removes nothing */
+    CHECK_EQ(list(), 1);
+    child = CHECK_SYS((pid_t)syscall(SYS_clone, SIGCHLD, NULL, NULL, NULL, NULL)); /* one that pthread_atfork(3) does not see */
+    if (!child) {
+        preload_end();
+        _exit(0);
+    }
+    CHECK_EQ(waitpid(child, NULL, 0), child);
     CHECK_EQ(list(), 1);
     preload_end();
     CHECK(access(path.sun_path, F_OK) < 0);
@@ -582,6 +654,8 @@ static void answers_while_the_program_maps_forks_and_is_signalled(void)
         CHECK_EQ(reply.mappings[0].address, (uint64_t)base);
         while (!arm(i % 2 ? PRELOAD_KEEP : 0, base, BYTES)) /* a child of ours may still have the last one of the asker's */
             CHECK(reply.error == EBUSY && reply.step == PRELOAD_REGISTER);
+        if (i % 2)
+            unregister(got[0], base, BYTES);
         CHECK_SYS(close(got[0]));
         if (i % 2)
             CHECK_EQ(ask(PRELOAD_DISARM, 0, 0, 0, NULL, 0), 0);
@@ -606,6 +680,7 @@ int main(int argc, char **argv)
     (void)snprintf(path.sun_path, sizeof(path.sun_path), "/tmp/pc-preload-%d.sock", (int)getpid());
     RUN(remembers_shared_writable_mappings_of_files_in_memory);
     RUN(forgets_what_is_unmapped);
+    RUN(forgets_nothing_that_stays);
     RUN(keeps_no_file_that_is_unmapped);
     RUN(says_that_there_are_more_than_it_knows);
     RUN(takes_no_descriptor_of_the_program_for_its_own);
@@ -613,6 +688,7 @@ int main(int argc, char **argv)
     RUN(keeps_a_copy_until_it_is_disarmed);
     RUN(guards_from_the_first_touch_on);
     RUN(refuses_what_makes_no_sense);
+    RUN(takes_the_path_of_one_that_has_ended_and_of_nobody_else);
     RUN(outlives_clients_that_say_nothing);
     RUN(answers_its_own_user_only);
     RUN(serves_a_daemon_and_no_child);

@@ -25,13 +25,23 @@ import trio
 
 from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
-from postcopy.errors import NO_FILES, BusyError, CoreError, MigrationError, ProtocolError, ResourceError, out_of_files
-from postcopy.machines._peer import Process, process_of
+from postcopy.errors import (
+    NO_FILES,
+    BusyError,
+    ConfigurationError,
+    CoreError,
+    MigrationError,
+    ProtocolError,
+    ResourceError,
+    out_of_files,
+)
+from postcopy.machines._peer import Process, connected, process_of
 from postcopy.machines.firecracker.handshake import userfaultfd_features
 from postcopy.uffd import UffdFeature
 
 TIMEOUT_S = 5.0
 MAX_MAPPINGS = 128
+MAX_SOCKET_PATH_BYTES = 107  # sun_path, and its null (unix(7))
 VARIABLE = "POSTCOPY_PRELOAD"
 """In the environment of such a program: the path of its socket."""
 
@@ -53,7 +63,7 @@ class _Op(enum.IntEnum):
     DISARM = 4
 
 
-_EMPTY, _KEEP = 1, 2  # flags of ARM
+_KEEP = 1  # a flag of ARM
 
 
 class _Step(enum.IntEnum):
@@ -65,7 +75,7 @@ class _Step(enum.IntEnum):
     OPEN = 5
     FEATURES = 6
     REGISTER = 7
-    PUNCH = 8
+    GUARDED = 8
 
 
 class State(enum.IntFlag, boundary=enum.KEEP):
@@ -143,18 +153,17 @@ class Preload:
             await run_sync(_check, self.pid, found)
         return found
 
-    async def arm(self, mappings: Sequence[Mapping], *, features: int, mode: int, keep: bool, empty: bool) -> Armed:
+    async def arm(self, mappings: Sequence[Mapping], *, features: int, mode: int, keep: bool) -> Armed:
         """A new userfaultfd of that process, with the mappings registered, if any; of a program that was started with
         ``--lazy``, the one that guards them already, with the features that it has.
 
-        `features`: of `UffdFeature`; `mode`: of `RegisterMode`. `empty`: what the files have there is thrown away, once
-        it is guarded. `keep`: the process keeps a copy until `disarm`, so that it waits when this process dies; without
-        it the end of the last copy undoes it all. `BusyError` when the process keeps one already.
+        `features`: of `UffdFeature`; `mode`: of `RegisterMode`. `keep`: the process keeps a copy until `disarm`, so
+        that it waits when this process dies; without it the end of the last copy undoes it all. `BusyError` when the
+        process keeps one already.
 
         Where this fails, or is cancelled, after the request has gone, it may have happened: `take` tells.
         """
-        flags = (_EMPTY if empty else 0) | (_KEEP if keep else 0)
-        return await self._userfaultfd(_Op.ARM, flags, mappings, features, mode)
+        return await self._userfaultfd(_Op.ARM, _KEEP if keep else 0, mappings, features, mode)
 
     async def take(self) -> Armed:
         """The userfaultfd that the process keeps, once more: its owner has ended. `MigrationError` where it keeps
@@ -162,8 +171,8 @@ class Preload:
         return await self._userfaultfd(_Op.TAKE)
 
     async def disarm(self) -> None:
-        """The process keeps its userfaultfd no longer. What is still registered and missing when the last copy is
-        closed reads as zeros: unregister before."""
+        """The process keeps its userfaultfd no longer. `BusyError` where memory is registered with it still: what is
+        missing there would read as zeros."""
         _close((await self._ask(_Op.DISARM)).descriptors)
 
     async def _userfaultfd(
@@ -229,6 +238,8 @@ class Preload:
             return BusyError(f"{self}: its memory is guarded for another migration")
         if step == _Step.KEPT:
             return MigrationError(f"{self}: it keeps no userfaultfd")
+        if step == _Step.GUARDED:
+            return BusyError(f"{self}: its memory is guarded still, so it may not all be there")
         if step == _Step.OPEN:
             return ResourceError(
                 f"{self} can have no userfaultfd that stops faults raised inside the kernel: {reason}",
@@ -282,17 +293,14 @@ async def process_at(path: str) -> Process:
 async def _connect(path: str) -> trio.socket.SocketType:
     """Within `TIMEOUT_S`."""
     try:
-        connection = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     except OSError as error:
         raise out_of_files(error.errno or 0) if error.errno in NO_FILES else error from error
     try:
         with trio.move_on_after(TIMEOUT_S):
-            while True:
-                try:
-                    await connection.connect(path)
-                    return connection
-                except BlockingIOError:  # its queue is full: it has one connection after the other
-                    await trio.sleep(0.01)
+            while not connected(connection, path):  # noqa: ASYNC110 -- it has one connection after the other
+                await trio.sleep(0.01)
+            return trio.socket.from_stdlib_socket(connection)
         raise MigrationError(f"the preload library at {path} has not answered within {TIMEOUT_S:g} s")
     except BaseException as error:
         connection.close()
@@ -305,8 +313,11 @@ async def _connect(path: str) -> trio.socket.SocketType:
             raise ResourceError(
                 f"{path}: this user may not connect", "run as the user of that program, or as root"
             ) from error
-        if isinstance(error, OSError):
-            raise ResourceError(f"{path}: {error.strerror or error}") from error
+        if isinstance(error, OSError) and error.errno == errno.EPROTOTYPE:
+            raise ConfigurationError(f"{path} is another program's socket, and no preload library's") from error
+        if isinstance(error, OSError):  # without a number: of a path that is too long
+            why = error.strerror or f"the path of a socket has at most {MAX_SOCKET_PATH_BYTES} bytes"
+            raise ResourceError(f"{path}: {why}") from error
         raise
 
 
@@ -363,7 +374,7 @@ def _check(pid: int, mappings: Sequence[Mapping]) -> None:
         page_bytes = mapping.page_bytes
         if not stat.S_ISREG(status.st_mode) or not is_in_memory(mapping.fd.fileno()):
             raise ProtocolError(f"process {pid}: {mapping.name} is no file in memory")
-        if (status.st_dev, status.st_ino) != (mapping.device, mapping.inode) or status.st_blksize != page_bytes:
+        if (status.st_dev, status.st_ino) != (mapping.device, mapping.inode) or _page_bytes(mapping) != page_bytes:
             raise ProtocolError(f"process {pid}: {mapping.name} is another file than was said")
         if fcntl.fcntl(mapping.fd.fileno(), fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
             raise ProtocolError(f"process {pid}: {mapping.name} is not open for writing")
@@ -427,6 +438,11 @@ def is_in_memory(fd: int) -> bool:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     return int(found[0]) in _IN_MEMORY
+
+
+def _page_bytes(mapping: Mapping) -> int:
+    """(`st_blksize` is larger on a tmpfs that is mounted with huge=.)"""
+    return os.fstatvfs(mapping.fd.fileno()).f_bsize
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

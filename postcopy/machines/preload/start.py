@@ -18,10 +18,9 @@ from postcopy import _native
 from postcopy._fd import FdHolder
 from postcopy._files import absolute, explain_unwritable
 from postcopy.errors import ConfigurationError, ResourceError
-from postcopy.machines.preload.client import VARIABLE
+from postcopy.machines.preload.client import MAX_SOCKET_PATH_BYTES, VARIABLE
 from postcopy.uffd import How, UffdFeature, explain_unavailable, probe
 
-MAX_SOCKET_PATH_BYTES = 107  # sun_path, and its null (unix(7))
 _DEVICE = "/dev/userfaultfd"
 LAZY_FEATURES = (
     UffdFeature.THREAD_ID
@@ -69,7 +68,7 @@ def environment(path: str, *, lazy: bool = False) -> Iterator[dict[str, str]]:
     path = absolute(path)
     if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
         raise ConfigurationError(f"--socket {path}: the path of a socket has at most {MAX_SOCKET_PATH_BYTES} bytes")
-    _clear(path)
+    _check_free(path)
     preloaded = [library(), *filter(None, [os.environ.get("LD_PRELOAD")])]
     variables = {**os.environ, "LD_PRELOAD": ":".join(preloaded), VARIABLE: path}
     if lazy:
@@ -98,8 +97,8 @@ def _default_path() -> str:
     return os.path.join(directory, f"preload-{os.getpid()}.sock")
 
 
-def _clear(path: str) -> None:
-    """Removes the socket of a program that has ended. The library itself removes nothing."""
+def _check_free(path: str) -> None:
+    """Nobody has this path, or a program that has ended: its socket is replaced by the library."""
     directory = os.path.dirname(path)
     if not os.access(directory, os.W_OK | os.X_OK):
         why = explain_unwritable(OSError(errno.EACCES if os.path.isdir(directory) else errno.ENOENT, ""), directory)
@@ -113,11 +112,10 @@ def _clear(path: str) -> None:
         try:
             attempt.connect(path)
         except ConnectionRefusedError:
-            os.unlink(path)
+            return
         except OSError as error:
             raise ConfigurationError(f"--socket {path}: {error.strerror}; choose another path") from error
-        else:
-            raise ResourceError(f"--socket {path}: a program that runs has this socket", "choose another path")
+    raise ResourceError(f"--socket {path}: a program that runs has this socket", "choose another path")
 
 
 def _inherited() -> int:

@@ -523,20 +523,6 @@ def _is_file(status: os.stat_result, identity: FileIdentity) -> bool:
     return stat.S_ISREG(status.st_mode) and FileIdentity(status.st_dev, status.st_ino) == identity
 
 
-def other_process_with(pid: int, files: Iterable[FileIdentity]) -> str:
-    """Another process that has one of these files mapped, as far as this user may look; "" where there is none."""
-    wanted = [f" {os.major(one.device):02x}:{os.minor(one.device):02x} {one.inode} " for one in files]
-    for name in os.listdir("/proc"):
-        if name.isdigit() and int(name) not in (pid, os.getpid()):
-            with contextlib.suppress(OSError):
-                with open(f"/proc/{name}/maps", errors="surrogateescape") as file:
-                    content = file.read()
-                if any(one in content for one in wanted):
-                    with open(f"/proc/{name}/comm", errors="replace") as file:
-                        return f"process {name}, {one_line(file.read())}"
-    return ""
-
-
 def same_host_and_file(mine: Config, other: Config) -> bool:
     """Whether two QEMUs have a file of memory in common."""
     return mine.boot == other.boot and bool(set(mine.files) & set(other.files))

@@ -37,7 +37,6 @@ import msgspec
 import outcome
 import trio
 
-from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
 from postcopy.errors import (
     BusyError,
@@ -47,6 +46,7 @@ from postcopy.errors import (
     ProtocolError,
     ResourceError,
 )
+from postcopy.machines._memory_files import check_nobody_else_has, empty, promise_room
 from postcopy.machines.base import Adopt, BlockLayout, Extent, MachineState
 from postcopy.machines.preload.client import Mapping as Mapped
 from postcopy.machines.preload.client import Preload
@@ -58,14 +58,11 @@ from postcopy.machines.qemu._look import (
     Config,
     Look,
     look,
-    other_process_with,
     same_host_and_file,
 )
 from postcopy.machines.qemu.qmp import Asked, QemuError, QemuInDoubt, QemuRefused, QemuUnreachable
 from postcopy.machines.qemu.source import EVENTS, IGNORE_SHARED, QemuMachine, open_pipe
-from postcopy.memory import Memory, MemoryKind, check_memory
-from postcopy.memory._admission import PROMISES
-from postcopy.memory.bitmap import Bitmap
+from postcopy.memory import Memory
 from postcopy.uffd import RegisterMode, UffdFeature, Userfaultfd
 from postcopy.units import format_size
 
@@ -153,22 +150,21 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
         assert monitor is not None
         seen = await look(monitor, monitor.process)
         _check_fits(seen, self._offered, self._layout, self._qmp)
-        if other := await run_sync(other_process_with, self._pid, seen.config.files):
-            raise ConfigurationError(
-                f"the QEMU at {self._qmp} has its memory in a file that {other}, has mapped, too, which would lose all"
-                " that it has there: give each QEMU a mem-path of its own"
-            )
+        files = [(one.device, one.inode) for one in seen.config.files]
+        await check_nobody_else_has(f"the QEMU at {self._qmp}", self._pid, files)
         commands = await self._execute("query-commands")
         self._takes_disks_late = isinstance(commands, list) and {"name": SET_ACTIVE} in commands
         library = await Preload.of_process(self._pid, self._preload)
         await self._found(seen)
-        self._check_room()
+        promise_room("QEMU", self._memories)
         await self._execute("stop")  # it does not run by itself when it has loaded, also where -S is missing
         await self._set_up_migration(frozenset({EVENTS, IGNORE_SHARED}), {"announce-rounds": 0})
         mappings = await library.mappings()
         try:
             chosen = [_mapping_of(backend, mappings, library) for backend in seen.backends]
+            await empty(self._memories)
             self._guard = await self._arm(library, chosen)
+            await empty(self._memories)
         finally:
             for mapping in mappings:
                 mapping.fd.close()
@@ -216,22 +212,16 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
                 " more: end it, and start a new one with -incoming defer -S"
             )
 
-    def _check_room(self) -> None:
-        """What this host cannot hold is refused; what it can is promised, in the same step."""
-        small = [block.memory for block in self.blocks if block.memory.kind is MemoryKind.MEMFD]
-        if small:
-            check_memory(MemoryKind.MEMFD, sum(memory.size_bytes for memory in small))
-        _check_file_systems([block.memory for block in self.blocks])
-        PROMISES.add(block.memory for block in self.blocks)
+    @property
+    def _memories(self) -> list[Memory]:
+        return [block.memory for block in self.blocks]
 
     async def _arm(self, library: Preload, mappings: Sequence[Mapped]) -> Userfaultfd:
-        """Empties its memory, and guards it: whoever touches it from now on waits."""
-        for block in self.blocks:  # what is full takes a second for some GiB, which a request may not
-            await run_sync(block.memory.discard_pages, Bitmap.full(block.memory.pages))
+        """Guards its memory: whoever touches it from now on waits."""
 
         async def arm() -> Userfaultfd:
             self._library = library  # from here on it may be guarded, whatever becomes of the request
-            armed = await library.arm(mappings, features=FEATURES, mode=RegisterMode.MISSING, keep=True, empty=True)
+            armed = await library.arm(mappings, features=FEATURES, mode=RegisterMode.MISSING, keep=True)
             return Userfaultfd.adopt(armed.uffd.detach(), int(armed.features))
 
         try:
@@ -463,22 +453,6 @@ def _mapping_of(backend: Backend, mappings: Sequence[Mapped], library: Preload) 
     raise ResourceError(
         f"{library} does not know memory backend {backend.name}", "start that QEMU with `postcopy run -- COMMAND`"
     )
-
-
-def _check_file_systems(memories: Sequence[Memory]) -> None:
-    """A tmpfs has a limit of its own, beyond which pages cannot be placed."""
-    wanted: dict[int, int] = {}  # by file system: bytes that it does not hold yet
-    for memory in memories:
-        status, room = os.fstat(memory.fd), os.fstatvfs(memory.fd)
-        size_bytes = wanted.get(status.st_dev, 0) + memory.size_bytes - status.st_blocks * 512
-        wanted[status.st_dev] = size_bytes
-        available = room.f_bavail * room.f_frsize
-        if room.f_blocks and available < size_bytes:
-            raise ResourceError(
-                f"the file system of QEMU's memory has {format_size(available)} left, and {format_size(size_bytes)} are"
-                " to come",
-                "remove files there that are not used any more, or mount it larger (-o remount,size=...)",
-            )
 
 
 class _Feed:

@@ -229,10 +229,10 @@ class Monitor:
     async def mend(self, timeout_s: float = GREETING_TIMEOUT_S) -> bool:
         """A new connection with the same QEMU, where the one that there was is of no use any more; whether it is new.
         Those who wait on the old one get its error. Events in between are lost."""
-        if self._broken is None:
+        if self._is_fine():
             return False
         async with self._mending:
-            if self._broken is None:
+            if self._is_fine():  # another task has made it
                 return True
             if self._closed or not self.process.alive:
                 self._check()
@@ -249,6 +249,9 @@ class Monitor:
             fresh._protocol._last = max(self._protocol._last, fresh._protocol._last)
             self._stream, self._protocol, self._broken = fresh._stream, fresh._protocol, None
             return True
+
+    def _is_fine(self) -> bool:
+        return self._broken is None
 
     async def _greet(self, timeout_s: float) -> None:
         try:

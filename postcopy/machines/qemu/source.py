@@ -13,8 +13,9 @@ as it comes. Told to go on, QEMU writes the devices' state and has *completed*; 
 nothing changes it any more: QEMU's own migration sends the last of it before the devices, too.
 
 **The way back** is the same from everywhere (`_set_running`), and asks QEMU where it is: a migration that is under way
-is cancelled, and a guest that does not run is told to (``cont``). That only one of the two runs is a matter of the
-protocol; that QEMU refuses it while the destination has locked a disk is a second guard, where there is one.
+is cancelled, or, where QEMU was told to go on, left to fail by itself, and a guest that does not run is told to
+(``cont``). That only one of the two runs is a matter of the protocol; that QEMU refuses ``cont`` while the destination
+has locked a disk is a second guard, where there is one.
 
 **While it runs** (precopy) what it writes is told by the kernel, through the preload library. What a disk writes to
 pages that were pinned before (O_DIRECT) shows in no page table: a QEMU with such disks is stopped for each look, which
@@ -102,6 +103,7 @@ class QemuMachine(ProcessMachine):
         self._settings: dict[str, dict[str, Any]] = {}  # commands, by which what we have set is as it was
         self._stream: _Stream | None = None
         self._going_on: Asked | None = None
+        self._saves = False  # it may have been told to go on
         self._saved: bytes | None = None
 
     @classmethod
@@ -392,6 +394,7 @@ class QemuMachine(ProcessMachine):
             if self._stream is None or self._going_on is not None:
                 return
             assert self._monitor is not None
+            self._saves = True
             try:
                 self._going_on = await self._monitor.ask("migrate-continue", {"state": WAITS}, timeout_s=timeout_s)
             except BaseException as error:
@@ -426,18 +429,34 @@ class QemuMachine(ProcessMachine):
 
     async def _set_running(self) -> None:
         """Whatever has become of the pause, the guest runs. `MigrationError` when that cannot be, with the reason."""
+        # A QEMU that is cancelled while it saves its devices may let its guest run on without its disks, and aborts at
+        # the next move (seen with 7.2). One that was told to go on comes to an end by itself: its pipe is closed.
         stream, self._stream, self._going_on, self._saved = self._stream, None, None, None
         if stream is not None:
-            stream.close()  # a write that nobody reads ends, too
+            stream.close()
         deadline = trio.current_time() + GO_ON_TIMEOUT_S
         cancelled = False
-        while (status := (await self._query_migrate()).get("status")) in _UNDER_WAY:
+        while True:
+            try:
+                if (status := (await self._query_migrate()).get("status")) not in _UNDER_WAY:
+                    break
+                if status == "cancelling" or (status == WAITS and self._saves):
+                    # It may not have heard of it; and one that is cancelled just when it begins to wait for us does not
+                    # notice, and waits for ever (7.2).
+                    await self._execute("migrate-continue", {"state": status})
+                elif not cancelled and not self._saves:
+                    cancelled = True
+                    await self._execute("migrate_cancel")
+            except QemuRefused:  # it has gone on meanwhile
+                pass
+            except (QemuInDoubt, QemuUnreachable) as error:
+                if not self._is_alive():
+                    raise
+                status = str(error)
             if trio.current_time() > deadline:
-                raise MigrationError(f"the migration of {self._name} does not end ({status}): migrate_cancel, and cont")
-            if not cancelled:
-                cancelled = True
-                await self._execute("migrate_cancel")
+                raise MigrationError(f"the migration of {self._name} does not end ({status}): see to that, and cont")
             await trio.sleep(_AGAIN_S)
+        self._saves = False
         await self._run()
         await self._restore()
 
@@ -506,10 +525,10 @@ class QemuMachine(ProcessMachine):
     async def _arm_log(self) -> Armed:
         library = await Preload.of_process(self._pid, self._preload)
         try:
-            return await library.arm([], features=FEATURES_OF_PROCESS, mode=0, keep=False, empty=False)
+            return await library.arm([], features=FEATURES_OF_PROCESS, mode=0, keep=False)
         except BusyError:  # it keeps what guarded it while it arrived: all of its memory is there
             await library.disarm()
-        return await library.arm([], features=FEATURES_OF_PROCESS, mode=0, keep=False, empty=False)
+        return await library.arm([], features=FEATURES_OF_PROCESS, mode=0, keep=False)
 
     @contextlib.asynccontextmanager
     async def settled(self) -> AsyncIterator[None]:

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from programs import PAGE, program
 
 from postcopy import _native
 from postcopy._fd import FdHolder
 from postcopy.cli.run import run as run_command
 from postcopy.errors import BusyError, ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
+from postcopy.machines import _peer
 from postcopy.machines.preload import client, start
 from postcopy.machines.preload.client import Preload, process_at
 from postcopy.uffd import RegisterMode, UffdFeature
@@ -165,7 +167,7 @@ async def test_more_descriptors_than_belong_to_the_answer(liar: Callable[..., Pr
         (1, 5, ResourceError, "no userfaultfd that stops faults raised inside the kernel"),
         (22, 6, ResourceError, "EVENT_REMOVE"),
         (16, 7, BusyError, "another userfaultfd"),
-        (28, 8, PostcopyError, "No space left"),
+        (16, 8, BusyError, "may not all be there"),
         (5, 99, PostcopyError, "Input/output"),
     ],
 )
@@ -174,7 +176,7 @@ async def test_what_is_refused_has_a_name(
 ) -> None:
     with pytest.raises(expected, match=text):
         await liar(reply(ARM, error=error, step=step)).arm(
-            (), features=UffdFeature.EVENT_REMOVE, mode=RegisterMode.MISSING, keep=True, empty=True
+            (), features=UffdFeature.EVENT_REMOVE, mode=RegisterMode.MISSING, keep=True
         )
 
 
@@ -187,6 +189,50 @@ async def test_one_that_says_nothing(liar: Callable[..., Preload], monkeypatch: 
     monkeypatch.setattr(client, "TIMEOUT_S", 0.1)
     with pytest.raises(MigrationError, match="has not answered within"):
         await liar(None).mappings()
+
+
+async def test_it_waits_while_too_many_others_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "full.sock")
+    refused, stack = threading.Event(), contextlib.ExitStack()
+
+    def connected(connection: socket.socket, path: str) -> bool:
+        if not (done := _peer.connected(connection, path)):
+            refused.set()
+        return done
+
+    def serve(listener: socket.socket) -> None:
+        assert refused.wait(30)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    if connection.recv(4096):  # the others have closed theirs
+                        connection.send(reply(LIST))
+                        return
+
+    monkeypatch.setattr(client, "connected", connected)
+    with stack, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen(1)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                other = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+                other.setblocking(False)
+                other.connect(path)
+        stack.close()
+        thread = threading.Thread(target=serve, args=[listener])
+        thread.start()
+        assert await Preload(os.getpid(), path).mappings() == []
+        thread.join()
+
+
+async def test_a_path_that_is_no_librarys(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as monitor:
+        monitor.bind(str(tmp_path / "qmp"))
+        monitor.listen()
+        for name, why in (("qmp", "another program's socket"), ("x" * 120, "at most 107 bytes"), ("none", "mapped no")):
+            with pytest.raises(PostcopyError, match=why):
+                await process_at(str(tmp_path / name))
 
 
 async def test_a_socket_that_another_process_has(liar: Callable[..., Preload]) -> None:
@@ -207,6 +253,37 @@ async def test_it_is_found_by_the_process(tmp_path: Path) -> None:
         await Preload.of_process(one.pid)
     with pytest.raises(ResourceError, match="was not started by `postcopy run`"):
         await Preload.of_process(os.getpid())
+
+
+@contextlib.contextmanager
+def in_huge_blocks(directory: Path, socket: str) -> Iterator[tuple[int, str]]:
+    """A program that has mapped a file on a tmpfs mounted with huge=, and what it says of its blocks, if anything."""
+    code = (
+        "import mmap, os, sys; fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT); os.ftruncate(fd, 1 << 21);"
+        " m = mmap.mmap(fd, 1 << 21); print(os.fstat(fd).st_blksize, flush=True); sys.stdin.read()"
+    )
+    mount = 'mount -t tmpfs -o huge=always none "$0" && exec "$@"'
+    with start.environment(socket) as variables:
+        process = subprocess.Popen(
+            ["unshare", "-m", "sh", "-c", mount, directory, sys.executable, "-I", "-c", code, directory / "file"],
+            env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    with process:
+        assert process.stdout is not None
+        yield process.pid, process.stdout.readline().strip()
+        process.kill()
+
+
+@pytest.mark.needs("uffd", "root")
+async def test_files_of_huge_blocks_have_pages_all_the_same(tmp_path: Path, tmp_path_factory: Any) -> None:
+    socket = str(tmp_path / "s")
+    with in_huge_blocks(tmp_path_factory.mktemp("mount"), socket) as (pid, said):
+        if not said:
+            pytest.skip("no tmpfs can be mounted with huge=always")
+        assert int(said) == 1 << 21
+        (mapping,) = await Preload(pid, socket).mappings()
+        mapping.fd.close()
+        assert mapping.page_bytes == PAGE
 
 
 # ---- postcopy run
@@ -269,8 +346,9 @@ def test_a_path_that_cannot_be_its_socket(tmp_path: Path) -> None:
         one.process.kill()
         one.process.wait()
         assert os.path.exists(one.socket)
-        with start.environment(one.socket):  # it was left behind
-            assert not os.path.exists(one.socket)
+        with program(tmp_path, "a") as next_one:  # it was left behind
+            assert next_one.socket == one.socket
+            trio.run(process_at, next_one.socket).pidfd.close()
 
 
 def test_run_needs_a_userfaultfd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

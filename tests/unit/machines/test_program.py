@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Sequence
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,21 @@ import pytest
 import trio
 from programs import PAGE, Program, program, threads_run
 
-from postcopy.errors import BusyError, ConfigurationError, PostcopyError, ProtocolError, ResourceError
+from postcopy.errors import (
+    BusyError,
+    ConfigurationError,
+    MigrationError,
+    PostcopyError,
+    ProtocolError,
+    ResourceError,
+)
+from postcopy.machines import program as program_module
 from postcopy.machines.base import Extent
 from postcopy.machines.kinds import HostOptions, MachineOptions, create_destination, create_source
 from postcopy.machines.preload.client import Preload, State
 from postcopy.machines.program import STATE, ArrivingProgram, ProgramMachine
 from postcopy.memory import Bitmap
-from postcopy.uffd import Userfaultfd
+from postcopy.uffd import RegisterMode, Userfaultfd
 
 pytestmark = pytest.mark.needs("uffd")
 
@@ -103,9 +114,14 @@ async def test_waits_for_its_memory_until_it_is_there(tmp_path: Path) -> None:
         async with prepared(source_of(one)) as source:
             two.tell("read 0 3")
             await until(partial(is_asleep, two))
+            library = Preload(two.pid, two.socket)
+            for mapping in await library.mappings():
+                with mapping.fd as fd:  # as a file that was there before
+                    os.pwrite(fd.fd, b"old" * 4 * PAGE, 2 * PAGE)
             machine = arriving(source, two)
             async with prepared(machine):
                 await until(lambda: not threads_run(two.pid))
+                assert pages_of(machine.blocks[0].memory.present()) == []
                 lent = list[tuple[Userfaultfd, Extent]]()
 
                 async def adopt(uffd: int, features: int, extents: Sequence[Extent]) -> None:
@@ -131,10 +147,48 @@ async def test_waits_for_its_memory_until_it_is_there(tmp_path: Path) -> None:
                 await machine.pause()
                 await machine.resume()
         assert two.ask("read 0 4") == "44"
-        library = Preload(two.pid, two.socket)
         for mapping in await library.mappings():
             mapping.fd.close()
         assert library.state == State(0)
+
+
+async def test_what_has_not_all_arrived_is_not_sent(tmp_path: Path) -> None:
+    with program(tmp_path, "a") as one, program(tmp_path, "b", lazy=True) as two:
+        async with source_of(two) as machine:
+            with pytest.raises(BusyError, match="waits for its memory"):
+                await machine.prepare()
+        library = Preload(one.pid, one.socket)
+        (mapping,) = await library.mappings()
+        mapping.fd.close()
+        armed = await library.arm([mapping], features=0, mode=RegisterMode.MISSING, keep=True)
+        with Userfaultfd.adopt(armed.uffd.detach(), int(armed.features)) as guard:
+            async with source_of(one) as machine:
+                with pytest.raises(BusyError, match="waits for its memory"):
+                    await machine.prepare()
+            guard.unregister(mapping.address, mapping.size_bytes)
+        # What has ended between that and the last step has left nothing that matters.
+        async with prepared(source_of(one)) as machine:
+            log = await trio.to_thread.run_sync(machine.dirty_log)
+            log.close()
+
+
+async def test_one_that_cannot_be_seen_to_stop_runs_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ends(task: Path) -> str:
+        monkeypatch.undo()
+        raise ProcessLookupError  # of read(2), from a thread that ends between that and open(2)
+
+    def fails(pid: int) -> bool:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with program(tmp_path, "a") as one:
+        async with prepared(source_of(one)) as machine:
+            monkeypatch.setattr(program_module, "_state_of", ends)
+            await machine.pause()
+            await machine.resume()
+            monkeypatch.setattr(program_module, "_stands", fails)
+            with pytest.raises(MigrationError, match="Too many open files"):
+                await machine.pause()
+            assert one.ask("write 0 0 1") == "written"
 
 
 @pytest.mark.parametrize("lent", [False, True])
@@ -196,6 +250,32 @@ async def test_a_program_that_does_not_fit_is_refused_and_left_alone(tmp_path: P
             async with arriving(source, larger, **config) as machine:
                 with pytest.raises(ConfigurationError, match="a file of the source's program itself"):
                     await machine.prepare()
+
+
+@contextlib.contextmanager
+def mapped_elsewhere(fd: int) -> Iterator[int]:
+    code = "import mmap, sys; m = mmap.mmap(int(sys.argv[1]), 4096); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-I", "-c", code, str(fd)], pass_fds=[fd], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        yield process.pid
+        process.kill()
+
+
+async def test_memory_that_another_process_has_too_is_left_alone(tmp_path: Path) -> None:
+    with program(tmp_path, "a") as one, program(tmp_path, "b", lazy=True) as two:
+        async with prepared(source_of(one)) as source:
+            (mapping,) = await Preload(two.pid, two.socket).mappings()
+            with mapping.fd as fd, mapped_elsewhere(fd.fd) as pid:
+                os.pwrite(fd.fd, b"kept", 0)
+                for refused in (arriving(source, two), source_of(two)):  # a child of it would go on there, unseen
+                    async with refused as machine:
+                        with pytest.raises(ConfigurationError, match=f"process {pid}, python.* has mapped, too"):
+                            await machine.prepare()
+                assert os.pread(fd.fd, 4, 0) == b"kept"
+        assert two.process.poll() is None
 
 
 async def test_offers_and_options_that_make_no_sense(tmp_path: Path) -> None:

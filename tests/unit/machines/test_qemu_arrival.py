@@ -23,7 +23,7 @@ import trio
 
 from postcopy._blocking import run_sync
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
-from postcopy.machines import BlockLayout, Extent, MachineState, process
+from postcopy.machines import BlockLayout, Extent, MachineState, _memory_files, process
 from postcopy.machines.kinds import HostOptions, create_destination
 from postcopy.machines.preload.client import Armed, Preload, State
 from postcopy.machines.preload.start import library
@@ -358,7 +358,7 @@ async def test_the_file_of_another_one_is_never_emptied(guest: Stood, waits: Qem
             assert other.stdout is not None
             await run_sync(other.stdout.readline)
             machine = arriving(guest, waits)
-            with pytest.raises(ConfigurationError, match=rf"process {other.pid}, python.*mem-path of its own"):
+            with pytest.raises(ConfigurationError, match=rf"process {other.pid}, python.*file of its own"):
                 await machine.prepare()
             await machine.close()
         finally:
@@ -375,9 +375,9 @@ async def test_a_file_system_that_is_too_small_for_all_of_it(on_tmpfs: Path) -> 
         os.truncate(path, size_bytes)
         with await run_sync(open, path, "r+b") as file:
             memories.append(Memory.from_shared_file(file.fileno(), size_bytes))
-    destination._check_file_systems(memories[:1])
+    _memory_files._check_file_systems("QEMU", memories[:1])
     with pytest.raises(ResourceError, match=r"left, and .* are to come"):
-        destination._check_file_systems(memories)
+        _memory_files._check_file_systems("QEMU", memories)
     for memory in memories:
         memory.close()
 

@@ -19,6 +19,7 @@ from fake_qemu import fake_qemu
 from hypothesis import given
 from hypothesis import strategies as st
 
+from postcopy._fd import FdHolder
 from postcopy.machines.qemu.qmp import (
     MAX_LINE_BYTES,
     Answer,
@@ -272,6 +273,30 @@ async def test_who_reads_may_leave(tmp_path: Path, listener: socket.socket) -> N
             nursery.start_soon(ask, "third")
             assert await server.answer("again") == "third"
         assert answers == ["second", "again"]
+
+
+async def test_an_answer_that_is_read_in_place_is_found_by_who_waits_for_it(
+    tmp_path: Path, listener: socket.socket
+) -> None:
+    """Also where that task was woken for it already: of two that are woken together either may be the first."""
+    async with connected(tmp_path, listener) as (server, monitor):
+
+        async def ask(number: int) -> None:
+            assert await monitor.execute("query", timeout_s=BOUND_S / 2) == number
+
+        async def hurry() -> None:
+            with FdHolder.duplicate(monitor._stream.socket.fileno()) as same:
+                await same.wait_readable()
+                monitor.hurry(lambda: None not in monitor._answers.values())
+
+        for number in range(1, 21):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask, number)
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.start_soon(hurry)
+                await server.answer(number)
+        monitor.close()
+        monitor.hurry(lambda: False)
 
 
 async def test_a_descriptor_goes_along(tmp_path: Path, listener: socket.socket) -> None:

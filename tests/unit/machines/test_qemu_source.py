@@ -204,6 +204,35 @@ async def test_one_that_never_stops_its_guest(tmp_path: Path, monkeypatch: pytes
         assert await status(machine) == "running"
 
 
+async def test_one_that_does_not_notice_that_it_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has just begun to wait for us."""
+    monkeypatch.setattr(source, "STOP_TIMEOUT_S", 0.1)
+    async with prepared(tmp_path, Orders(migrates="deaf")) as (fake, machine):
+        with pytest.raises(MigrationError, match="has not stopped its guest"):
+            await machine.before_pause()
+        assert fake.was_told("migrate_cancel", "migrate-continue", "cont")[:2] == ["migrate_cancel", "migrate-continue"]
+        assert await status(machine) == "running"
+
+
+async def test_one_that_saves_its_devices_is_never_cancelled(tmp_path: Path) -> None:
+    async with prepared(tmp_path, Orders(migrates="unread")) as (fake, machine):
+        await machine.pause()
+        await machine.resume()
+        assert await status(machine) == "running"
+        assert fake.was_told("migrate_cancel") == []
+
+
+async def test_one_that_was_told_to_go_on_and_has_not_heard_it(tmp_path: Path) -> None:
+    async with prepared(tmp_path, Orders(drops=["migrate-continue"])) as (fake, machine):
+        await machine.pause()
+        while not fake.was_told("migrate-continue"):  # noqa: ASYNC110 -- another process
+            await trio.sleep(0.001)
+        fake.order(Orders())
+        await machine.resume()
+        assert await status(machine) == "running"
+        assert fake.was_told("migrate_cancel") == []
+
+
 async def test_cancelled_before_the_pause_it_runs_on(tmp_path: Path) -> None:
     async with prepared(tmp_path, Orders(migrates="silent")) as (fake, machine):
         async with trio.open_nursery() as nursery:
@@ -259,19 +288,33 @@ async def test_a_guest_that_cannot_go_on_is_named(tmp_path: Path) -> None:
         assert await status(machine) == "running"
 
 
-@pytest.mark.parametrize("command", ["migrate", "query-migrate"])
-async def test_a_monitor_that_breaks_in_the_pause_is_opened_again(command: str, tmp_path: Path) -> None:
+async def test_a_monitor_that_breaks_before_the_pause_is_opened_again(tmp_path: Path) -> None:
     async with prepared(tmp_path) as (fake, machine):
-        if command == "query-migrate":
-            await machine.pause()
-        fake.order(Orders(drops=[command]))
+        fake.order(Orders(drops=["migrate"]))
         with pytest.raises(QemuInDoubt):
-            await (machine.resume if command == "query-migrate" else machine.pause)()
+            await machine.pause()
         fake.order(Orders())
-        await machine.resume()
         assert await status(machine) == "running"
         await machine.pause()
         assert await machine.save_state() == STATE
+
+
+@pytest.mark.parametrize("command", ["query-migrate", "query-status", "cont"])
+async def test_a_monitor_that_breaks_on_the_way_back_is_opened_again(command: str, tmp_path: Path) -> None:
+    async with prepared(tmp_path) as (fake, machine), trio.open_nursery() as nursery:
+        await machine.pause()
+        await machine.save_state()
+        asked = len(fake.was_told(command))
+
+        async def twice() -> None:
+            while len(fake.was_told(command)) < asked + 2:  # noqa: ASYNC110 -- another process
+                await trio.sleep(0.001)
+            fake.order(Orders())
+
+        fake.order(Orders(drops=[command]))
+        nursery.start_soon(twice)
+        await machine.resume()
+        assert await status(machine) == "running"
 
 
 async def test_its_death_in_the_pause(tmp_path: Path) -> None:
