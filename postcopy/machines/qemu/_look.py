@@ -292,7 +292,7 @@ async def _shared_backends(monitor: Monitor, blocks: Iterable[tuple[str, int]]) 
     backends = {one.id: one for one in said if one.id}
     children = _convert(await monitor.execute("qom-list", {"path": "/objects"}), list[_Child], "qom-list")
     kinds = {child.name: child.kind for child in children}
-    wanted = []
+    wanted: list[_Wanted] = []
     for name, size_bytes in blocks:
         backend = backends.get(name)
         kind = kinds.get(name, "")
