@@ -124,5 +124,5 @@ def process_of(connection: trio.socket.SocketType, path: str, who: str) -> Proce
 
 def one_line(text: object) -> str:
     """What another program says, for a message: of one line, and not too long."""
-    shown = "".join(char if char.isprintable() else " " for char in str(text))
+    shown = "".join(char if char.isprintable() else " " for char in str(text)[:4096])
     return re.sub(" +", " ", shown).strip()[:500]

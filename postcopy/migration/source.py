@@ -154,6 +154,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         self._keep = True
         self._changes: Changes | None = None  # until the machine is the destination's, or goes on here
         self._pushing: set[int] = set()  # bulk channels that have not ended the present push
+        self._resuming = trio.Lock()
         self._early = deque[bytes]()  # pieces of the machine's state that have to be sent
         self._prepared_ns = 0  # when the destination was
         self._rounds = 0  # that were told
@@ -248,6 +249,8 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         self.set_recover_for(self._recover_for_s)
         try:
             await self._run(stop, partial(self._migrate, go=go))
+            async with self._resuming:  # by `reclaim`, which ends this: its owner may close the machine from here on
+                pass
         finally:
             self.connected.set()
 
@@ -304,9 +307,10 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
     async def _resume(self) -> None:
         """The machine goes on here."""
         with trio.CancelScope(shield=True, deadline=trio.current_time() + RESUME_TIMEOUT_S) as scope:
-            await self.machine.resume()
-            if self.committed_ns:  # it had been taken from the network
-                await self.machine.claim_network()
+            async with self._resuming:
+                await self.machine.resume()
+                if self.committed_ns:  # it had been taken from the network
+                    await self.machine.claim_network()
         if scope.cancelled_caught:
             raise MigrationError(f"the machine could not be resumed at the source within {RESUME_TIMEOUT_S:g} s")
 

@@ -24,6 +24,7 @@ import msgspec
 from msgspec import Meta
 
 from postcopy._blocking import run_sync
+from postcopy._fd import FdHolder
 from postcopy._native import lib
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ResourceError
 from postcopy.machines._peer import Process, one_line
@@ -49,18 +50,19 @@ _PINNING_DRIVERS = frozenset(
 # What has a RAM block or gives the guest's memory to others, in a way that is not known here to be moved right.
 _REFUSED_DEVICES = (
     (r"vhost-user-.*", "another process reads and writes the guest's memory for it"),
-    (r"vhost-vdpa-.*", "hardware writes to the guest's memory for it"),
+    (r"vhost-vdpa-.*|vfio-.*", "hardware writes to the guest's memory for it"),
     (r"ivshmem-.*", "its memory is shared with others"),
     (r"virtio-mem(-.*)?", "its memory is plugged in pieces while it runs"),
     (r"virtio-pmem(-.*)?|nvdimm|nvdimm-.*", "its memory is persistent, and belongs to this host"),
 )
 _REFUSED_NETS = re.compile(r"type=(vhost-user|vhost-vdpa)\b")
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)")
-_RAM_BLOCK = re.compile(r"^ *(.*?) +\d+ [KMGTPE]?i?B +0x[0-9a-f]+ +0x[0-9a-f]+ +0x([0-9a-f]+)", re.MULTILINE)
+_ONLY_NAME = os.O_PATH | os.O_CLOEXEC
 _CHILD = re.compile(r"child<(.*)>")
 _MEMFD = "/memfd:"
 
 _Text = Annotated[str, Meta(max_length=4096)]
+_Version = Annotated[str, Meta(pattern=r"\A[0-9]{1,4}\.[0-9]{1,4}\.[0-9]{1,4}\Z")]
 
 
 class FileIdentity(msgspec.Struct, frozen=True):
@@ -73,7 +75,7 @@ class FileIdentity(msgspec.Struct, frozen=True):
 class Config(msgspec.Struct, frozen=True):
     """What a source offers, beside the layout of its memory."""
 
-    version: _Text  # as 7.2.22
+    version: _Version  # as 7.2.22
     machine: _Text  # with its version, as pc-i440fx-7.2
     accelerator: _Text
     cpu: _Text  # its model, as qemu64-x86_64-cpu
@@ -258,11 +260,22 @@ async def _human(monitor: Monitor, command: str) -> str:
 
 async def ram_blocks(monitor: Monitor) -> tuple[tuple[str, int], ...]:
     """Names and sizes of QEMU's blocks of memory. One without a name belongs to no device, and does not travel."""
-    found = _RAM_BLOCK.findall(await _human(monitor, "info ramblock"))
-    blocks = tuple((name.removeprefix("/objects/"), int(size, 16)) for name, size in found if name)
+    found = map(_ram_block, (await _human(monitor, "info ramblock")).splitlines())
+    blocks = tuple((name.removeprefix("/objects/"), size_bytes) for name, size_bytes in found if name)
     if not blocks:
         raise QemuAnswer("QEMU does not say what blocks of memory it has (info ramblock)")
     return blocks
+
+
+def _ram_block(line: str) -> tuple[str, int]:
+    """Of a row "NAME 4 KiB 0xOFFSET 0xUSED 0xTOTAL ..."; no name for any other line. (Not by a regular expression: what
+    goes back and forth over blanks takes minutes for a line of some thousand of them.)"""
+    before, *numbers = line.split(" 0x")
+    *name, number, unit = ["", "", *before.rsplit(None, 2)]
+    size = numbers[2].strip() if len(numbers) > 2 else ""
+    if not re.fullmatch("[0-9a-f]{1,16}", size) or not number.isdecimal() or not unit.endswith("B"):
+        return "", 0
+    return "".join(name).strip(), int(size, 16)
 
 
 @dataclass(frozen=True)
@@ -279,15 +292,18 @@ async def _shared_backends(monitor: Monitor, blocks: Iterable[tuple[str, int]]) 
     backends = {one.id: one for one in said if one.id}
     children = _convert(await monitor.execute("qom-list", {"path": "/objects"}), list[_Child], "qom-list")
     kinds = {child.name: child.kind for child in children}
-    wanted = []
+    wanted: list[_Wanted] = []
     for name, size_bytes in blocks:
         backend = backends.get(name)
+        kind = kinds.get(name, "")
         if backend is None or not backend.share:
-            _check_own_block(name, size_bytes, is_backend=backend is not None)
+            # Of `-m` alone QEMU says that it is a backend, too, of a name that no -object has.
+            _check_own_block(name, size_bytes, is_backend=backend is not None and kind != "memory-backend-ram")
             continue
+        if len(wanted) == MAX_BLOCKS:
+            raise ConfigurationError(f"QEMU has more than {MAX_BLOCKS} memory backends, which cannot be moved")
         if backend.size != size_bytes:
             raise QemuAnswer(f"QEMU says that {name} has {backend.size} bytes, and {size_bytes}")
-        kind = kinds.get(name, "")
         _check_backend(name, size_bytes, kind, monitor.version)
         path = ""
         if kind == FILE_BACKEND:
@@ -301,8 +317,6 @@ async def _shared_backends(monitor: Monitor, blocks: Iterable[tuple[str, int]]) 
         wanted.append(_Wanted(name, size_bytes, kind, path))
     if not wanted:
         raise ConfigurationError(_remedy("no memory of this QEMU is shared", "ram0", sum(size for _, size in blocks)))
-    if len(wanted) > MAX_BLOCKS:
-        raise ConfigurationError(f"QEMU has {len(wanted)} memory backends; {MAX_BLOCKS} can be moved")
     return sorted(wanted, key=lambda one: one.name)
 
 
@@ -489,14 +503,13 @@ def _open_file(pid: int, identity: FileIdentity, flags: int) -> int:
     """A descriptor of a file that the process has open."""
     try:
         for name in os.listdir(f"/proc/{pid}/fd"):
-            path = f"/proc/{pid}/fd/{name}"
-            with contextlib.suppress(FileNotFoundError):
-                if not _is_file(os.stat(path), identity):
-                    continue
-                fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
-                if _is_file(os.fstat(fd), identity):
-                    return fd
-                os.close(fd)
+            # O_PATH opens nothing yet: by its name it could be a device by then, which root may open and QEMU may not.
+            with (
+                contextlib.suppress(FileNotFoundError),
+                FdHolder(os.open(f"/proc/{pid}/fd/{name}", _ONLY_NAME)) as file,
+            ):
+                if _is_file(os.fstat(file.fd), identity):
+                    return os.open(f"/proc/self/fd/{file.fd}", flags | os.O_CLOEXEC | os.O_NONBLOCK)
     except PermissionError as error:
         raise _may_not(pid) from error
     except (FileNotFoundError, ProcessLookupError):

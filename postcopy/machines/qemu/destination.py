@@ -440,7 +440,7 @@ def _size(block: BlockLayout | Backend) -> str:
 
 
 def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2] if part.isascii() and part.isdigit())
+    return tuple(int(part) for part in text.split(".")[:2])
 
 
 def _mapping_of(backend: Backend, mappings: Sequence[Mapped], library: Preload) -> Mapped:

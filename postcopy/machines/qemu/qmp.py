@@ -29,7 +29,7 @@ import time
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import trio
@@ -47,6 +47,7 @@ IN_PLACE_S = 0.002
 PATIENCE_S = 0.25
 """How long that may be in all, on one connection: QEMU may call for it again and again."""
 _READ_BYTES = 64 << 10
+_Part = Annotated[int, msgspec.Meta(ge=0, lt=10_000)]  # of a version
 
 
 class QemuError(MigrationError):
@@ -158,7 +159,7 @@ class QmpProtocol:
 def _version(greeting: Mapping[str, Any]) -> tuple[int, int, int]:
     try:
         number = greeting["QMP"]["version"]["qemu"]
-        return msgspec.convert((number["major"], number["minor"], number["micro"]), tuple[int, int, int])
+        return msgspec.convert((number["major"], number["minor"], number["micro"]), tuple[_Part, _Part, _Part])
     except (LookupError, TypeError, msgspec.ValidationError):
         raise QemuAnswer("what answers there is no QEMU: it does not say its version") from None
 

@@ -315,6 +315,7 @@ async def test_memory_that_was_guarded_by_a_request_that_failed(
         ({"accelerator": "kvm"}, "-accel"),
         ({"vcpus": 2}, "-smp"),
         ({"version": "99.1.0"}, "newer"),
+        ({"version": "99.1.0\x1b[2J"}, "no sense"),
         ({"layout": [BlockLayout("ram1", MIB << 20, PAGE)]}, "backend 'ram0'"),
         ({"layout": [BlockLayout("ram0", 64 << 20, PAGE)]}, "64 MiB"),
         ({"layout": [BlockLayout("ram0", MIB << 20, 2 << 20)]}, "pages of 2 MiB"),

@@ -112,6 +112,7 @@ def test_what_makes_no_sense(line: bytes, why: str) -> None:
         b'{"event": "STOP"}',
         b'{"QMP": 1}',
         b'{"QMP": {"version": {"qemu": {"major": 7, "minor": "x", "micro": 1}}}}',
+        b'{"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 1' + b"0" * 4000 + b"}}}}",
         b'{"QMP": {"version": {"qemu": [7, 2, 1]}}}',
     ],
 )

@@ -129,7 +129,10 @@ FILE = "memory-backend-file,share=on"
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"backends": ("memory-backend-ram",)}, "ram0 of 64 MiB is private.*add share=on"),
+        (
+            {"backends": ("memory-backend-ram",)},
+            "64 MiB .ram0. is private.*-object memory-backend-file,id=ram0,.*share=on",
+        ),
         ({"backends": ("memory-backend-ram,share=on",)}, "is a memory-backend-ram"),
         ({"machine": "pc", "arguments": ("-device", "VGA,vgamem_mb=64")}, "vga.vram.*vgamem_mb=16"),
         ({"arguments": ("-S",)}, "prelaunch"),

@@ -5,6 +5,7 @@ becomes of the machine."""
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any, cast
 
 import pytest
@@ -15,6 +16,7 @@ from trio.testing import MockClock
 from postcopy.dataplane.pager import ChannelKind, EventType
 from postcopy.errors import MigrationError
 from postcopy.machines import MachineState
+from postcopy.migration.source import SourceMigration
 from postcopy.wire import Ended, EndedElsewhere, State
 from tests.unit.migration._engines import (
     PAGES,
@@ -105,6 +107,43 @@ async def test_reclaimed_from_a_destination_that_is_dead(mock_clock: MockClock) 
         with pytest.raises(MigrationError, match="this migration is reclaimed"):
             await source.reclaim()
     assert source._protocol.ending is Ended.RECLAIMED
+
+
+async def test_one_that_is_taken_back_is_not_closed_before_it_runs(
+    mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its owner closes the machine when `run` has returned."""
+    returned, told, answers = trio.Event(), trio.Event(), trio.Event()
+    run = SourceMigration.run
+
+    async def run_and_tell(self: SourceMigration, go: trio.Event, stop: trio.Event) -> None:
+        await run(self, go, stop)
+        returned.set()
+
+    monkeypatch.setattr(SourceMigration, "run", run_and_tell)
+    async with lone_source(Meeting()) as (peer, source, machine), trio.open_nursery() as nursery:
+        resume = machine.resume
+
+        async def slow_resume() -> None:
+            told.set()
+            await answers.wait()
+            await resume()
+
+        monkeypatch.setattr(machine, "resume", slow_resume)
+        await peer.commit()
+        await trio.aclose_forcefully(peer.stream)
+        await source.paused.wait()
+        mock_clock.autojump_threshold = 0.05
+        nursery.start_soon(source.reclaim)
+        await told.wait()
+        mock_clock.autojump_threshold = math.inf
+        await trio.testing.wait_all_tasks_blocked()
+        too_early = returned.is_set()
+        answers.set()
+        await returned.wait()
+    assert not too_early
+    assert source.status == "reclaimed"
+    assert machine.state is MachineState.RUNNING
 
 
 async def test_not_reclaimed_from_one_that_answers() -> None:
