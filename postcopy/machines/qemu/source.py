@@ -3,7 +3,7 @@
 
 QEMU is driven over its monitor and watched from outside: it is not changed, and not restarted.
 
-**Memory** is the files of its shared backends, mapped here too (`_look`): read in place, and QEMU knows nothing of it.
+**Memory** is the files of its shared backends (`_look`), read by descriptors of our own: QEMU knows nothing of it.
 
 **State.** QEMU migrates to a pipe of ours, and leaves shared memory out of that (capability ``x-ignore-shared``). It
 writes what it keeps in memory of its own (ROMs) while the guest runs, stops the guest (event STOP, from which the pause
@@ -34,6 +34,7 @@ import fcntl
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -77,6 +78,7 @@ _UNDER_WAY = frozenset(
     | {"postcopy-active", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup", "postcopy-device"}
 )
 _FINISHING = "finish-migrate"
+_DESCRIPTION = re.compile(rb"\x06(?=.{4}\{)", re.DOTALL)
 _STOPPED_BY_US = frozenset({"paused", "postmigrate", _FINISHING})
 
 log = logging.getLogger(__name__)
@@ -638,9 +640,10 @@ class _Stream:
 def _without_description(state: bytes) -> bytes:
     """A state ends in a description of itself, for debugging: its length, and so much JSON, a third of it all in a
     small guest. A destination skips it; it is replaced by an empty one."""
-    at = state.rfind(b'{"page_size"')
-    if at >= 5 and state[at - 5 : at] == b"\x06" + (len(state) - at).to_bytes(4, "big"):
-        return state[: at - 4] + bytes(4)
+    for mark in _DESCRIPTION.finditer(state):
+        at = mark.end()
+        if int.from_bytes(state[at : at + 4], "big") == len(state) - at - 4 and state[at + 4 :].isascii():
+            return state[:at] + bytes(4)
     return state
 
 
