@@ -197,7 +197,7 @@ class Monitor:
         self._answers: dict[int, Answer | None] = {}  # what a task waits for
         self._read = trio.Event()
         self._reading = False
-        self._idle = trio.CancelScope()  # of the task that reads, while it waits
+        self._idle = trio.CancelScope()  # of the task that reads
         self._patience_s = PATIENCE_S
         self._broken: QemuError | None = None
         self._mending = trio.Lock()
@@ -380,12 +380,10 @@ class Monitor:
         read.set()
 
     async def _read_some(self) -> None:
-        await trio.lowlevel.checkpoint()  # the others get their turn, however much QEMU says
-        while not self._read_now():
-            with trio.CancelScope() as self._idle:
+        with trio.CancelScope() as self._idle:  # also when it is read in place before this task is woken
+            await trio.lowlevel.checkpoint()  # the others get their turn, however much QEMU says
+            while not self._read_now():
                 await trio.lowlevel.wait_readable(self._stream.socket)
-            if self._idle.cancel_called:  # it has been read in place, perhaps after this task was woken for it
-                return
 
     def _read_now(self) -> bool:
         """Takes what has come, if anything."""

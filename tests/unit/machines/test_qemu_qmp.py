@@ -299,6 +299,27 @@ async def test_an_answer_that_is_read_in_place_is_found_by_who_waits_for_it(
         monitor.hurry(lambda: False)
 
 
+async def test_an_answer_that_is_read_in_place_is_found_by_who_gives_way_before_it_waits(
+    tmp_path: Path, listener: socket.socket
+) -> None:
+    async with connected(tmp_path, listener) as (server, monitor):
+
+        def all_here() -> bool:
+            return None not in monitor._answers.values()
+
+        async def hurry() -> None:
+            while not monitor._reading and not all_here():
+                await trio.lowlevel.checkpoint()
+            monitor.hurry(all_here)
+
+        for number in range(1, 21):
+            asked = await monitor.ask("query", timeout_s=BOUND_S / 2)
+            await server.answer(number)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(hurry)
+                assert await monitor.answer_to(asked) == number
+
+
 async def test_a_descriptor_goes_along(tmp_path: Path, listener: socket.socket) -> None:
     async with connected(tmp_path, listener) as (server, monitor):
         ours, theirs = os.pipe()
