@@ -249,9 +249,10 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         self.set_recover_for(self._recover_for_s)
         try:
             await self._run(stop, partial(self._migrate, go=go))
-            async with self._resuming:  # by `reclaim`, which ends this: its owner may close the machine from here on
-                pass
         finally:
+            with trio.CancelScope(shield=True):  # bounded by `_resume`
+                async with self._resuming:  # by `reclaim`, which ends this: its owner may close the machine then
+                    pass
             self.connected.set()
 
     async def _connect(self) -> Link | None:

@@ -109,15 +109,17 @@ async def test_reclaimed_from_a_destination_that_is_dead(mock_clock: MockClock) 
     assert source._protocol.ending is Ended.RECLAIMED
 
 
+@pytest.mark.parametrize("cancelled", [False, True])
 async def test_one_that_is_taken_back_is_not_closed_before_it_runs(
-    mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+    cancelled: bool, mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its owner closes the machine when `run` has returned."""
+    """Its owner closes the machine when `run` has returned, or was cancelled."""
     returned, told, answers = trio.Event(), trio.Event(), trio.Event()
-    run = SourceMigration.run
+    run, scope = SourceMigration.run, trio.CancelScope()
 
     async def run_and_tell(self: SourceMigration, go: trio.Event, stop: trio.Event) -> None:
-        await run(self, go, stop)
+        with scope:
+            await run(self, go, stop)
         returned.set()
 
     monkeypatch.setattr(SourceMigration, "run", run_and_tell)
@@ -137,6 +139,8 @@ async def test_one_that_is_taken_back_is_not_closed_before_it_runs(
         nursery.start_soon(source.reclaim)
         await told.wait()
         mock_clock.autojump_threshold = math.inf
+        if cancelled:
+            scope.cancel()
         await trio.testing.wait_all_tasks_blocked()
         too_early = returned.is_set()
         answers.set()
