@@ -60,7 +60,7 @@ from postcopy.machines.qemu._look import (
     look,
     same_host_and_file,
 )
-from postcopy.machines.qemu.qmp import Asked, QemuError, QemuInDoubt, QemuRefused, QemuUnreachable
+from postcopy.machines.qemu.qmp import Asked, QemuError, QemuInDoubt, QemuUnreachable
 from postcopy.machines.qemu.source import EVENTS, IGNORE_SHARED, QemuMachine, open_pipe
 from postcopy.memory import Memory
 from postcopy.uffd import RegisterMode, UffdFeature, Userfaultfd
@@ -105,7 +105,7 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
     """Made by `for_destination`; once it is whole it can leave again, as any `QemuMachine`."""
 
     lends = True
-    UNANSWERED = (QemuUnreachable, QemuInDoubt, QemuRefused)
+    UNANSWERED = (QemuError,)
 
     def __init__(self, offered: Config, layout: Sequence[BlockLayout], host: QemuHost) -> None:
         super().__init__(host.qmp or "", host.preload)

@@ -51,7 +51,7 @@ from postcopy.machines.base import MachineState, RamBlock, TellEarly
 from postcopy.machines.preload.client import Armed, Preload
 from postcopy.machines.process import ProcessMachine
 from postcopy.machines.qemu._look import Look, look, look_at_disks, ram_blocks
-from postcopy.machines.qemu.qmp import Asked, Event, Monitor, QemuError, QemuInDoubt, QemuRefused, QemuUnreachable
+from postcopy.machines.qemu.qmp import Asked, Event, Monitor, QemuError, QemuRefused
 from postcopy.memory import FEATURES_OF_PROCESS, DirtyLog, Memory
 from postcopy.units import format_size
 
@@ -451,7 +451,7 @@ class QemuMachine(ProcessMachine):
                     await self._execute("migrate_cancel")
             except QemuRefused:  # it has gone on meanwhile
                 pass
-            except (QemuInDoubt, QemuUnreachable) as error:
+            except QemuError as error:
                 if not self._is_alive():
                     raise
                 status = str(error)
@@ -484,7 +484,7 @@ class QemuMachine(ProcessMachine):
                     continue
             except QemuRefused as error:
                 why = f": {error.description}"
-            except (QemuInDoubt, QemuUnreachable) as error:
+            except QemuError as error:
                 if not self._is_alive():
                     raise
                 why = f": {error}"

@@ -299,8 +299,9 @@ async def test_a_monitor_that_breaks_before_the_pause_is_opened_again(tmp_path: 
         assert await machine.save_state() == STATE
 
 
+@pytest.mark.parametrize("how", ["drops", "raw"])
 @pytest.mark.parametrize("command", ["query-migrate", "query-status", "cont"])
-async def test_a_monitor_that_breaks_on_the_way_back_is_opened_again(command: str, tmp_path: Path) -> None:
+async def test_a_monitor_that_breaks_on_the_way_back_is_opened_again(how: str, command: str, tmp_path: Path) -> None:
     async with prepared(tmp_path) as (fake, machine), trio.open_nursery() as nursery:
         await machine.pause()
         await machine.save_state()
@@ -311,7 +312,7 @@ async def test_a_monitor_that_breaks_on_the_way_back_is_opened_again(command: st
                 await trio.sleep(0.001)
             fake.order(Orders())
 
-        fake.order(Orders(drops=[command]))
+        fake.order(Orders(drops=[command]) if how == "drops" else Orders(raw={command: "no JSON\n"}))
         nursery.start_soon(twice)
         await machine.resume()
         assert await status(machine) == "running"
