@@ -310,7 +310,12 @@ class QemuMachine(ProcessMachine):
             if self._migration != WAITS or not self._stopped:
                 raise MigrationError(await self._why_not())
         except BaseException as error:
-            await self._undo(error)
+            if self._stream is None and isinstance(error, QemuRefused):
+                # Ours has not begun: one that is under way, or has just completed, is another client's.
+                with trio.CancelScope(shield=True):
+                    await self._restore()
+            else:
+                await self._undo(error)
             raise
         self._state = MachineState.PAUSED
 

@@ -288,6 +288,19 @@ async def test_a_guest_that_cannot_go_on_is_named(tmp_path: Path) -> None:
         assert await status(machine) == "running"
 
 
+@pytest.mark.parametrize("command", ["migrate-set-capabilities", "migrate"])
+async def test_a_migration_of_somebody_else_is_left_alone(command: str, tmp_path: Path) -> None:
+    """It may have completed by then: the guest runs elsewhere."""
+    why = "There's a migration process in progress"
+    async with prepared(tmp_path, Orders(refuses={command: [why]})) as (fake, machine):
+        asked = len(fake.was_told("query-migrate"))
+        with pytest.raises(QemuError, match=why):
+            await machine.pause()
+        assert len(fake.was_told("query-migrate")) == asked
+        assert fake.was_told("cont") == fake.was_told("migrate_cancel") == []
+        assert machine.statistics().state is MachineState.RUNNING
+
+
 async def test_a_monitor_that_breaks_before_the_pause_is_opened_again(tmp_path: Path) -> None:
     async with prepared(tmp_path) as (fake, machine):
         fake.order(Orders(drops=["migrate"]))
