@@ -38,6 +38,9 @@
 #define LIBRARY "libpostcopy-preload.so"
 #define REQUEST_TIMEOUT_MS 1000
 #define STACK_BYTES ((size_t)256 << 10)
+#ifndef MADV_DONTNEED_LOCKED
+#define MADV_DONTNEED_LOCKED 24 /* Linux 5.18 */
+#endif
 
 /* A descriptor of ours among the program's. The program may close it, as one does that closes all it has; its number may then be
  * another file's. So each is compared before it is used, or closed. */
@@ -298,6 +301,9 @@ static int guard_at_once(struct record *record)
         return -1;
     if (guard(self.kept.fd, record->start, record->end - record->start,
               UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR))
+        return -1;
+    /* What the kernel has put into the page tables before (MAP_POPULATE, MAP_LOCKED, mlockall) would not wait: it stays in the file only. */
+    if (madvise((void *)record->start, record->end - record->start, MADV_DONTNEED_LOCKED))
         return -1;
     /* A child would have the memory without the userfaultfd, and find zeros. Now it does not have it. */
     record->lazy = !madvise((void *)record->start, record->end - record->start, MADV_DONTFORK);

@@ -428,6 +428,27 @@ static void guards_from_the_first_touch_on(void)
     map_new(PAGE)[0] = 1; /* does not wait any more */
 }
 
+/* What the kernel has filled with zeros, or found in the file, before the mapping could be guarded. */
+static void guards_what_was_populated(void)
+{
+    struct reader reader;
+    pthread_t thread;
+    char *base;
+    int fd;
+
+    begin(FEATURES);
+    fd = memory_file(BYTES);
+    base = preload_mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
+    CHECK(base != MAP_FAILED);
+    CHECK_EQ(ask(PRELOAD_ARM, PRELOAD_KEEP, FEATURES, UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR, base, BYTES), 1);
+    thread = read_in_thread(&reader, base);
+    CHECK_EQ(fault(got[0]), (uint64_t)base);
+    empty(fd);
+    place(got[0], base, 'n');
+    CHECK(!pthread_join(thread, NULL));
+    CHECK_EQ(reader.value, 'n');
+}
+
 static void refuses_what_makes_no_sense(void)
 {
     static struct {
@@ -687,6 +708,7 @@ int main(int argc, char **argv)
     RUN(guards_and_undoes_it);
     RUN(keeps_a_copy_until_it_is_disarmed);
     RUN(guards_from_the_first_touch_on);
+    RUN(guards_what_was_populated);
     RUN(refuses_what_makes_no_sense);
     RUN(takes_the_path_of_one_that_has_ended_and_of_nobody_else);
     RUN(outlives_clients_that_say_nothing);
