@@ -307,7 +307,7 @@ static int guard_at_once(struct record *record)
         return -1;
     /* A child would have the memory without the userfaultfd, and find zeros. Now it does not have it. */
     record->lazy = !madvise((void *)record->start, record->end - record->start, MADV_DONTFORK);
-    return 0;
+    return record->lazy ? 0 : -1;
 }
 
 /* ---- requests */
