@@ -302,7 +302,7 @@ static int guard_at_once(struct record *record)
     if (guard(self.kept.fd, record->start, record->end - record->start,
               UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR))
         return -1;
-    /* What the kernel has put into the page tables before (MAP_POPULATE, MAP_LOCKED, mlockall) would not wait: it stays in the file only. */
+    /* What the kernel has put into the page tables before (MAP_POPULATE, MAP_LOCKED, mlockall) would not wait. */
     if (madvise((void *)record->start, record->end - record->start, MADV_DONTNEED_LOCKED))
         return -1;
     /* A child would have the memory without the userfaultfd, and find zeros. Now it does not have it. */
@@ -668,10 +668,11 @@ void *preload_mremap(void *address, size_t bytes, size_t new_bytes, int flags, v
     void *mapped;
     int error;
 
-    if (!concerns_us(address, bytes) && !(flags & MREMAP_FIXED && concerns_us(new_address, new_bytes)))
+    /* (0 bytes: a second mapping of the same.) */
+    if (!concerns_us(address, bytes ? bytes : 1) && !(flags & MREMAP_FIXED && concerns_us(new_address, new_bytes)))
         return (void *)syscall(SYS_mremap, address, bytes, new_bytes, flags, new_address);
     lock(&signals);
-    found = find(start, bytes ? bytes : 1); /* 0: a second mapping of the same */
+    found = find(start, bytes ? bytes : 1);
     if (found) {
         record = *found;
         record.offset += start - found->start;
