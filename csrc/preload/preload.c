@@ -4,7 +4,8 @@
  *
  * Whatever fails in here, the program goes on as without the library: errno is kept, nothing is printed unless
  * POSTCOPY_PRELOAD_DEBUG is set, and no request is served. One thing is different: in a program that was started to wait for
- * its memory (`run --lazy`) a mapping that cannot be guarded fails, since the program would find zeros in it.
+ * its memory (`run --lazy`) a mapping that cannot be guarded fails, since the program would find zeros in it; nor may it be moved
+ * while pages are missing.
  *
  * The lock. It is taken by the thread, and by those calls that change what is remembered; all signals are blocked meanwhile, as
  * a handler may map memory too. No memory of a mapping is touched under it.
@@ -673,6 +674,13 @@ void *preload_mremap(void *address, size_t bytes, size_t new_bytes, int flags, v
         return (void *)syscall(SYS_mremap, address, bytes, new_bytes, flags, new_address);
     lock(&signals);
     found = find(start, bytes ? bytes : 1);
+    /* Elsewhere it would not be guarded, and read as zeros what has not come. (Such a call may fail at any time.) */
+    if (found && self.kept.fd >= 0 && !self.lazy &&
+        (flags & (MREMAP_FIXED | MREMAP_DONTUNMAP) || (flags & MREMAP_MAYMOVE && (!bytes || new_bytes > bytes)))) {
+        unlock(&signals);
+        errno = ENOMEM;
+        return MAP_FAILED;
+    }
     if (found) {
         record = *found;
         record.offset += start - found->start;

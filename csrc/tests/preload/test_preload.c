@@ -449,6 +449,25 @@ static void guards_what_was_populated(void)
     CHECK_EQ(reader.value, 'n');
 }
 
+/* Nowhere else would it be guarded. */
+static void moves_nothing_that_waits(void)
+{
+    char *base, *room = mmap(NULL, 4 * BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    CHECK(room != MAP_FAILED);
+    begin(FEATURES);
+    base = map_new(BYTES);
+    CHECK_EQ(arm(PRELOAD_KEEP, base, BYTES), 1);
+    CHECK(preload_mremap(base, BYTES, BYTES, MREMAP_MAYMOVE | MREMAP_FIXED, room) == MAP_FAILED && errno == ENOMEM);
+    CHECK(preload_mremap(base, BYTES, 2 * BYTES, MREMAP_MAYMOVE, NULL) == MAP_FAILED && errno == ENOMEM);
+    CHECK(preload_mremap(base, 0, BYTES, MREMAP_MAYMOVE, NULL) == MAP_FAILED && errno == ENOMEM);
+    CHECK(preload_mremap(base, BYTES, BYTES / 2, MREMAP_MAYMOVE, NULL) == base);
+    unregister(got[0], base, BYTES / 2);
+    CHECK_EQ(ask(PRELOAD_DISARM, 0, 0, 0, NULL, 0), 0);
+    CHECK_EQ(reply.error, 0);
+    CHECK(preload_mremap(base, BYTES / 2, BYTES / 2, MREMAP_MAYMOVE | MREMAP_FIXED, room) == room);
+}
+
 static void refuses_what_makes_no_sense(void)
 {
     static struct {
@@ -709,6 +728,7 @@ int main(int argc, char **argv)
     RUN(keeps_a_copy_until_it_is_disarmed);
     RUN(guards_from_the_first_touch_on);
     RUN(guards_what_was_populated);
+    RUN(moves_nothing_that_waits);
     RUN(refuses_what_makes_no_sense);
     RUN(takes_the_path_of_one_that_has_ended_and_of_nobody_else);
     RUN(outlives_clients_that_say_nothing);
