@@ -267,7 +267,7 @@ static struct descriptor open_userfaultfd(uint64_t features, enum preload_step *
         fd = ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
         (void)close(device);
     }
-    if (fd < 0)
+    if (fd < 0 && errno != EMFILE && errno != ENFILE)
         fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
     if (fd < 0)
         return (struct descriptor){.fd = -1};
@@ -375,8 +375,8 @@ static size_t arm(int *fds)
     return 1;
 }
 
-/* Whether the mapping is still registered with the userfaultfd that is kept: then it cannot be with another one. (Where no other one
- * can be opened this is not known, and DISARM is not refused.) */
+/* Whether the mapping is still registered with the userfaultfd that is kept: then it cannot be with another one. (Where this
+ * process has no right to another one this is not known, and DISARM is not refused.) */
 static bool is_registered(int other, const struct record *record)
 {
     struct uffdio_register range = {.range = {record->start, record->end - record->start}, .mode = UFFDIO_REGISTER_MODE_MISSING};
@@ -389,6 +389,8 @@ static void disarm(void)
     enum preload_step step;
     struct descriptor other = open_userfaultfd(0, &step);
 
+    if (other.fd < 0 && (errno == EMFILE || errno == ENFILE || errno == ENOMEM))
+        return fail(step, errno); /* another time it can be known */
     for (reply.index = 0; reply.index < self.count; reply.index++)
         if (is_registered(other.fd, &self.records[reply.index])) {
             fail(PRELOAD_GUARDED, EBUSY);

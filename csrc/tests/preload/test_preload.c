@@ -449,6 +449,38 @@ static void guards_what_was_populated(void)
     CHECK_EQ(reader.value, 'n');
 }
 
+static void disarms_nothing_unseen(void)
+{
+    struct preload_request request = {.magic = PRELOAD_MAGIC, .version = PRELOAD_VERSION, .op = PRELOAD_DISARM};
+    static int taken[4096];
+    size_t count = 0, fds;
+    struct rlimit limit, less;
+    char *base;
+    int fd;
+
+    begin(FEATURES);
+    base = map_new(BYTES);
+    CHECK_EQ(arm(PRELOAD_KEEP, base, BYTES), 1);
+    CHECK_SYS(getrlimit(RLIMIT_NOFILE, &limit));
+    less = (struct rlimit){.rlim_cur = 2048, .rlim_max = limit.rlim_max};
+    CHECK_SYS(setrlimit(RLIMIT_NOFILE, &less));
+    fd = CHECK_SYS(socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+    while ((taken[count] = dup(fd)) >= 0)
+        count++;
+    CHECK_SYS(close(taken[--count])); /* for the connection, and none for another userfaultfd */
+    CHECK_SYS(connect(fd, (struct sockaddr *)&path, sizeof(path)));
+    CHECK_EQ(send(fd, &request, offsetof(struct preload_request, ranges), MSG_NOSIGNAL), offsetof(struct preload_request, ranges));
+    CHECK(receive(fd, &reply, &fds) > 0);
+    CHECK_EQ(reply.error, EMFILE);
+    CHECK_EQ(reply.step, PRELOAD_OPEN);
+    CHECK_EQ(reply.state, PRELOAD_IS_KEPT);
+    while (count)
+        CHECK_SYS(close(taken[--count]));
+    CHECK_SYS(setrlimit(RLIMIT_NOFILE, &limit));
+    CHECK_EQ(ask(PRELOAD_DISARM, 0, 0, 0, NULL, 0), 0);
+    CHECK_EQ(reply.step, PRELOAD_GUARDED);
+}
+
 /* Nowhere else would it be guarded. */
 static void moves_nothing_that_waits(void)
 {
@@ -729,6 +761,7 @@ int main(int argc, char **argv)
     RUN(guards_from_the_first_touch_on);
     RUN(guards_what_was_populated);
     RUN(moves_nothing_that_waits);
+    RUN(disarms_nothing_unseen);
     RUN(refuses_what_makes_no_sense);
     RUN(takes_the_path_of_one_that_has_ended_and_of_nobody_else);
     RUN(outlives_clients_that_say_nothing);
