@@ -4,7 +4,8 @@
  *
  * Whatever fails in here, the program goes on as without the library: errno is kept, nothing is printed unless
  * POSTCOPY_PRELOAD_DEBUG is set, and no request is served. One thing is different: in a program that was started to wait for
- * its memory (`run --lazy`) a mapping that cannot be guarded fails, since the program would find zeros in it.
+ * its memory (`run --lazy`) a mapping that cannot be guarded fails, since the program would find zeros in it; nor may it be moved
+ * while pages are missing.
  *
  * The lock. It is taken by the thread, and by those calls that change what is remembered; all signals are blocked meanwhile, as
  * a handler may map memory too. No memory of a mapping is touched under it.
@@ -38,6 +39,9 @@
 #define LIBRARY "libpostcopy-preload.so"
 #define REQUEST_TIMEOUT_MS 1000
 #define STACK_BYTES ((size_t)256 << 10)
+#ifndef MADV_DONTNEED_LOCKED
+#define MADV_DONTNEED_LOCKED 24 /* Linux 5.18 */
+#endif
 
 /* A descriptor of ours among the program's. The program may close it, as one does that closes all it has; its number may then be
  * another file's. So each is compared before it is used, or closed. */
@@ -263,7 +267,7 @@ static struct descriptor open_userfaultfd(uint64_t features, enum preload_step *
         fd = ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
         (void)close(device);
     }
-    if (fd < 0)
+    if (fd < 0 && errno != EMFILE && errno != ENFILE)
         fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
     if (fd < 0)
         return (struct descriptor){.fd = -1};
@@ -299,9 +303,12 @@ static int guard_at_once(struct record *record)
     if (guard(self.kept.fd, record->start, record->end - record->start,
               UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR))
         return -1;
+    /* What the kernel has put into the page tables before (MAP_POPULATE, MAP_LOCKED, mlockall) would not wait. */
+    if (madvise((void *)record->start, record->end - record->start, MADV_DONTNEED_LOCKED))
+        return -1;
     /* A child would have the memory without the userfaultfd, and find zeros. Now it does not have it. */
     record->lazy = !madvise((void *)record->start, record->end - record->start, MADV_DONTFORK);
-    return 0;
+    return record->lazy ? 0 : -1;
 }
 
 /* ---- requests */
@@ -368,8 +375,8 @@ static size_t arm(int *fds)
     return 1;
 }
 
-/* Whether the mapping is still registered with the userfaultfd that is kept: then it cannot be with another one. (Where no other one
- * can be opened this is not known, and DISARM is not refused.) */
+/* Whether the mapping is still registered with the userfaultfd that is kept: then it cannot be with another one. (Where this
+ * process has no right to another one this is not known, and DISARM is not refused.) */
 static bool is_registered(int other, const struct record *record)
 {
     struct uffdio_register range = {.range = {record->start, record->end - record->start}, .mode = UFFDIO_REGISTER_MODE_MISSING};
@@ -382,6 +389,8 @@ static void disarm(void)
     enum preload_step step;
     struct descriptor other = open_userfaultfd(0, &step);
 
+    if (other.fd < 0 && (errno == EMFILE || errno == ENFILE || errno == ENOMEM))
+        return fail(step, errno); /* another time it can be known */
     for (reply.index = 0; reply.index < self.count; reply.index++)
         if (is_registered(other.fd, &self.records[reply.index])) {
             fail(PRELOAD_GUARDED, EBUSY);
@@ -662,10 +671,18 @@ void *preload_mremap(void *address, size_t bytes, size_t new_bytes, int flags, v
     void *mapped;
     int error;
 
-    if (!concerns_us(address, bytes) && !(flags & MREMAP_FIXED && concerns_us(new_address, new_bytes)))
+    /* (0 bytes: a second mapping of the same.) */
+    if (!concerns_us(address, bytes ? bytes : 1) && !(flags & MREMAP_FIXED && concerns_us(new_address, new_bytes)))
         return (void *)syscall(SYS_mremap, address, bytes, new_bytes, flags, new_address);
     lock(&signals);
-    found = find(start, bytes ? bytes : 1); /* 0: a second mapping of the same */
+    found = find(start, bytes ? bytes : 1);
+    /* Elsewhere it would not be guarded, and read as zeros what has not come. (Such a call may fail at any time.) */
+    if (found && self.kept.fd >= 0 && !self.lazy &&
+        (flags & (MREMAP_FIXED | MREMAP_DONTUNMAP) || (flags & MREMAP_MAYMOVE && (!bytes || new_bytes > bytes)))) {
+        unlock(&signals);
+        errno = ENOMEM;
+        return MAP_FAILED;
+    }
     if (found) {
         record = *found;
         record.offset += start - found->start;

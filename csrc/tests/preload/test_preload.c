@@ -428,6 +428,78 @@ static void guards_from_the_first_touch_on(void)
     map_new(PAGE)[0] = 1; /* does not wait any more */
 }
 
+/* What the kernel has filled with zeros, or found in the file, before the mapping could be guarded. */
+static void guards_what_was_populated(void)
+{
+    struct reader reader;
+    pthread_t thread;
+    char *base;
+    int fd;
+
+    begin(FEATURES);
+    fd = memory_file(BYTES);
+    base = preload_mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
+    CHECK(base != MAP_FAILED);
+    CHECK_EQ(ask(PRELOAD_ARM, PRELOAD_KEEP, FEATURES, UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR, base, BYTES), 1);
+    thread = read_in_thread(&reader, base);
+    CHECK_EQ(fault(got[0]), (uint64_t)base);
+    empty(fd);
+    place(got[0], base, 'n');
+    CHECK(!pthread_join(thread, NULL));
+    CHECK_EQ(reader.value, 'n');
+}
+
+static void disarms_nothing_unseen(void)
+{
+    struct preload_request request = {.magic = PRELOAD_MAGIC, .version = PRELOAD_VERSION, .op = PRELOAD_DISARM};
+    static int taken[4096];
+    size_t count = 0, fds;
+    struct rlimit limit, less;
+    char *base;
+    int fd;
+
+    begin(FEATURES);
+    base = map_new(BYTES);
+    CHECK_EQ(arm(PRELOAD_KEEP, base, BYTES), 1);
+    CHECK_SYS(getrlimit(RLIMIT_NOFILE, &limit));
+    less = (struct rlimit){.rlim_cur = 2048, .rlim_max = limit.rlim_max};
+    CHECK_SYS(setrlimit(RLIMIT_NOFILE, &less));
+    fd = CHECK_SYS(socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+    while ((taken[count] = dup(fd)) >= 0)
+        count++;
+    CHECK_SYS(close(taken[--count])); /* for the connection, and none for another userfaultfd */
+    CHECK_SYS(connect(fd, (struct sockaddr *)&path, sizeof(path)));
+    CHECK_EQ(send(fd, &request, offsetof(struct preload_request, ranges), MSG_NOSIGNAL), offsetof(struct preload_request, ranges));
+    CHECK(receive(fd, &reply, &fds) > 0);
+    CHECK_EQ(reply.error, EMFILE);
+    CHECK_EQ(reply.step, PRELOAD_OPEN);
+    CHECK_EQ(reply.state, PRELOAD_IS_KEPT);
+    while (count)
+        CHECK_SYS(close(taken[--count]));
+    CHECK_SYS(setrlimit(RLIMIT_NOFILE, &limit));
+    CHECK_EQ(ask(PRELOAD_DISARM, 0, 0, 0, NULL, 0), 0);
+    CHECK_EQ(reply.step, PRELOAD_GUARDED);
+}
+
+/* Nowhere else would it be guarded. */
+static void moves_nothing_that_waits(void)
+{
+    char *base, *room = mmap(NULL, 4 * BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    CHECK(room != MAP_FAILED);
+    begin(FEATURES);
+    base = map_new(BYTES);
+    CHECK_EQ(arm(PRELOAD_KEEP, base, BYTES), 1);
+    CHECK(preload_mremap(base, BYTES, BYTES, MREMAP_MAYMOVE | MREMAP_FIXED, room) == MAP_FAILED && errno == ENOMEM);
+    CHECK(preload_mremap(base, BYTES, 2 * BYTES, MREMAP_MAYMOVE, NULL) == MAP_FAILED && errno == ENOMEM);
+    CHECK(preload_mremap(base, 0, BYTES, MREMAP_MAYMOVE, NULL) == MAP_FAILED && errno == ENOMEM);
+    CHECK(preload_mremap(base, BYTES, BYTES / 2, MREMAP_MAYMOVE, NULL) == base);
+    unregister(got[0], base, BYTES / 2);
+    CHECK_EQ(ask(PRELOAD_DISARM, 0, 0, 0, NULL, 0), 0);
+    CHECK_EQ(reply.error, 0);
+    CHECK(preload_mremap(base, BYTES / 2, BYTES / 2, MREMAP_MAYMOVE | MREMAP_FIXED, room) == room);
+}
+
 static void refuses_what_makes_no_sense(void)
 {
     static struct {
@@ -687,6 +759,9 @@ int main(int argc, char **argv)
     RUN(guards_and_undoes_it);
     RUN(keeps_a_copy_until_it_is_disarmed);
     RUN(guards_from_the_first_touch_on);
+    RUN(guards_what_was_populated);
+    RUN(moves_nothing_that_waits);
+    RUN(disarms_nothing_unseen);
     RUN(refuses_what_makes_no_sense);
     RUN(takes_the_path_of_one_that_has_ended_and_of_nobody_else);
     RUN(outlives_clients_that_say_nothing);
