@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -324,6 +325,9 @@ def test_a_program_that_cannot_be_run(tmp_path: Path) -> None:
 
 def test_the_command_of_a_twin(capsys: pytest.CaptureFixture[str]) -> None:
     with subprocess.Popen(["sleep", "60"]) as process:
+        deadline = time.monotonic() + 60.0
+        while not Path(f"/proc/{process.pid}/cmdline").read_bytes() and time.monotonic() < deadline:
+            time.sleep(0.01)  # the kernel shows it a moment after exec
         assert run_command(argparse.Namespace(command_line=[], lazy=False, socket=None, twin=process.pid)) == 0
         process.kill()
     assert capsys.readouterr().out == "postcopy run -- sleep 60 -incoming defer -S\n"
