@@ -88,13 +88,14 @@ def scratch(prefix: str) -> Iterator[Path]:
 def remove_stale(prefix: str, before: Callable[[str], object] = str) -> None:
     """What runs that were killed have left of `scratch`; `before` is called with the name of each directory."""
     for directory in Path("/tmp").glob(f"{prefix}*"):
-        if directory.is_symlink() or directory.stat().st_uid != os.geteuid():
-            continue
-        with contextlib.suppress(OSError), (directory / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            say(f"removing {directory}, left by a run that was killed")
-            before(directory.name)
-            shutil.rmtree(directory, ignore_errors=True)
+        with contextlib.suppress(OSError):  # as where another run removes its own meanwhile
+            if directory.is_symlink() or directory.stat().st_uid != os.geteuid():
+                continue
+            with (directory / "lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                say(f"removing {directory}, left by a run that was killed")
+                before(directory.name)
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 # ---- what must be installed

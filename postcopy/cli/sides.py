@@ -73,11 +73,8 @@ def _sending(given: dict[str, Any]) -> SourceOptions:
 def _dest(given: dict[str, Any], output: Output) -> Service:
     from postcopy.service.destination import Destination
 
-    if given.get("takes") in (None, "firecracker", "qemu"):
-        _check_loads(
-            given, "firecracker", (options.API_SOCKET, options.FIRECRACKER), "was started and told nothing yet"
-        )
-        _check_loads(given, "qemu", (options.QMP, options.QEMU), "was started with -incoming defer -S")
+    _check_loads(given, "firecracker", (options.API_SOCKET, options.FIRECRACKER), "was started and told nothing yet")
+    _check_loads(given, "qemu", (options.QMP, options.QEMU), "was started with -incoming defer -S")
     if given.get("takes") == "program" and "preload" not in given:
         raise ConfigurationError("--machine program: say --preload PATH of one that postcopy run --lazy has started")
     processes = [option for option in _PROCESSES if option.key in given]

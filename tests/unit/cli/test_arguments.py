@@ -143,6 +143,7 @@ def test_hold_is_for_machines_that_run() -> None:
         ("dest --listen :0 --machine firecracker", "--machine firecracker: say where it is loaded, --api-socket PATH"),
         ("dest --listen :0 --machine qemu", "--machine qemu: say where it is loaded, --qmp PATH"),
         ("dest --listen :0 --qmp a --qemu sh", "--qemu COMMAND to have it started; one of both"),
+        ("dest --listen :0 --machine kvm --api-socket a --firecracker sh", "to have it started; one of both"),
         ("dest --listen :0 --machine program", "--machine program: say --preload PATH"),
         ("dest --listen :0 --qmp a --dump b", "--dump does not go with --qmp"),
         ("dest --listen :0 --qemu sh --run-for 1", "--run-for does not go with --qemu"),
