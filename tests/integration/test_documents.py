@@ -56,8 +56,8 @@ SAYS = {  # page, command: what it says, each time that it is typed; a reader ty
     ("docs/howto/daemon.md", "host-b$ postcopy ctl status"): ["vm1"],
     (
         "docs/howto/prometheus.md",
-        "host-a$ curl -s --cacert host-a.tls/ca-cert.pem --cert host-a.tls/client-cert.pem --key host-a.tls/client-key.pem"
-        " https://host-a:9707/metrics",
+        "host-a$ curl -s --cacert host-a.tls/ca-cert.pem --cert host-a.tls/client-cert.pem"
+        " --key host-a.tls/client-key.pem https://host-a:9707/metrics",
     ): ["postcopy_build_info"],
     ("docs/tls.md", "host-b$ postcopy ctl status"): ["vm1"],
 }
