@@ -433,7 +433,7 @@ class Daemon(Service):
             check_sending(given, how)
         except ConfigurationError as error:
             raise ControlError("BadArguments", str(error)) from error
-        to = Route(address)
+        to = Route(address, tls_hostname=arguments.get("tls-hostname"))
         migration = self.leave(owned, to, owned.name, how)
         assert self._nursery is not None
         self._nursery.start_soon(self._send, owned, to)
