@@ -87,12 +87,21 @@ class Route:
     """Where the peer listens, for a side that connects. It may change while a migration lasts: that disturbs no
     connection, the next attempt to come back goes there. Trio thread only."""
 
-    def __init__(self, address: Address, look_up: Callable[[], Address] | None = None) -> None:
-        """`look_up` says where the peer is now, or raises `ConfigurationError`."""
+    def __init__(
+        self, address: Address, look_up: Callable[[], Address] | None = None, tls_hostname: str | None = None
+    ) -> None:
+        """`look_up` says where the peer is now, or raises `ConfigurationError`. `tls_hostname`: the name in the peer's
+        certificate, where it is not the host of the address."""
         self.address = address
+        self._tls_hostname = tls_hostname
         self._named = address  # as the user has written it; `address` may be what that resolved to
         self._look_up = look_up
         self._changed = trio.Event()
+
+    @property
+    def name(self) -> str:
+        """That the peer's certificate must have."""
+        return self._tls_hostname or self._named.host.partition("%")[0]
 
     def change(self, address: Address) -> None:
         """From the next attempt on, which is made at once."""

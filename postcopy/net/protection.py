@@ -11,10 +11,10 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from postcopy.errors import ConfigurationError
 from postcopy.net.addresses import Address
+from postcopy.tls import Credentials
 
 HOW_TO_PROTECT = (
     "make certificates with `postcopy tls new-ca CA` and `postcopy tls issue CA --host NAME --out DIR`, and say --tls"
@@ -26,7 +26,7 @@ HOW_TO_PROTECT = (
 class Protection:
     """Without any: of connections within this host."""
 
-    credentials: Any | None = None  # for TLS; None: connections are plain
+    credentials: Credentials | None = None  # for TLS; None: connections are plain
     insecure: bool = False  # ... also beyond this host
 
     def check(self, address: Address, hosts: Iterable[str]) -> None:

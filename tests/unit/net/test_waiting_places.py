@@ -162,7 +162,7 @@ async def test_a_mistake_of_ours_ends_one_greeting(caplog: pytest.LogCaptureFixt
     """Logged with its traceback; the listener goes on."""
     broken = True
 
-    def why_refused(waiting: int) -> str:
+    def why_refused(asking: c.Asking) -> str:
         if broken:
             raise KeyError("a mistake")
         return ""
