@@ -29,7 +29,7 @@ from postcopy.machines import BlockLayout, Machine
 from postcopy.machines.image import ImageMachine
 from postcopy.memory import Memory
 from postcopy.migration.destination import IN_DOUBT_FOR_S, DestinationMigration
-from postcopy.net import CallingLink, Route
+from postcopy.net import CallingLink, Protection, Route
 from postcopy.tls import DataChannel
 from postcopy.units import format_size
 from postcopy.wire import State
@@ -147,9 +147,10 @@ class _KnownImage(ImageMachine):
 class ConnectSource(Source):
     """A `postcopy source --machine image` at an address."""
 
-    def __init__(self, route: Route, *, recover_for_s: float, background: bool) -> None:
+    def __init__(self, route: Route, protection: Protection, *, recover_for_s: float, background: bool) -> None:
         """`background`: pages are pushed, and asked for, that were not touched."""
         self._route = route
+        self._protection = protection
         self._recover_for_s = recover_for_s
         self._background = background
         self._lent: _LentPager | None = None
@@ -194,7 +195,7 @@ class ConnectSource(Source):
         """One migration; why it has ended, None when it is complete."""
         try:
             with trio.fail_after(CONNECT_S):
-                link = await CallingLink.open(self._route, "dest", replaceable=True)
+                link = await CallingLink.open(self._route, "dest", replaceable=True, protection=self._protection)
         except trio.TooSlowError:
             return PeerError(f"{self._route.address}: no answer within {CONNECT_S:g} s")
         except PostcopyError as error:

@@ -68,7 +68,7 @@ class CallingLink(Link):
         self._side = side
         self._replaceable = replaceable
         self._caller = caller or Caller()
-        self._name = route.name
+        self._name = route.tls_name
         route.answered(asked, self.peer)
 
     @classmethod
@@ -89,7 +89,7 @@ class CallingLink(Link):
         asked, caller = route.address, Caller(protection)
         try:
             hello = Hello("control", side, 0, b"", 0, instance=instance)
-            stream, version = await caller.connect(asked, hello, name=route.name)
+            stream, version = await caller.connect(asked, hello, name=route.tls_name)
         except RefusedError as error:
             if instance and error.code == Code.ITSELF:
                 raise ConfigurationError(
@@ -237,7 +237,7 @@ class CallingReconnector(Reconnector):
                 asked,
                 hello,
                 RECONNECT_ATTEMPT_S,
-                name=self._route.name,
+                name=self._route.tls_name,
                 token=session.token,
                 version=self._version,
                 early=early,

@@ -266,7 +266,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
     def detach(self) -> DataChannel:
         """For the core; the stream must not be used any more. The socket blocks from here on."""
         struct, self._struct = self._struct, ffi.NULL
-        ffi.gc(struct, None)
+        ffi.gc(struct, None)  # type: ignore[arg-type]  # (the core frees it)
         fd = FdHolder(self.socket.detach())
         os.set_blocking(fd.fd, True)
         return DataChannel(fd, struct)
