@@ -99,8 +99,8 @@ class Route:
         self._changed = trio.Event()
 
     @property
-    def name(self) -> str:
-        """That the peer's certificate must have."""
+    def tls_name(self) -> str:
+        """What the peer's certificate must name: a host as the user has written it, not what that resolved to."""
         return self._tls_hostname or self._named.host.partition("%")[0]
 
     def change(self, address: Address, tls_hostname: str | None = None) -> None:
