@@ -40,7 +40,7 @@ from postcopy.records.migration import (
 )
 from postcopy.records.migration import Check as CheckRecord
 from postcopy.records.migration import Migration as MigrationRecord
-from postcopy.tls import ROLES, PeerCertificate
+from postcopy.tls import PeerCertificate
 
 Json = records.Json
 Migration = SourceMigration | DestinationMigration
@@ -93,11 +93,11 @@ def tls(certificate: PeerCertificate | None) -> Tls | None:
 
 def certificates(protection: Protection) -> list[Certificate]:
     """Those that this process has read."""
-    if (credentials := protection.credentials) is None:
+    if (credentials := protection.credentials) is None or not hasattr(credentials, "not_after_s"):
         return []
     return [
         Certificate(role=role, file=os.path.join(credentials.directory, f"{role}-cert.pem"), expires_at=not_after_s)
-        for server, role in ROLES.items()
+        for server, role in ((True, "server"), (False, "client"))
         if (not_after_s := credentials.not_after_s(server=server)) is not None
     ]
 
