@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an attacker on the network sees: every byte that TCP carries over an interface, put together again.
 
-``python sniffer.py INTERFACE FILE`` in the network namespace that is looked at: prints ``ready``, writes what it sees to
-the file until SIGTERM, then how many packets were lost. `read` puts the streams together from that file, and fails where
-one has a gap: "not seen" has to mean "not there".
+``python sniffer.py INTERFACE FILE`` in the network namespace that is looked at: prints ``ready``, writes what it sees
+to the file until SIGTERM, then how many packets were lost. `read` puts the streams together from that file, and fails
+where one has a gap: "not seen" has to mean "not there".
 """
 
 from __future__ import annotations

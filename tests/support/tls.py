@@ -218,6 +218,7 @@ class Site:
 
     def __init__(self, directory: Path, name: str = "test CA") -> None:
         self.directory = directory
+        self.directory.mkdir()
         self.authority = directory / "ca"
         new_authority(self.authority, name)
 
