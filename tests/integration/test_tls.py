@@ -91,3 +91,37 @@ def test_who_may_not_come_in(side: Start, image: Path) -> None:
     for one in (good, dest):
         assert one.end()[0] == 0
     assert copy.read_bytes() == image.read_bytes()
+
+
+# ---- a program of others
+
+
+def s_client(address: str, *arguments: object, says: bytes = b"GET / HTTP/1.0\r\n\r\n") -> tuple[bytes, str]:
+    """What it gets from the peer, and what it says of the connection."""
+    command = ["openssl", "s_client", "-brief", "-ign_eof", "-connect", address, *map(str, arguments)]
+    done = subprocess.run(command, input=says, capture_output=True, timeout=DEADLINE_S, check=False)
+    return done.stdout, done.stderr.decode()
+
+
+def as_client(directory: Path) -> tuple[object, ...]:
+    return ("-cert", directory / "client-cert.pem", "-key", directory / "client-key.pem")
+
+
+@pytest.mark.needs("openssl")
+def test_openssl_gets_in_with_a_certificate_only(side: Start) -> None:
+    """Nothing of ours is said to who has not shown one: no preamble, no name of a machine."""
+    dest = side("dest", "--json", "--listen", "127.0.0.1:0", "--tls", tls.directory())
+    trusting = ("-verify_return_error", "-verify_ip", "127.0.0.1", "-CAfile", tls.directory() / "ca-cert.pem")
+    for arguments, reason in (
+        (trusting, "certificate required"),
+        ((*trusting, *as_client(tls.other_site().issue("stranger"))), "unknown ca"),
+        ((*trusting, *as_client(expired("expired-client"))), "certificate expired"),
+        ((*trusting, *as_client(tls.directory()), "-tls1_2"), "protocol version"),
+    ):
+        got, said = s_client(dest.address, *arguments)
+        assert got == b"", reason
+        assert reason in said
+    got, said = s_client(dest.address, *trusting, *as_client(tls.directory()))
+    assert "Protocol version: TLSv1.3" in said
+    assert "Verification: OK" in said
+    assert got.startswith(b"postcpy")
