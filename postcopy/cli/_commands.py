@@ -111,8 +111,8 @@ COMMANDS: Mapping[str, Command] = {
     "tls": Command(
         "make and show the certificates that --tls needs",
         "postcopy.cli.tls",
-        "Makes an authority, and certificates for hosts that it signs: what a site needs for --tls that has no authority"
-        " of its own (docs/tls.md).",
+        "Makes an authority, and certificates for hosts that it signs: what a site needs for --tls that has no"
+        " authority of its own (docs/tls.md).",
         (
             ("An authority, once, at a safe place:", "postcopy tls new-ca ca"),
             (

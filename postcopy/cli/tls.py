@@ -60,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         commands,
         "show",
         "show the certificates in a directory, and what is wrong with them",
-        "Shows for whom and until when the certificates in a directory are, and what is wrong with them. The exit status"
-        " is 0 when nothing is.",
+        "Shows for whom and until when the certificates in a directory are, and what is wrong with them. The exit"
+        " status is 0 when nothing is.",
         [("", "postcopy tls show /etc/postcopy/tls")],
     )
     show.add_argument("directory", metavar="DIR", help="directory of --tls, or of an authority")

@@ -98,7 +98,8 @@ def parse_host(text: str) -> HostName:
             raise ConfigurationError(f"{text!r}: an address with a scope means another host elsewhere; name the host")
         return address
     name = bare.lower().removesuffix(".")
-    if len(name) <= 253 and all(_LABEL.fullmatch(label) for label in name.split(".")):
+    labels = name.split(".")
+    if len(name) <= 253 and all(map(_LABEL.fullmatch, labels)) and not labels[-1].isdigit():
         return name
     if re.fullmatch(r".+:\d+", bare):
         raise ConfigurationError(f"{text!r}: a certificate has no port; write {bare.rpartition(':')[0]}")
@@ -113,7 +114,8 @@ def new_authority(
     """Makes an authority in a new directory, from `now` on. `ConfigurationError`: it is there already, or cannot be
     made."""
     now = _whole_seconds(now)
-    name = name or f"postcopy CA {gethostname()[:40]} {now:%Y-%m-%d}"
+    if name is None:
+        name = f"postcopy CA {gethostname()[:40]} {now:%Y-%m-%d}"
     if not (name.isprintable() and 0 < len(name) <= _MAX_COMMON_NAME):
         raise ConfigurationError(f"the name of an authority has 1 to {_MAX_COMMON_NAME} characters: {name[:80]!r}")
     key = ec.generate_private_key(ec.SECP256R1())
