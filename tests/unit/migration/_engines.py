@@ -26,6 +26,7 @@ from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.net import Address, ChannelKey, Link, OpenChannels, Reconnector, Session
+from postcopy.tls import DataChannel
 from postcopy.wire import State
 
 M = TypeVar("M", bound=p.Message)
@@ -158,10 +159,10 @@ class FakeEngine:
         self.channel = FakeEvents()
         self.log: list[str] = []
 
-    def attach_urgent(self, shard: int, fd: int, busy_poll_us: int = 0) -> None:
+    def attach_urgent(self, shard: int, fd: int, busy_poll_us: int = 0, *, tls: Any = None) -> None:
         self.fds["urgent", shard] = FdHolder(fd)
 
-    def attach_bulk(self, channel: int, fd: int) -> None:
+    def attach_bulk(self, channel: int, fd: int, *, tls: Any = None) -> None:
         self.fds["bulk", channel] = FdHolder(fd)
 
     def events(self) -> AsyncIterator[Event]:
@@ -411,14 +412,14 @@ class FakeLink(Link):
         self.session = session
         yield self.open_channels
 
-    async def open_channels(self, shards: int, bulk_channels: int) -> dict[ChannelKey, FdHolder]:
+    async def open_channels(self, shards: int, bulk_channels: int) -> dict[ChannelKey, DataChannel]:
         await trio.lowlevel.checkpoint()
         assert (shards, bulk_channels) == (2, 1)
         result = {}
         for key in (("urgent", 0), ("urgent", 1), ("bulk", 0)):
             here, there = socket.socketpair()
             there.close()
-            result[key] = FdHolder(here.detach())
+            result[key] = DataChannel(FdHolder(here.detach()))
         return result
 
 
