@@ -2,8 +2,8 @@
 """What the fuzz targets share: how an input is taken apart, a connection in memory, and time that passes at once.
 
 An input begins with a few bytes that choose (a version, a state, how large the pieces are), and goes on with what the
-peer sends. Where that has lengths and checksums, which no fuzzer guesses, it is a list of *records*: a tag, a length and
-a body, of which the target makes frames with the right checksum, unless the tag says otherwise.
+peer sends. Where that has lengths and checksums, which no fuzzer guesses, it is a list of *records*: a tag, a length
+and a body, of which the target makes frames with the right checksum, unless the tag says otherwise.
 """
 
 from __future__ import annotations

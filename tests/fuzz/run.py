@@ -93,6 +93,9 @@ def main() -> None:
         atheris = None
     from tests.fuzz.targets import TARGETS
 
+    if name == "-list":
+        print(*TARGETS, sep="\n")
+        return
     if atheris is not None:
         # Here, and not while they are imported: Atheris's hook does not get on with that of an editable installation.
         for function in filter(lambda each: isinstance(each, types.FunctionType), gc.get_objects()):
@@ -102,7 +105,8 @@ def main() -> None:
         seeds.mkdir(parents=True, exist_ok=True)
         for number, seed in enumerate(TARGETS[name].seeds()):
             (seeds / f"{number:03}").write_bytes(seed)
-        atheris.Setup([sys.argv[0], *options, str(seeds)], TARGETS[name].run)
+        itself = " ".join([sys.executable, *sys.argv[:2]])  # how libFuzzer starts another one, to merge
+        atheris.Setup([itself, *options, str(seeds)], TARGETS[name].run)
         atheris.Fuzz()
         return
     paths = [Path(word) for word in options if not word.startswith("-")]

@@ -172,7 +172,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     for (uint32_t i = 0; i < BLOCKS; i++)
         REQUIRE(pc_pager_arm(pager, (uint32_t)shard, i, 0, block_pages[i], error, sizeof(error)) == 0);
     REQUIRE(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0);
-    REQUIRE((data[0] & 1 ? pc_pager_attach_urgent(pager, (uint32_t)shard, pair[1]) : pc_pager_attach_bulk(pager, 0, pair[1])) == 0);
+    REQUIRE((data[0] & 1 ? pc_pager_attach_urgent(pager, (uint32_t)shard, pair[1], NULL) : pc_pager_attach_bulk(pager, 0, pair[1], NULL)) == 0);
     for (size_t sent = 0; sent < stream.bytes;) {
         ssize_t count = send(pair[0], stream.data + sent, stream.bytes - sent, MSG_NOSIGNAL);
 

@@ -142,7 +142,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
         understood = add_request(data + at, requests, &request_bytes, asked, &count);
     alarm(HANG_S);
     REQUIRE(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0);
-    REQUIRE(pc_pageserver_attach_urgent(server, 0, pair[1], 0) == 0);
+    REQUIRE(pc_pageserver_attach_urgent(server, 0, pair[1], NULL, 0) == 0);
     (void)send(pair[0], requests, request_bytes, MSG_NOSIGNAL); /* which fit into the socket */
     (void)shutdown(pair[0], SHUT_WR);
     check_answers(pair[0], asked, count);
