@@ -34,6 +34,7 @@ class ArrivalOptions:
     api_socket: str | None = None  # where a microVM is loaded: that of a Firecracker which was told nothing yet,
     firecracker: str | None = None  # or the binary, which is started
     drive: str | None = None  # ID=PATH,...
+    allow: str | None = None  # PATTERN,...: what else it may use under the name that its source gives
     qmp: str | None = None  # where a QEMU's state is loaded: the monitor of one that waits for it,
     qemu: tuple[str, ...] | None = None  # or the command line with which one is started
     preload: str | None = None  # the preload library's socket of that QEMU, or of a program

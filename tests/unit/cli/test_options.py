@@ -39,6 +39,7 @@ from postcopy.testbed.demo import DemoCommand
 WRITTEN: dict[str, tuple[str, Any]] = {
     "allow-uid": ("4,65534", (4, 65534)),
     "api-socket": ("fc.sock", "fc.sock"),
+    "allow": ("/srv/vms/,tap:vm*", "/srv/vms/,tap:vm*"),
     "drive": ("root=/a,b=/c", "root=/a,b=/c"),
     "firecracker": (sys.executable, sys.executable),
     "backing": ("anon", "anon"),
