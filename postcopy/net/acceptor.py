@@ -28,6 +28,7 @@ from postcopy.net.connecting import HANDSHAKE_TIMEOUT_S, broken
 from postcopy.net.endings import Code, Endings, Refusal, Session
 from postcopy.net.link import Link, OpenChannels, Reconnector
 from postcopy.net.listening import ListeningChannelSet, ListeningReconnector
+from postcopy.net.protection import LOCAL, Protection
 from postcopy.net.sockets import accept_from, address_of, listening_addresses, open_listeners
 from postcopy.wire import HEADER_BYTES, Ended, Hello, Offer, Reject, ServerHandshake, decode, encode
 
@@ -113,9 +114,11 @@ class Acceptor:
         why_refused: Callable[[int], str],
         endings: Endings | None = None,
         instance: bytes = b"",
+        protection: Protection = LOCAL,
     ) -> Acceptor:
-        """Listens on every address that the host name has. `ResourceError` when that is not possible."""
-        return cls(side, await open_listeners(address), why_refused, endings, instance)
+        """Listens on every address that the host name has. `ResourceError` when that is not possible,
+        `ConfigurationError` for an address that `protection` does not allow."""
+        return cls(side, await open_listeners(address, protection), why_refused, endings, instance)
 
     async def next_link(self) -> Link:
         """The next control connection, the caller's from then on."""

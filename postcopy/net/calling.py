@@ -33,6 +33,7 @@ from postcopy.net.link import (
     Reconnector,
     channel_keys,
 )
+from postcopy.net.protection import LOCAL, Protection
 from postcopy.net.sockets import address_of
 from postcopy.wire import Ended, EndedElsewhere, Hello, RefusedError
 
@@ -51,6 +52,7 @@ class CallingLink(Link):
         side: str,
         version: int,
         replaceable: bool = False,
+        protection: Protection = LOCAL,
     ) -> None:
         """`asked`: the address of the route that has answered. `PeerError` when the peer is gone already; the stream
         is then closed."""
@@ -62,11 +64,18 @@ class CallingLink(Link):
         self._route = route
         self._side = side
         self._replaceable = replaceable
+        self._protection = protection
         route.answered(asked, self.peer)
 
     @classmethod
     async def open(
-        cls, where: Address | Route, side: str, instance: bytes = b"", *, replaceable: bool = False
+        cls,
+        where: Address | Route,
+        side: str,
+        instance: bytes = b"",
+        *,
+        replaceable: bool = False,
+        protection: Protection = LOCAL,
     ) -> CallingLink:
         """Connects to a listening peer. `side` is what we are: ``source`` or ``dest``. `instance`: that of the
         `Acceptor` of the same process, where there is one; `ConfigurationError` when it is what answers. `replaceable`:
@@ -75,14 +84,15 @@ class CallingLink(Link):
         route = where if isinstance(where, Route) else Route(where)
         asked = route.address
         try:
-            stream, version = await connect(asked, Hello("control", side, 0, b"", 0, instance=instance))
+            hello = Hello("control", side, 0, b"", 0, instance=instance)
+            stream, version = await connect(asked, hello, protection=protection)
         except RefusedError as error:
             if instance and error.code == Code.ITSELF:
                 raise ConfigurationError(
                     f"{asked}: this address is this daemon itself; name the address of another host"
                 ) from error
             raise
-        return cls(stream, route, asked, side, version, replaceable)
+        return cls(stream, route, asked, side, version, replaceable, protection)
 
     def reconnect_to(self, address: Address) -> None:
         self._route.change(address)
@@ -93,7 +103,7 @@ class CallingLink(Link):
 
     @contextlib.contextmanager
     def reconnector(self, session: Session) -> Iterator[Reconnector]:
-        yield CallingReconnector(self._route, self._side, session, self.version, self._replaceable)
+        yield CallingReconnector(self._route, self._side, session, self.version, self._replaceable, self._protection)
 
     async def _open_channels(self, session: Session, shards: int, bulk_channels: int) -> dict[ChannelKey, FdHolder]:
         opened: dict[ChannelKey, FdHolder] = {}
@@ -101,7 +111,9 @@ class CallingLink(Link):
             with trio.fail_after(CHANNELS_TIMEOUT_S):
                 for kind, index in channel_keys(shards, bulk_channels):
                     hello = Hello(kind, self._side, index, session.migration, session.epoch)
-                    stream, _ = await connect(self.peer, hello, token=session.token, version=self.version)
+                    stream, _ = await connect(
+                        self.peer, hello, token=session.token, version=self.version, protection=self._protection
+                    )
                     opened[kind, index] = detach(stream)
         except BaseException as error:
             for fd in opened.values():
@@ -113,13 +125,22 @@ class CallingLink(Link):
 
 
 class CallingReconnector(Reconnector):
-    def __init__(self, route: Route, side: str, session: Session, version: int, replaceable: bool = False) -> None:
+    def __init__(
+        self,
+        route: Route,
+        side: str,
+        session: Session,
+        version: int,
+        replaceable: bool = False,
+        protection: Protection = LOCAL,
+    ) -> None:
         super().__init__()
         self._route = route
         self._side = side
         self._session = session
         self._version = version
         self._replaceable = replaceable
+        self._protection = protection
         self._pause_s = 0.0  # before the next attempt
         self._lost_s = math.inf  # when the search began
         self._log_limit = backoff.LogLimit()
@@ -142,7 +163,9 @@ class CallingReconnector(Reconnector):
             if stream is None:
                 continue
             with contextlib.suppress(PeerError):
-                link = CallingLink(stream, self._route, asked, self._side, self._version, self._replaceable)
+                link = CallingLink(
+                    stream, self._route, asked, self._side, self._version, self._replaceable, self._protection
+                )
                 self._lengthen_pause(backoff.PATIENT_CAP_S)  # no success yet: see `went_on`
                 return link, self._session
 
@@ -174,12 +197,19 @@ class CallingReconnector(Reconnector):
         hello = Hello("control", self._side, 0, session.migration, session.epoch, how or "")
         asked = self._route.address
         try:
-            stream, _ = await connect(asked, hello, RECONNECT_ATTEMPT_S, token=session.token, version=self._version)
+            stream, _ = await connect(
+                asked,
+                hello,
+                RECONNECT_ATTEMPT_S,
+                token=session.token,
+                version=self._version,
+                protection=self._protection,
+            )
             if not self.paused or how is not None:
                 return asked, stream
             stream.socket.close()
-        except (PeerError, ProtocolError, ResourceError) as error:
-            self._explain(error)
+        except (PeerError, ProtocolError, ResourceError, ConfigurationError) as error:
+            self._explain(error)  # (an address of a peer file may be one that is refused)
         patient = trio.current_time() - self._lost_s > backoff.PATIENT_AFTER_S
         self._lengthen_pause(backoff.PATIENT_CAP_S if patient else max(backoff.CAP_S, self._pause_s))
         return asked, None

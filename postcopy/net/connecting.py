@@ -18,6 +18,7 @@ import trio
 from postcopy._fd import FdHolder
 from postcopy.errors import PeerError, ProtocolError
 from postcopy.net.addresses import Address
+from postcopy.net.protection import LOCAL, Protection
 from postcopy.net.sockets import open_stream
 from postcopy.wire import PROTOCOL_VERSION, ClientHandshake, Hello, OlderPeerError, RefusedError
 
@@ -31,16 +32,17 @@ async def connect(
     *,
     token: bytes = b"",
     version: int = PROTOCOL_VERSION,
+    protection: Protection = LOCAL,
 ) -> tuple[trio.SocketStream, int]:
     """A connection on which the peer has said welcome, and the version that is spoken there: an older one than
     `version` where the peer has no newer one. `token` is that of the migration that the hello names. Every address that
     a host name has is tried.
 
     Bounded by `timeout_s` for the connection and again for the handshake. Cancellable. Errors: `PeerError`,
-    `ProtocolError`, `ResourceError`.
+    `ProtocolError`, `ResourceError`, `ConfigurationError` for an address that `protection` does not allow.
     """
     while True:
-        stream = await open_stream(address, timeout_s)
+        stream = await open_stream(address, timeout_s, protection)
         try:
             return await client_handshake(stream, hello, timeout_s, token=token, version=version), version
         except OlderPeerError as older:

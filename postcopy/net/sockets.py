@@ -19,6 +19,7 @@ import trio
 from postcopy.errors import NO_FILES, PeerError, ResourceError, out_of_files
 from postcopy.net.addresses import Address
 from postcopy.net.backoff import LogLimit
+from postcopy.net.protection import LOCAL, Protection
 from postcopy.wire import one_line
 
 NO_ROOM = NO_FILES | {errno.ENOMEM, errno.ENOBUFS}
@@ -35,12 +36,13 @@ log = logging.getLogger(__name__)
 # ---- listening
 
 
-async def open_listeners(address: Address) -> list[trio.SocketListener]:
+async def open_listeners(address: Address, protection: Protection = LOCAL) -> list[trio.SocketListener]:
     """Listens on every address that the host has by that name, at one port; without a host on every address of this
-    host, in both families where it has both. `ResourceError` when that is not possible."""
+    host, in both families where it has both. `ResourceError` when that is not possible, `ConfigurationError` for what
+    `protection` does not allow."""
     families: list[str] = []
     try:
-        return await _listeners(address, families)
+        return await _listeners(address, families, protection)
     except socket.gaierror as error:
         raise ResourceError(
             f"cannot listen on {address}: the name cannot be resolved ({error.strerror})",
@@ -63,9 +65,10 @@ async def open_listeners(address: Address) -> list[trio.SocketListener]:
         raise ResourceError(f"cannot listen on {address}{where}: {one_line(reason, 200)}", remedy) from error
 
 
-async def _listeners(address: Address, families: list[str]) -> list[trio.SocketListener]:
+async def _listeners(address: Address, families: list[str], protection: Protection) -> list[trio.SocketListener]:
     """`families`: what was tried, where the address does not say it."""
     if _is_everywhere(address.host):
+        protection.check(address, ["::"])
         families.append("IPv4 and IPv6")
         try:
             return [await _listener(socket.AF_INET6, "::", address.port, both=True)]
@@ -76,6 +79,7 @@ async def _listeners(address: Address, families: list[str]) -> list[trio.SocketL
         return [await _listener(socket.AF_INET, "0.0.0.0", address.port)]
     found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     targets = list(dict.fromkeys((family, _numeric(name)) for family, _, _, _, name in found))
+    protection.check(address, [host for _, host in targets])
     for attempt in range(SAME_PORT_TRIES):
         try:
             return await _listen_on_each(targets, address.port)
@@ -173,14 +177,17 @@ async def accept_from(
 # ---- connecting
 
 
-async def open_stream(address: Address, timeout_s: float) -> trio.SocketStream:
+async def open_stream(address: Address, timeout_s: float, protection: Protection = LOCAL) -> trio.SocketStream:
     """Connects to the first address of that name that answers. `PeerError` when none does, with all that were tried;
-    `ResourceError` where this host has no room for a connection."""
+    `ResourceError` where this host has no room for a connection, `ConfigurationError` for what `protection` does not
+    allow."""
     tried: dict[str, OSError | None] = {}
     try:
         with trio.fail_after(timeout_s):
             found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-            stream = await _first_stream([_numeric(name) for *_, name in found], address.port, tried)
+            hosts = [_numeric(name) for *_, name in found]
+            protection.check(address, hosts)
+            stream = await _first_stream(hosts, address.port, tried)
     except trio.TooSlowError:
         raise PeerError(f"{address}: no answer within {timeout_s:g} s{_tried(address, tried)}") from None
     except socket.gaierror as error:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from postcopy.machines.kinds import MachineOptions
 from postcopy.migration.connection import HEARTBEAT_S
 from postcopy.migration.source import SourceOptions
-from postcopy.net import Address, Route
+from postcopy.net import LOCAL, Address, Protection, Route
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class SourceConfig:
     serve: float = 1  # how many destinations; more than one for an image that listens
     keep: bool = True  # the machine goes on here when its migration has failed
     salvage_to: str | None = None
+    protection: Protection = LOCAL
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class DestinationConfig:
     dump: str | None = None
     verify: bool = True
     salvage_to: str | None = None
+    protection: Protection = LOCAL
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class DaemonConfig:
     machine: MachineOptions | None = None
     name: str | None = None
     side: str = "daemon"  # what it is called; `source --hold` is one that takes no machines
+    protection: Protection = LOCAL
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class PagerConfig:
     recover_for_s: float = math.inf
     keeper: bool = True
     restart_burst: int = 5
+    protection: Protection = LOCAL
 
 
 @dataclass(frozen=True)
@@ -116,3 +120,4 @@ class OperatingOptions:
     control: str | None = None  # path of the socket
     metrics: str | None = None  # HOST:PORT
     metrics_file: str | None = None
+    protection: Protection = LOCAL  # of the metrics, beyond this host

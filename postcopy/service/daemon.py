@@ -91,7 +91,9 @@ class Daemon(Service):
     names_machines = True
 
     def __init__(self, config: DaemonConfig, output: Output) -> None:
-        super().__init__(config.side, config.listen is not None, output, config.migration, config.arrival)
+        super().__init__(
+            config.side, config.listen is not None, output, config.migration, config.arrival, config.protection
+        )
         if config.name is not None and config.kind is None:
             raise ConfigurationError("--name goes with --machine")
         self._config = config
@@ -439,7 +441,8 @@ class Daemon(Service):
         while owned.phase is Phase.LEAVING and migration.connecting:
             await self.changes.wait()
         if migration.connecting:  # and never will be
-            raise ControlError("Failed", f"{owned.name} is not on its way: {migration.status}: {migration.failure}")
+            kind = "BadArguments" if isinstance(migration.failure, ConfigurationError) else "Failed"
+            raise ControlError(kind, f"{owned.name} is not on its way: {migration.status}: {migration.failure}")
         return Steered(machine=owned.name, migration_id=migration.migration_id)
 
     def _check_not_ending(self) -> None:

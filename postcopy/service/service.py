@@ -52,7 +52,7 @@ from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.precopy import Mode
 from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.migration.tasks import Interrupted, first_of
-from postcopy.net import Acceptor, Address, CallingLink, Link, Route, everywhere
+from postcopy.net import LOCAL, Acceptor, Address, CallingLink, Link, Protection, Route, everywhere
 from postcopy.output import Output
 from postcopy.output.words import format_count
 from postcopy.records import Record
@@ -256,14 +256,22 @@ class Service(abc.ABC):
     """Whether its machines have names of their own."""
 
     def __init__(
-        self, side: str, listens: bool, output: Output, options: SourceOptions, arrival: ArrivalOptions
+        self,
+        side: str,
+        listens: bool,
+        output: Output,
+        options: SourceOptions,
+        arrival: ArrivalOptions,
+        protection: Protection = LOCAL,
     ) -> None:
-        """`options`: of the migrations to come, those of arrivals too as far as they have a meaning there."""
+        """`options`: of the migrations to come, those of arrivals too as far as they have a meaning there.
+        `protection`: of all connections with other hosts."""
         self.side = side
         self.listens = listens
         self.output = output
         self.options = options
         self.arrival = arrival
+        self.protection = protection
         self.stop = Stop()
         self.control: str | None = None  # the path of its control socket
         self.salvage_to: str | None = None  # where what is here is written when a lost migration ends
@@ -401,7 +409,7 @@ class Service(abc.ABC):
     @asynccontextmanager
     async def listen(self, address: Address, side: str, why_refused: Callable[[int], str]) -> AsyncIterator[Acceptor]:
         """Open for as long as the block lasts; its `serve` is the caller's to run. `why_refused` as for `Acceptor`."""
-        acceptor = await Acceptor.open(address, side, why_refused, instance=self.instance)
+        acceptor = await Acceptor.open(address, side, why_refused, instance=self.instance, protection=self.protection)
         self.listening = list(acceptor.addresses)
         try:
             yield acceptor
@@ -419,6 +427,10 @@ class Service(abc.ABC):
 
     # ---- migrations
 
+    async def call(self, route: Route, side: str) -> Link:
+        """A connection to a side that listens. `side` is what we are."""
+        return await CallingLink.open(route, side, self.instance, protection=self.protection)
+
     def leave(
         self, owned: Owned, to: Link | Route, name: str = "", how: SourceOptions | None = None
     ) -> SourceMigration:
@@ -426,9 +438,7 @@ class Service(abc.ABC):
         goes with the machine; `how`, where it is not as `options` say."""
         owned.sending = replace(self.options if how is None else how, name=name)
         owned.attempts = Attempts(self.options.heartbeat_s) if isinstance(to, Route) else None
-        migration = self._make_leaving(
-            owned, partial(CallingLink.open, to, "source", self.instance) if isinstance(to, Route) else to, to
-        )
+        migration = self._make_leaving(owned, partial(self.call, to, "source") if isinstance(to, Route) else to, to)
         owned.migration, owned.phase, owned.stop, owned.announced = migration, Phase.LEAVING, trio.Event(), ""
         return migration
 
@@ -484,7 +494,7 @@ class Service(abc.ABC):
             await trio.sleep(pause_s)
             await last.announce()
             route.refresh()
-            return await CallingLink.open(route, "source", self.instance)
+            return await self.call(route, "source")
         raise PeerError(f"{route.address}: not reached again within {within_s:g} s (--recover-for)")
 
     def arrive(self, owned: Owned, link: Link) -> DestinationMigration:

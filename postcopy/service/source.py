@@ -42,7 +42,9 @@ _HOW_TO_START = {
 
 class Source(Service):
     def __init__(self, config: SourceConfig, output: Output) -> None:
-        super().__init__("source", config.listen is not None, output, config.migration, ArrivalOptions())
+        super().__init__(
+            "source", config.listen is not None, output, config.migration, ArrivalOptions(), config.protection
+        )
         self._config = config
         self._go = trio.Event()  # the machine is ready to leave
         self._restored: salvage.Restorable | None = None

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import trio
 
 from postcopy.errors import PeerError, ResourceError
-from postcopy.net import Address, listening_addresses, open_listeners, open_stream, parse_address
+from postcopy.net import Address, Protection, listening_addresses, open_listeners, open_stream, parse_address
 from postcopy.records import Record
 from postcopy.records.commands import Cut, Unreachable
 from postcopy.testbed.chaos._plan import ChaosPlan
@@ -21,6 +21,7 @@ from postcopy.testbed.chaos._plan import ChaosPlan
 CHUNK_BYTES = 64 * 1024
 QUEUED_CHUNKS = 16
 CONNECT_TIMEOUT_S = 10.0
+_AS_IT_IS = Protection(insecure=True)  # what goes through is protected by its ends, or not
 Log = Callable[[str, Record], None]
 
 
@@ -215,7 +216,7 @@ class ChaosProxy:
                 return
             await self._thaw.wait()
             try:
-                far = await open_stream(self._target, CONNECT_TIMEOUT_S)
+                far = await open_stream(self._target, CONNECT_TIMEOUT_S, _AS_IT_IS)
             except (PeerError, ResourceError) as error:
                 self._log("unreachable", Unreachable(connection=number, error=str(error)))
                 return
@@ -266,7 +267,7 @@ async def open_chaos_proxy(
     """
     where = parse_address(listen, listening=True) if isinstance(listen, str) else listen
     there = parse_address(target) if isinstance(target, str) else target
-    listeners = await open_listeners(where)
+    listeners = await open_listeners(where, _AS_IT_IS)
     proxy = ChaosProxy(listeners, there, plan or ChaosPlan(), begin, log)
     try:
         async with trio.open_nursery() as nursery:

@@ -23,7 +23,7 @@ from postcopy._fd import FdHolder
 from postcopy.errors import ConfigurationError, PeerError, PostcopyError, ProtocolError, ResourceError
 from postcopy.net import calling, connecting
 from tests.unit.net import support
-from tests.unit.net.support import SESSION
+from tests.unit.net.support import INSECURE, SESSION
 
 
 @asynccontextmanager
@@ -218,7 +218,7 @@ async def test_address_in_use() -> None:
 
 async def test_address_of_another_host() -> None:
     with pytest.raises(ResourceError, match="name an address of this host"):
-        await c.Acceptor.open(c.Address("192.0.2.1", 0), "source", lambda waiting: "")
+        await c.Acceptor.open(c.Address("192.0.2.1", 0), "source", lambda waiting: "", protection=INSECURE)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What protects the connections with other hosts: TLS, or that there is no other host.
+
+On loopback a connection may be plain. Beyond it one without TLS is refused, unless the user has said that it is meant:
+before anything listens or connects, at every address that a name stands for, and again at each connection, since an
+address may change while a migration lasts.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from postcopy.errors import ConfigurationError
+from postcopy.net.addresses import Address
+
+HOW_TO_PROTECT = (
+    "make certificates with `postcopy tls new-ca CA` and `postcopy tls issue CA --host NAME --out DIR`, and say --tls"
+    " DIR on both hosts (in Python tls=DIR); or --insecure (insecure=True) on a network that you trust"
+)
+
+
+@dataclass(frozen=True)
+class Protection:
+    """Without any: of connections within this host."""
+
+    credentials: Any | None = None  # for TLS; None: connections are plain
+    insecure: bool = False  # ... also beyond this host
+
+    def check(self, address: Address, hosts: Iterable[str]) -> None:
+        """`ConfigurationError` where a connection would be plain that leaves this host. `hosts`: what the address
+        stands for, as numbers."""
+        if self.credentials is not None or self.insecure:
+            return
+        if beyond := [host for host in hosts if not is_loopback(host)]:
+            meant = f" ({beyond[0]})" if beyond[0] != address.host and address.host else ""
+            raise ConfigurationError(
+                f"{address}{meant}: refused without TLS, since whoever is on the network could read and change what"
+                f" goes over it: {HOW_TO_PROTECT}"
+            )
+
+
+LOCAL = Protection()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this address, a number, leads to this host only."""
+    number = ipaddress.ip_address(host.partition("%")[0])
+    mapped = number.ipv4_mapped if isinstance(number, ipaddress.IPv6Address) else None
+    return (mapped or number).is_loopback
