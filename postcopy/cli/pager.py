@@ -42,4 +42,8 @@ async def _run(config: PagerConfig, operating: OperatingOptions, output: Output,
     async with open_store(formats=formats, log_json=log_json, burst=config.restart_burst) as store:
         handler = Handler(config, output, store)
         patient = bool(store.deaths or store.taken)
+        if (
+            not patient
+        ):  # else virtual machines wait already: what is wrong with the certificates is said when they call
+            await config.protection.load(connects=config.connect is not None)
         return await Operation(handler, operating, output, patient=patient).run(stop)

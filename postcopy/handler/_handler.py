@@ -113,6 +113,7 @@ class Handler:
     ) -> None:
         """`make_source`: what gives a virtual machine its pages, where no image does."""
         self.control: str | None = None
+        self.protection = config.protection
         self.listens = config.images is None  # else there may be no image yet
         self.stop = Stop()
         self.vms: list[Vm] = []
@@ -437,7 +438,10 @@ class Handler:
         config = self._config
         if config.connect is not None:
             return ConnectSource(
-                config.connect, recover_for_s=config.recover_for_s, background=config.prefetch == "all"
+                config.connect,
+                config.protection,
+                recover_for_s=config.recover_for_s,
+                background=config.prefetch == "all",
             )
         if self._make_source is not None:
             try:

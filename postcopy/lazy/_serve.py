@@ -26,7 +26,7 @@ from postcopy.machines.image import ImageMachine
 from postcopy.memory import Memory
 from postcopy.migration.connection import HEARTBEAT_S
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net import Acceptor, Address, parse_address
+from postcopy.net import Acceptor, Address, Asking, parse_address
 from postcopy.wire import State
 
 log = logging.getLogger(__name__)
@@ -107,8 +107,10 @@ async def serve(
             def make_server(_: int) -> PageServer:
                 return cast(PageServer, BridgeServer(make_bridge, nursery))  # which has what a migration uses
 
-        def why_refused(waiting: int) -> str:
-            return "too many attachers at the same time" if server.attached + waiting >= max_attachers else ""
+        def why_refused(asking: Asking) -> str:
+            return (
+                "too many attachers at the same time" if server.attached + len(asking.waiting) >= max_attachers else ""
+            )
 
         acceptor = await Acceptor.open(where, "source", why_refused)
         server = Server(acceptor)

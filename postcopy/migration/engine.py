@@ -48,6 +48,7 @@ from postcopy.migration.maps import Disagreement
 from postcopy.migration.statistics import Breakdown, Recoveries, Statistics
 from postcopy.migration.tasks import FirstFailure, Interrupted, explained, first_of, now_ns
 from postcopy.net import Address, CallingLink, Link, OpenChannels, Reconnector, Session, keep_alive
+from postcopy.tls import PeerCertificate
 from postcopy.wire import Ended, EndedElsewhere, RefusedError, State
 from postcopy.wire.states import LOST
 
@@ -105,6 +106,9 @@ class Engine(abc.ABC, Generic[P, D]):
         # Whether its owner begins it again, now that it has ended: see `may_try_again`. It is `connecting` until then.
         self.is_begun_again: Callable[[], bool] = lambda: False
         self.peer = peer
+        # Who the peer is (`Link.identity`), and its certificate where there is one: of the newest connection.
+        self.identity = ""
+        self.certificate: PeerCertificate | None = None
         self.failure: PostcopyError | None = None
         self.paused = trio.Event()  # set when the peer was lost behind the point of no return, the first time
         self.over = False  # there is no connection, and none is looked for
@@ -369,6 +373,7 @@ class Engine(abc.ABC, Generic[P, D]):
     async def _connected(self, link: Link, plan: Plan[P]) -> None:
         """The life of one connection: follows the plan, and sees to the machine when it has ended."""
         control: Control[P] = Control(link.control, self._protocol, self._heartbeat_s)
+        self.identity, self.certificate = link.identity, link.certificate
         self._protocol.receive_data(link.received)
         scope = self._scope = FirstFailure()
         self.failure = None
@@ -470,8 +475,8 @@ class Engine(abc.ABC, Generic[P, D]):
         open_channels: OpenChannels,
         shards: int,
         bulk_channels: int,
-        attach_urgent: Callable[[int, int], None],
-        attach_bulk: Callable[[int, int], None],
+        attach_urgent: Callable[..., None],
+        attach_bulk: Callable[..., None],
     ) -> None:
         """Gives the data plane its connections."""
         try:
@@ -481,12 +486,13 @@ class Engine(abc.ABC, Generic[P, D]):
         except PeerError as error:
             raise ConnectionLost(str(error)) from error
         try:
-            for (kind, index), fd in channels.items():
-                keep_alive(fd, data_silence_s(kind, self._heartbeat_s))
-                (attach_urgent if kind == "urgent" else attach_bulk)(index, fd.detach())
+            for (kind, index), channel in channels.items():
+                keep_alive(channel.fd, data_silence_s(kind, self._heartbeat_s))
+                fd, tls = channel.detach()
+                (attach_urgent if kind == "urgent" else attach_bulk)(index, fd, tls=tls)
         finally:
-            for fd in channels.values():
-                fd.close()  # those that were not given away
+            for channel in channels.values():
+                channel.close()  # those that were not given away
 
     async def _disconnect(self, data: D) -> None:
         """Ends the data channels, of which no end may be taken for that of the next ones."""

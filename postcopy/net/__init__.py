@@ -14,18 +14,20 @@ channel set or reconnector as long as its `with` block, an `Acceptor` until `clo
 # fmt: off
 from __future__ import annotations
 
-from postcopy.net.acceptor import Acceptor, MAX_HALF_OPEN, MAX_WAITING, OFFER_TIMEOUT_S
+from postcopy.net.acceptor import Acceptor, Asking, MAX_HALF_OPEN, MAX_WAITING, OFFER_TIMEOUT_S
 from postcopy.net.addresses import Address, Route, parse_address, read_peer_file
+from postcopy.net.backoff import LogLimit
 from postcopy.net.calling import CallingLink
 from postcopy.net.connecting import HANDSHAKE_TIMEOUT_S, client_handshake, connect, keep_alive
 from postcopy.net.endings import Code, Endings, Session
 from postcopy.net.link import ChannelKey, Link, OpenChannels, PAUSED_BY_OPERATOR, Reconnector
 from postcopy.net.protection import LOCAL, Protection, is_loopback
-from postcopy.net.sockets import accept_from, everywhere, listening_addresses, open_listeners, open_stream
+from postcopy.net.sockets import accept_from, address_of, everywhere, listening_addresses, open_listeners, open_stream
 
 __all__ = [
-    "HANDSHAKE_TIMEOUT_S", "LOCAL", "MAX_HALF_OPEN", "MAX_WAITING", "OFFER_TIMEOUT_S", "PAUSED_BY_OPERATOR", "Acceptor",
-    "Address", "CallingLink", "ChannelKey", "Code", "Endings", "Link", "OpenChannels", "Protection", "Reconnector",
-    "Route", "Session", "accept_from", "client_handshake", "connect", "everywhere", "is_loopback", "keep_alive",
-    "listening_addresses", "open_listeners", "open_stream", "parse_address", "read_peer_file",
+    "HANDSHAKE_TIMEOUT_S", "LOCAL", "MAX_HALF_OPEN", "MAX_WAITING", "OFFER_TIMEOUT_S", "PAUSED_BY_OPERATOR",
+    "Acceptor", "Address", "Asking", "CallingLink", "ChannelKey", "Code", "Endings", "Link", "LogLimit",
+    "OpenChannels", "Protection", "Reconnector", "Route", "Session", "accept_from", "address_of",
+    "client_handshake", "connect", "everywhere", "is_loopback", "keep_alive", "listening_addresses",
+    "open_listeners", "open_stream", "parse_address", "read_peer_file",
 ]

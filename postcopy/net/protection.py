@@ -9,12 +9,12 @@ address may change while a migration lasts.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from postcopy.errors import ConfigurationError
 from postcopy.net.addresses import Address
+from postcopy.tls import Credentials
 
 HOW_TO_PROTECT = (
     "make certificates with `postcopy tls new-ca CA` and `postcopy tls issue CA --host NAME --out DIR`, and say --tls"
@@ -26,8 +26,37 @@ HOW_TO_PROTECT = (
 class Protection:
     """Without any: of connections within this host."""
 
-    credentials: Any | None = None  # for TLS; None: connections are plain
+    credentials: Credentials | None = None  # for TLS; None: connections are plain
     insecure: bool = False  # ... also beyond this host
+
+    @classmethod
+    def of(
+        cls, tls: str | None = None, hostname: str | None = None, authz: Sequence[str] = (), insecure: bool = False
+    ) -> Protection:
+        """What a user has asked for. `tls`: the directory of certificates, of which nothing is read yet; `hostname` is
+        the route's. `ConfigurationError` for what does not go together, and for a pattern that makes no sense."""
+        if tls is None:
+            for given, name in ((authz, "--tls-authz"), (hostname, "--tls-hostname")):
+                if given:
+                    raise ConfigurationError(f"{name} goes with --tls")
+            return cls(insecure=insecure)
+        if insecure:
+            raise ConfigurationError(
+                "--insecure does not go with --tls, which protects all connections: say one of both"
+            )
+        return cls(Credentials(tls, authz))
+
+    async def load(self, *, listens: bool = False, connects: bool = False) -> None:
+        """Reads what these roles need, to find at the start what is wrong with it. Errors as `Credentials.load`."""
+        if self.credentials is not None:
+            for server, wanted in ((True, listens), (False, connects)):
+                if wanted:
+                    await self.credentials.context(server=server)
+
+    async def reload(self) -> None:
+        """As after SIGHUP: reads again what is in use. Errors as `load`; what was read before stays in use."""
+        if self.credentials is not None:
+            await self.credentials.reload()
 
     def check(self, address: Address, hosts: Iterable[str]) -> None:
         """`ConfigurationError` where a connection would be plain that leaves this host. `hosts`: what the address

@@ -20,6 +20,7 @@ from postcopy.errors import NO_FILES, PeerError, ResourceError, out_of_files
 from postcopy.net.addresses import Address
 from postcopy.net.backoff import LogLimit
 from postcopy.net.protection import LOCAL, Protection
+from postcopy.tls import TlsStream
 from postcopy.wire import one_line
 
 NO_ROOM = NO_FILES | {errno.ENOMEM, errno.ENOBUFS}
@@ -267,7 +268,7 @@ def _numeric(name: tuple[object, ...]) -> str:
     return f"{host}%{name[3]}" if len(name) == 4 and name[3] and "%" not in host else host
 
 
-def address_of(stream: trio.SocketStream) -> Address:
+def address_of(stream: trio.SocketStream | TlsStream) -> Address:
     """Where the other end is. `PeerError` when it is already gone."""
     try:
         name = stream.socket.getpeername()

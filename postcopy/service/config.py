@@ -120,4 +120,3 @@ class OperatingOptions:
     control: str | None = None  # path of the socket
     metrics: str | None = None  # HOST:PORT
     metrics_file: str | None = None
-    protection: Protection = LOCAL  # of the metrics, beyond this host

@@ -49,7 +49,7 @@ from postcopy.machines.kinds import MachineOptions, create_source, is_live
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration
 from postcopy.migration.tasks import first_of
-from postcopy.net import Acceptor, Link, Route, parse_address
+from postcopy.net import Acceptor, Asking, Link, Route, parse_address
 from postcopy.output import Output
 from postcopy.records.control import EndedMachine, ProcessStatus, Steered
 from postcopy.records.events import (
@@ -282,7 +282,8 @@ class Daemon(Service):
 
     # ---- receiving
 
-    def _why_refused(self, waiting: int) -> str:
+    def _why_refused(self, asking: Asking) -> str:
+        waiting = len(asking.waiting)
         if self.stop.is_set():
             return "this daemon is about to end"
         arriving = [owned for owned in self.machines if owned.phase is Phase.ARRIVING]
@@ -433,7 +434,7 @@ class Daemon(Service):
             check_sending(given, how)
         except ConfigurationError as error:
             raise ControlError("BadArguments", str(error)) from error
-        to = Route(address)
+        to = Route(address, tls_hostname=arguments.get("tls-hostname"))
         migration = self.leave(owned, to, owned.name, how)
         assert self._nursery is not None
         self._nursery.start_soon(self._send, owned, to)

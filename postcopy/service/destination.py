@@ -17,7 +17,7 @@ from postcopy.migration import salvage
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceOptions
 from postcopy.migration.tasks import Interrupted, first_of, now_ns
-from postcopy.net import Acceptor, Address, Link, Route
+from postcopy.net import Acceptor, Address, Asking, Link, Route
 from postcopy.output import Output
 from postcopy.records.events import Progress
 from postcopy.service import report
@@ -203,8 +203,8 @@ class Destination(Service):
             raise Interrupted(f"interrupted before {what}")
         return found[0]
 
-    def _why_refused(self, waiting: int) -> str:
-        return "busy with another source" if self.machines or waiting else ""
+    def _why_refused(self, asking: Asking) -> str:
+        return "busy with another source" if self.machines or asking.waiting else ""
 
     async def _receive(self, link: Link, attempts: Attempts | None = None) -> DestinationMigration:
         (owned,) = self.machines

@@ -13,7 +13,7 @@ import trio
 
 from postcopy._stop import Stop
 from postcopy.errors import PostcopyError
-from postcopy.net import everywhere
+from postcopy.net import Protection, everywhere
 from postcopy.output import Output, count_machines
 from postcopy.output.words import format_count
 from postcopy.records import Record
@@ -45,6 +45,7 @@ class Operated(Protocol):
     side: str
     listens: bool
     control: str | None
+    protection: Protection
 
     async def run(self, stop: Stop) -> bool: ...
     def needed(self) -> str: ...
@@ -145,14 +146,18 @@ class Operation:
         if self._options.metrics is None:
             return tasks
         server = await HttpServer.open(
-            parse_metrics_address(self._options.metrics), "/metrics", CONTENT_TYPE, self._metrics.text
+            parse_metrics_address(self._options.metrics),
+            "/metrics",
+            CONTENT_TYPE,
+            self._metrics.text,
+            service.protection,
         )
         for address in server.addresses:
             self._output.emit("metrics", MetricsAddress(side=self._side, address=str(address)))
         families = everywhere(server.addresses)
         where = f"HOST:{server.addresses[0].port}" if families else server.addresses[0]
         note = f", on every address of this host ({families})" if families else ""
-        self._output.say(f"{self._side}: metrics at http://{where}/metrics{note}")
+        self._output.say(f"{self._side}: metrics at {server.scheme}://{where}/metrics{note}")
         return [*tasks, server.serve]
 
     async def _say_stopping(self, stop: Stop) -> None:

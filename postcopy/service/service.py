@@ -52,7 +52,7 @@ from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.precopy import Mode
 from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.migration.tasks import Interrupted, first_of, now_ns
-from postcopy.net import LOCAL, Acceptor, Address, CallingLink, Link, Protection, Route, everywhere
+from postcopy.net import LOCAL, Acceptor, Address, Asking, CallingLink, Link, Protection, Route, everywhere
 from postcopy.output import Output
 from postcopy.output.words import format_count
 from postcopy.records import Record
@@ -415,7 +415,9 @@ class Service(abc.ABC):
     # ---- listening
 
     @asynccontextmanager
-    async def listen(self, address: Address, side: str, why_refused: Callable[[int], str]) -> AsyncIterator[Acceptor]:
+    async def listen(
+        self, address: Address, side: str, why_refused: Callable[[Asking], str]
+    ) -> AsyncIterator[Acceptor]:
         """Open for as long as the block lasts; its `serve` is the caller's to run. `why_refused` as for `Acceptor`."""
         acceptor = await Acceptor.open(address, side, why_refused, instance=self.instance, protection=self.protection)
         self.listening = list(acceptor.addresses)

@@ -17,7 +17,7 @@ from postcopy.machines.kinds import HostOptions, create_destination, create_sour
 from postcopy.migration import salvage
 from postcopy.migration.source import SourceMigration, check_releasable
 from postcopy.migration.tasks import Interrupted, first_of
-from postcopy.net import Acceptor, Link, Route
+from postcopy.net import Acceptor, Asking, Link, Route
 from postcopy.output import Output
 from postcopy.output.words import format_duration
 from postcopy.records.events import Progress
@@ -253,12 +253,12 @@ class Source(Service):
         first."""
         return [owned for owned in self.machines if owned.lost and owned.machine is not None and not owned.machine.live]
 
-    def _why_refused(self, waiting: int) -> str:
+    def _why_refused(self, asking: Asking) -> str:
         # A destination of an image that was lost takes no place: it may come back, or has begun anew. Nor does one
         # from which the machine was taken back: it is waited for only to say so to it.
         leaving = self._leaving()
         reclaimed = sum(one.migration is not None and one.migration.state is State.RECLAIMED for one in leaving)
-        busy = len(leaving) - len(self._lost()) - reclaimed + waiting
+        busy = len(leaving) - len(self._lost()) - reclaimed + len(asking.waiting)
         if busy + self._completed >= self._config.serve:
             return "busy with another destination" if busy else "everything has been served"
         return "too many destinations at the same time" if busy >= MAX_SESSIONS else ""

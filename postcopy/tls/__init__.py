@@ -5,7 +5,7 @@ OpenSSL does the work, in the core (`postcopy/tls.h`); a host without it can do 
 directory of files, and are read again when those change. A `TlsStream` is a Trio stream; of a data connection the core
 gets both parts (`DataChannel`). `Authorisation` is what an operator allows.
 
-The room owns what it has read of certificates and keys, for as long as the `Credentials`; a stream belongs to who made it.
+The room owns what it has read of certificates and keys, for as long as the `Credentials`; a stream is its maker's.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 """One connection under TLS 1.3, as a Trio stream, until the core gets it.
 
 TLS is OpenSSL's, in C (csrc/tls), for control and data connections alike: a connection is greeted before it is known to
-be one for data, and what has been agreed on by then can only be handed to the code that has agreed on it. A `TlsStream`
-drives it without blocking: it calls, and where that says "not yet" it waits for the socket. So nothing is lost when one
-of its waits is cancelled: a handshake, and a read, can be taken up again. A write cannot, since part of it may be on its
-way: a stream whose `send_all` was cancelled is broken, and says so.
+be one for data, and what has been agreed on by then can only be handed to the code that has agreed on it. A
+`TlsStream` drives it without blocking: it calls, and where that says "not yet" it waits for the socket. So nothing is
+lost when one of its waits is cancelled: a handshake, and a read, can be taken up again. A write cannot, since part of
+it may be on its way: a stream whose `send_all` was cancelled is broken, and says so.
 
 Bytes that OpenSSL holds are not seen by poll(2): always read first, and wait only when there is nothing (`read_now`).
 Whether the peer has ended the stream in order (a close_notify) or something on the way has cut it is told apart: the
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket as stdlib_socket
 from typing import Any, Protocol
 
 import trio
@@ -57,6 +58,10 @@ class InPlace(Protocol):
 
     socket: trio.socket.SocketType
 
+    @property
+    def pending(self) -> bool:
+        """There may be something to read although the socket is not readable."""
+
     def read_now(self, max_bytes: int = RECEIVE_BYTES) -> bytes | None:
         """What has come; ``b""`` at the end, None when there is nothing yet: only then the socket can be waited for.
         `trio.BrokenResourceError`, `trio.ClosedResourceError`."""
@@ -70,6 +75,10 @@ class SocketInPlace:
 
     def __init__(self, socket: trio.socket.SocketType) -> None:
         self.socket = socket
+
+    @property
+    def pending(self) -> bool:
+        return False
 
     def read_now(self, max_bytes: int = RECEIVE_BYTES) -> bytes | None:
         try:
@@ -173,6 +182,12 @@ class TlsStream(trio.abc.HalfCloseableStream):
 
     # ---- in place
 
+    @property
+    def pending(self) -> bool:
+        """See `InPlace`."""
+        self._check_open()
+        return bool(lib.pc_tls_pending(self._struct))
+
     def read_now(self, max_bytes: int = RECEIVE_BYTES) -> bytes | None:
         """See `InPlace`."""
         self._check_open()
@@ -191,7 +206,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
             raise trio.BrokenResourceError("something was sent in part")
         if not len(data):
             return 0
-        result = int(lib.pc_tls_write(self._struct, ffi.from_buffer(data), len(data)))
+        result = int(lib.pc_tls_write(self._struct, ffi.from_buffer("char[]", data), len(data)))
         if result == -errno.EAGAIN:
             return 0
         if result < 0:
@@ -250,7 +265,8 @@ class TlsStream(trio.abc.HalfCloseableStream):
 
     def detach(self) -> DataChannel:
         """For the core; the stream must not be used any more. The socket blocks from here on."""
-        struct, self._struct = ffi.gc(self._struct, None), ffi.NULL
+        struct, self._struct = self._struct, ffi.NULL
+        ffi.gc(struct, None)  # type: ignore[arg-type]  # (the core frees it)
         fd = FdHolder(self.socket.detach())
         os.set_blocking(fd.fd, True)
         return DataChannel(fd, struct)
@@ -307,7 +323,7 @@ def detach(stream: trio.SocketStream | TlsStream) -> DataChannel:
 
 def stream_of(fd: int, tls: Any = None) -> trio.SocketStream | TlsStream:
     """The other way: a stream of what `DataChannel.detach` has said, which owns both."""
-    socket = trio.socket.fromfd_owned(fd)
+    socket = trio.socket.from_stdlib_socket(stdlib_socket.socket(fileno=fd))
     return trio.SocketStream(socket) if tls is None else TlsStream.adopt(socket, tls)
 
 

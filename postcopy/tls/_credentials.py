@@ -145,7 +145,9 @@ def _read_file(path: str, *, private: bool = False) -> bytes:
 def _check_private(path: str, found: os.stat_result) -> None:
     user, name = os.geteuid(), shlex.quote(path)
     if found.st_uid not in (0, user):
-        raise ConfigurationError(f"{path}: the key belongs to user {found.st_uid}, who can change it: chown {user} {name}")
+        raise ConfigurationError(
+            f"{path}: the key belongs to user {found.st_uid}, who can change it: chown {user} {name}"
+        )
     allowed, mode = (0o640, "0640") if found.st_uid == 0 else (0o600, "0600")
     if extra := stat.S_IMODE(found.st_mode) & 0o177 & ~allowed:
         why = "others can read the key" if extra & 0o044 else "others can use the key's file"

@@ -2,9 +2,9 @@
 """Who is at the other end, by its certificate, and what it may do here.
 
 A *pattern* is one that an operator writes: ``[send:|take:]PATTERN``, without a prefix for both. With a ``=`` in it, it
-is matched against the certificate's subject (RFC 2253: ``CN=host1,O=Example``); ``*`` alone is anybody; any other one is
-matched against its names (subject alternative names: DNS, IP address, URI). ``*`` stands for any characters, in a name
-for any but ``.`` and ``/``. Where there is any pattern, what none allows is refused.
+is matched against the certificate's subject (RFC 2253: ``CN=host1,O=Example``); ``*`` alone is anybody; any other one
+is matched against its names (subject alternative names: DNS, IP address, URI). ``*`` stands for any characters, in a
+name for any but ``.`` and ``/``. Where there is any pattern, what none allows is refused.
 """
 
 from __future__ import annotations

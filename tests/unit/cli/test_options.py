@@ -96,6 +96,9 @@ WRITTEN: dict[str, tuple[str, Any]] = {
     "seed": ("18446744073709551615", 2**64 - 1),
     "serve": ("forever", math.inf),
     "socket": ("s.sock", "s.sock"),
+    "tls": ("certificates", "certificates"),
+    "tls-authz": ("send:*.example.org", "send:*.example.org"),
+    "tls-hostname": ("host-b.example.org", "host-b.example.org"),
     "to": ("host:7", None),
     "user": ("nobody:users", "nobody:users"),
     "vcpus": ("2", 2),
@@ -192,9 +195,10 @@ def test_what_is_written_is_read(command: str, option: Option) -> None:
     text, value = WRITTEN_OF.get((command, option.name)) or WRITTEN[option.name]
     read = option.parse(text)
     assert value is None or read == pytest.approx(value)
-    name, again = option.to_arguments(read)
+    name, again, *more = option.to_arguments((read, read) if option.repeats else read)
     assert name == f"--{option.name}"
     assert option.parse(again) == read
+    assert more == ([name, again] if option.repeats else [])
 
 
 def test_a_table_is_in_the_parser() -> None:
@@ -228,7 +232,18 @@ def test_every_option_is_of_a_record(command: str) -> None:
     """Or of the command line itself: a misspelt field would be an option that does nothing."""
     known = {item.name for kind in RECORDS[command] for item in fields(kind)}
     own = {"json", "log_level", "log_json", "user", "peer_file", "hold", "path", "reclaim", "force"}
+    own |= {"tls", "tls_hostname", "tls_authz", "insecure"}  # of which `Protection` and `Route` are made
     assert {option.key for option in all_options(command)} <= known | own
+
+
+def test_an_option_that_repeats() -> None:
+    """A tuple of all values, also as JSON."""
+    given = parsed("daemon", "--tls-authz", "send:a", "--tls-authz", "b")
+    assert given["tls_authz"] == ("send:a", "b")
+    assert options.TLS_AUTHZ.from_json(options.TLS_AUTHZ.to_json(("send:a", "b"))) == ("send:a", "b")
+    for wrong in ("a", [1], [[]], ["send:"], ["a"] * 257):
+        with pytest.raises(ConfigurationError):
+            options.TLS_AUTHZ.from_json(wrong)
 
 
 # ---- The control socket

@@ -33,7 +33,7 @@ from postcopy.handler._store import LocalStore
 from postcopy.handler._vm import Descriptors
 from postcopy.lazy._source import SourceBlock
 from postcopy.machines.firecracker.handshake import Credentials
-from postcopy.net import Route, parse_address
+from postcopy.net import LOCAL, Route, parse_address
 from postcopy.output._view import View
 from postcopy.records import Json, Record, as_json
 from postcopy.service.config import PagerConfig
@@ -878,7 +878,7 @@ class TestOfAnotherHost:
         assert known == [True, True]
 
     async def test_memory_that_no_host_has_is_refused(self) -> None:
-        source = ConnectSource(Route(parse_address("[::1]:1")), recover_for_s=0, background=False)
+        source = ConnectSource(Route(parse_address("[::1]:1")), LOCAL, recover_for_s=0, background=False)
         for region, words in (((0, PAGE, (1 << 56) - PAGE), "gaps"), ((0, 1 << 56, 0), "16 times what this host has")):
             with pytest.raises(ConfigurationError, match=words):
                 source.check(About(1, "vm", 1, 0, "/s", None, PAGE, 1 << 56, 0, [region], 0, 0))

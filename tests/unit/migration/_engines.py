@@ -26,6 +26,7 @@ from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.net import Address, ChannelKey, Link, OpenChannels, Reconnector, Session
+from postcopy.tls import DataChannel
 from postcopy.wire import State
 
 M = TypeVar("M", bound=p.Message)
@@ -154,14 +155,14 @@ class FakeEngine:
     """What pager and page server have in common."""
 
     def __init__(self) -> None:
-        self.fds: dict[ChannelKey, FdHolder] = {}
+        self.fds: dict[ChannelKey, DataChannel] = {}
         self.channel = FakeEvents()
         self.log: list[str] = []
 
-    def attach_urgent(self, shard: int, fd: int, busy_poll_us: int = 0) -> None:
+    def attach_urgent(self, shard: int, fd: int, busy_poll_us: int = 0, *, tls: Any = None) -> None:
         self.fds["urgent", shard] = FdHolder(fd)
 
-    def attach_bulk(self, channel: int, fd: int) -> None:
+    def attach_bulk(self, channel: int, fd: int, *, tls: Any = None) -> None:
         self.fds["bulk", channel] = FdHolder(fd)
 
     def events(self) -> AsyncIterator[Event]:
@@ -411,7 +412,7 @@ class FakeLink(Link):
         self.session = session
         yield self.open_channels
 
-    async def open_channels(self, shards: int, bulk_channels: int) -> dict[ChannelKey, FdHolder]:
+    async def open_channels(self, shards: int, bulk_channels: int) -> dict[ChannelKey, DataChannel]:
         await trio.lowlevel.checkpoint()
         assert (shards, bulk_channels) == (2, 1)
         result = {}

@@ -20,7 +20,7 @@ OFFER = p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, (p.Block("ram", 4096, 4096),), 
 @asynccontextmanager
 async def open_acceptor(
     side: str = "source",
-    why_refused: Callable[[int], str] = lambda waiting: "",
+    why_refused: Callable[[c.Asking], str] = lambda asking: "",
     *,
     host: str = "127.0.0.1",
     endings: c.Endings | None = None,

@@ -19,6 +19,7 @@ from postcopy.net import (
     open_listeners,
     open_stream,
 )
+from postcopy.tls import Credentials
 from tests.unit.net.support import INSECURE
 
 
@@ -42,7 +43,7 @@ def test_beyond_loopback_it_is_refused_with_what_would_help(host: str) -> None:
     ):
         assert part in str(caught.value)
     INSECURE.check(Address(host, 7777), [host])
-    Protection(credentials=object()).check(Address(host, 7777), [host])
+    Protection(credentials=Credentials(".")).check(Address(host, 7777), [host])
 
 
 @pytest.mark.parametrize("host", ["", "*", "::", "0.0.0.0"])

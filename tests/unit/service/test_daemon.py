@@ -15,6 +15,7 @@ from postcopy.machines import BlockLayout, Machine, MachineState
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.precopy import Mode
 from postcopy.migration.source import SourceMigration, SourceOptions
+from postcopy.net import Asking
 from postcopy.output import Output
 from postcopy.records.control import AllSteered, Settings, Steered
 from postcopy.service._attempts import Attempts
@@ -178,7 +179,7 @@ async def test_quit_loses_no_machine_unasked() -> None:
     assert daemon.stop.is_set()
     with pytest.raises(ControlError, match="about to end"):
         await ControlHandler(daemon).execute(Request("start", {"kind": "rv64"}))
-    assert daemon._why_refused(0)
+    assert daemon._why_refused(Asking("host", []))
 
 
 async def test_a_process_of_its_own_is_ended_by_force_only() -> None:

@@ -31,7 +31,7 @@ from postcopy.memory import _admission
 from postcopy.memory._admission import PROMISES, Room
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net import Acceptor, Address, CallingLink
+from postcopy.net import Acceptor, Address, Asking, CallingLink
 from postcopy.output import Output
 from postcopy.records import as_json
 from postcopy.service import daemon as daemon_module
@@ -418,16 +418,16 @@ def test_places() -> None:
 
     for state in (State.PREPARED, State.IN_DOUBT, State.POSTCOPY, State.RECOVERING) * 4:
         arriving(state)
-    assert "too many" in daemon._why_refused(0)  # an undecided one counts
+    assert "too many" in daemon._why_refused(Asking("host", ["host"] * 0))  # an undecided one counts
     for owned in daemon.machines[:4]:
         owned.migration = Mock(
             spec=DestinationMigration, state=State.PAUSED
         )  # committed to this host, and lost: it waits and takes nothing
-    assert daemon._why_refused(0) == ""
-    assert daemon._why_refused(3) == ""
-    assert "too many" in daemon._why_refused(4)
+    assert daemon._why_refused(Asking("host", ["host"] * 0)) == ""
+    assert daemon._why_refused(Asking("host", ["host"] * 3)) == ""
+    assert "too many" in daemon._why_refused(Asking("host", ["host"] * 4))
     daemon._add("local", Phase.STARTING)
-    assert daemon._why_refused(3) == ""
+    assert daemon._why_refused(Asking("host", ["host"] * 3)) == ""
 
 
 async def test_memory_is_promised_once(monkeypatch: pytest.MonkeyPatch) -> None:
