@@ -84,6 +84,8 @@ class DaemonConfig:
     kind: str | None = None  # of a machine to begin with, and its options and name
     machine: MachineOptions | None = None
     name: str | None = None
+    max_machines_per_peer: int = 128  # that it has sent here, of MAX_MACHINES
+    max_memory_per_peer_bytes: int | None = None  # of these
     side: str = "daemon"  # what it is called; `source --hold` is one that takes no machines
     protection: Protection = LOCAL
 

@@ -414,6 +414,9 @@ DRIVE = Option("drive", "firecracker: where a disk is on this host, if not under
 ALLOW = Option("allow", "firecracker: what a machine that comes may use here under the name that its source gives: an"
                " absolute path, DIRECTORY/ for all below it, or tap:NAME; * stands for any characters but /",
                "PATTERN[,...]", _check_allowed)
+MACHINES_OF_ONE = whole("max-machines-per-peer", "number of machines that one peer (the name in its certificate, or its"
+                        " host without TLS) may have sent here", 1, 256)
+MEMORY_OF_ONE = size("max-memory-per-peer", "memory of these machines together (default: no limit)")
 NAME = Option("name", "name of that machine (default: its kind and random digits)", "NAME", parse_name)
 FROM = path("from", "start the machine that DIR holds, which --salvage or `postcopy merge --into` has written", "DIR",
             "path")
@@ -581,7 +584,7 @@ COMMANDS: Mapping[str, tuple[Group, ...]] = {
                                      " address of this host; port 0: any free port")),
         Group("TLS", TLS, TLS_AUTHZ, INSECURE),
         Group("machine to begin with", LIVE_KIND, NAME, *(_NETS if each is NET else each for each in LIVE_MACHINE)),
-        Group("machines that come", FIRECRACKER, DRIVE, ALLOW, QEMU),
+        Group("machines that come", FIRECRACKER, DRIVE, ALLOW, QEMU, MACHINES_OF_ONE, MEMORY_OF_ONE),
         Group("migration", BACKING, BUSY_POLL, PAGER, *SENDING),
         Group("when the network fails", HEARTBEAT, RECOVER_FOR),
         _operating(DEFAULT_CONTROL), OUTPUT,
