@@ -49,6 +49,7 @@
 #include "core/summary.h"
 #include "core/util.h"
 #include "postcopy/engine.h"
+#include "tls/stream.h"
 
 #define RUN_BYTES (256 * 1024)        /* what a bulk thread claims at a time, at least one page */
 #define REQUESTS_PER_TURN 64           /* answered with one write */

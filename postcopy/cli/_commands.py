@@ -108,6 +108,20 @@ COMMANDS: Mapping[str, Command] = {
             ("As any user, over a network that is cut:", "postcopy demo --machine rv64 --chaos cut --seed 7"),
         ),
     ),
+    "tls": Command(
+        "make and show the certificates that --tls needs",
+        "postcopy.cli.tls",
+        "Makes an authority, and certificates for hosts that it signs: what a site needs for --tls that has no"
+        " authority of its own (docs/tls.md).",
+        (
+            ("An authority, once, at a safe place:", "postcopy tls new-ca ca"),
+            (
+                "What the host host-a needs, for 30 days:",
+                "postcopy tls issue ca --host host-a --host 192.0.2.1 --out host-a.tls",
+            ),
+            ("For whom, until when, what is wrong:", "postcopy tls show host-a.tls"),
+        ),
+    ),
     "merge": Command(
         "join what both sides of a lost migration have salvaged",
         "postcopy.cli.merge",

@@ -235,7 +235,7 @@ class CoreDataPlane(DataPlane):
             DataChannel(FdHolder(fd), tls).close()  # ours from the call on, also when it cannot reach the core
             self._check_open()
             raise ValueError(f"there is no {what}")
-        result = self._function(f"attach_{kind}")(self._struct, index, fd, *more, *(() if tls is None else (tls,)))
+        result = self._function(f"attach_{kind}")(self._struct, index, fd, ffi.NULL if tls is None else tls, *more)
         if result == -errno.EAGAIN:
             raise no_thread(f"{what} of the {self.NAME}")
         check(result, f"attaching {what}")

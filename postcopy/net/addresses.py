@@ -90,8 +90,8 @@ class Route:
     def __init__(
         self, address: Address, look_up: Callable[[], Address] | None = None, tls_hostname: str | None = None
     ) -> None:
-        """`look_up` says where the peer is now, or raises `ConfigurationError`. `tls_hostname`: what its certificate
-        must name, where that is not the host of the address."""
+        """`look_up` says where the peer is now, or raises `ConfigurationError`. `tls_hostname`: the name in the peer's
+        certificate, where it is not the host of the address."""
         self.address = address
         self._tls_hostname = tls_hostname
         self._named = address  # as the user has written it; `address` may be what that resolved to

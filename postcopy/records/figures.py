@@ -64,6 +64,11 @@ OF_PROCESS = (
         "Migrations that have ended in this process.",
         {"direction": "DIRECTION", "status": "STATUS"},
     ),
+    Metric(
+        "postcopy_certificate_expiry_seconds",
+        "When a certificate of this process ends (`--tls`), since the beginning of 1970, UTC.",
+        {"role": "ROLE"},
+    ),
 )
 """Those that no record has."""
 

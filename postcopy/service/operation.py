@@ -18,7 +18,7 @@ from postcopy.output import Output, count_machines
 from postcopy.output.words import format_count
 from postcopy.records import Record
 from postcopy.records.events import MetricsAddress
-from postcopy.service import notify
+from postcopy.service import notify, report
 from postcopy.service._contain import contained, contained_call
 from postcopy.service.config import OperatingOptions
 from postcopy.service.control import ControlHandler
@@ -138,7 +138,10 @@ class Operation:
         from postcopy.service.metrics import CONTENT_TYPE, Metrics, MetricsFile
 
         service = self._service
-        self._metrics = Metrics(service.all_rows) if isinstance(service, Service) else service.make_metrics()
+        if isinstance(service, Service):
+            self._metrics = Metrics(service.all_rows, lambda: report.certificates(service.protection))
+        else:
+            self._metrics = service.make_metrics()
         tasks: list[Task] = []
         if self._options.metrics_file is not None:
             self._file = MetricsFile(self._options.metrics_file)

@@ -23,6 +23,8 @@ QUEUED_CHUNKS = 16
 CONNECT_TIMEOUT_S = 10.0
 _AS_IT_IS = Protection(insecure=True)  # what goes through is protected by its ends, or not
 Log = Callable[[str, Record], None]
+See = Callable[[int, bool, bytes], None]
+"""Is called with the number of a connection, whether to its target, and what has come there."""
 
 
 @dataclass
@@ -45,6 +47,7 @@ class _Direction:
         self._proxy = proxy
         self._source = source
         self._sink = sink
+        self._number = number
         self._out = out
         self._random = random.Random(f"{proxy.plan.seed}/{number}/{'out' if out else 'back'}")
         self._due_s = 0.0
@@ -58,6 +61,7 @@ class _Direction:
             nursery.start_soon(self._write, receive)
             async with send:
                 while data := await self._source.receive_some(CHUNK_BYTES):
+                    self._proxy.see(self._number, self._out, data)
                     await send.send((self._when(len(data)), self._changed(bytes(data))))
 
     async def _write(self, receive: trio.MemoryReceiveChannel[tuple[float, bytes]]) -> None:
@@ -120,9 +124,16 @@ class ChaosProxy:
     """Made by `open_chaos_proxy`. `address` is where to connect. Used from the Trio thread that made it."""
 
     def __init__(
-        self, listeners: list[trio.SocketListener], target: Address, plan: ChaosPlan, begin: trio.Event | None, log: Log
+        self,
+        listeners: list[trio.SocketListener],
+        target: Address,
+        plan: ChaosPlan,
+        begin: trio.Event | None,
+        log: Log,
+        see: See,
     ) -> None:
         self.plan = plan
+        self.see = see
         self.statistics = Statistics()
         self._listeners = listeners
         self._target = target
@@ -259,16 +270,17 @@ async def open_chaos_proxy(
     listen: Address | str = "127.0.0.1:0",
     begin: trio.Event | None = None,
     log: Log = lambda event, fields: None,
+    see: See = lambda connection, out, data: None,
 ) -> AsyncIterator[ChaosProxy]:
     """A proxy to `target` that serves as long as the block lasts; `ResourceError` when it cannot listen there.
 
     It cuts nothing by itself before `begin` is set, where one is given. `log` is called with what it does: a word, and
-    fields.
+    fields; `see` with all that comes, before anything is done to it.
     """
     where = parse_address(listen, listening=True) if isinstance(listen, str) else listen
     there = parse_address(target) if isinstance(target, str) else target
     listeners = await open_listeners(where, _AS_IT_IS)
-    proxy = ChaosProxy(listeners, there, plan or ChaosPlan(), begin, log)
+    proxy = ChaosProxy(listeners, there, plan or ChaosPlan(), begin, log, see)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(proxy.serve)

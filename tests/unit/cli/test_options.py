@@ -318,7 +318,7 @@ def demo(*arguments: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def test_the_demo_passes_on_what_a_side_has() -> None:
     """All that was said, to each side that has such an option; but how the demo itself writes its log."""
-    own = {"chaos", "lab", "deadline", "image", "machine", "json", "log-json"}
+    own = {"chaos", "lab", "tls", "insecure", "deadline", "image", "machine", "json", "log-json"}
     given = [option for option in all_options("demo") if option.name not in own]
     written = to_arguments(
         table("demo"), {option.key: True if option.flag else option.parse(WRITTEN[option.name][0]) for option in given}
@@ -342,6 +342,13 @@ def test_what_the_demo_chooses() -> None:
     assert (source["migrate_after_s"], dest["run_for_s"]) == (1.0, 2.0)
     source, _ = demo("--machine", "image", "--image", "x", "--backing", "anon", "--chaos", "none", "--seed", "3")
     assert source.keys() & {"memory_bytes", "vcpus", "workload", "seed"} == set()
+    protected = {"--tls": {"tls"}, "--lab": {"tls"}, "--lab --insecure": {"insecure"}, "--chaos none": set()}
+    for words, options_of_it in protected.items():
+        for side in demo("--machine", "rv64", *words.split()):
+            assert side.keys() & {"tls", "insecure"} == options_of_it
+    for wrong in ("--insecure", "--lab --tls --insecure"):
+        with pytest.raises(ConfigurationError, match="for --lab without --tls"):
+            demo("--machine", "rv64", *wrong.split())
 
 
 def test_groups_have_titles_of_their_own() -> None:
