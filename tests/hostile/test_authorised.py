@@ -4,13 +4,93 @@ docs/security.md: each line there has its test, many of them here."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
-from hostile._peer import Closed, Listener
-from hostile._program import RV64, Program, wait_until
+import pytest
+
+from hostile._peer import Closed, Destination, Listener, Machine, Refused, Source, calling_from
+from hostile._program import RV64, Control, Program, wait_until
 
 Start = Callable[..., Program]
+Daemon = Callable[..., tuple[Program, Control]]
+OTHER = "127.0.0.2"
+
+
+def rejected(source: Source) -> str:
+    """The reason."""
+    return "; ".join(said["reason"] for said in source.control.wait_closed())
+
+
+def test_one_peer_does_not_take_all_places(daemon: Daemon, version: int, rv64: Machine) -> None:
+    """Its sources wait, and show signs of life, for ever. Another one's machine comes through; theirs leave places when
+    they go."""
+    program, control = daemon()
+    waiting = [Source(program.address, rv64, version).until("ready") for _ in range(16)]
+    with pytest.raises(Refused, match="too many machines of this peer are on their way to here: 16"):
+        Source(program.address, rv64, version).connect()
+    with calling_from(OTHER):
+        Source(program.address, rv64, version).until("running").finish()
+    waiting.pop().lose()
+    wait_until("a place", lambda: len(control.machines()) == 16)
+    Source(program.address, rv64, version).until("ready")
+
+
+def test_one_peer_does_not_take_all_places_of_an_image(start: Start, version: int, tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(os.urandom(1 << 20))
+    image = ("--machine", "image", "--image", tmp_path / "image", "--serve", "forever")
+    source = start("source", "--json", *image, "--listen", "127.0.0.1:0")
+    for _ in range(16):
+        Destination.connect(source.address, version).until("offered")
+    with pytest.raises(Refused, match="too many destinations"):
+        Destination.connect(source.address, version)
+    with calling_from(OTHER):
+        Destination.connect(source.address, version).until("run").take_all()
+
+
+def test_what_one_peer_may_have_here(daemon: Daemon, version: int, rv64: Machine) -> None:
+    """It counts what has arrived, and what was committed and is lost."""
+    program, _ = daemon("m", "--max-machines-per-peer", "2")
+    Source(program.address, rv64, version).until("running").finish()
+    Source(program.address, rv64, version).until("running").lose()
+    with pytest.raises(Refused, match=r"this peer has 2 machines here already \(--max-machines-per-peer\)"):
+        Source(program.address, rv64, version).connect()
+    with calling_from(OTHER):
+        Source(program.address, rv64, version).until("running").finish()
+
+
+def test_what_memory_one_peer_may_have_here(daemon: Daemon, version: int, rv64: Machine) -> None:
+    size = sum(block["size-bytes"] for block in rv64.blocks)
+    program, _ = daemon("m", "--max-memory-per-peer", f"{2 * size}B")
+    Source(program.address, rv64, version).until("running").finish()
+    Source(program.address, rv64, version).until("ready")
+    assert "may have" in rejected(Source(program.address, rv64, version).until("offer"))
+    with calling_from(OTHER):
+        Source(program.address, rv64, version).until("ready")
+
+
+def test_offers_for_nothing(daemon: Daemon, version: int, rv64: Machine) -> None:
+    """Each would be a line in the log: after some of them one more is let in each second."""
+    program, _ = daemon()
+    image = Machine.image(1 << 20)
+
+    def offer_again_and_again() -> None:
+        for _ in range(400):
+            source = Source(program.address, image, version).until("offer")
+            rejected(source)
+            source.control.close()
+
+    with pytest.raises(Refused, match="come to nothing"):
+        offer_again_and_again()
+    said = program.error_bytes()
+    for _ in range(50):
+        with pytest.raises(Refused, match="come to nothing"):
+            Source(program.address, image, version).connect()
+    assert program.error_bytes() - said < 10 * 400
+    with calling_from(OTHER):
+        Source(program.address, rv64, version).until("running").finish()
 
 
 HOLD_S = 9.0  # less than a source waits for `prepared`
