@@ -4,6 +4,7 @@ docs/security.md: each line there has its test, many of them here."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from hostile._peer import Closed, Destination, Listener, Machine, Refused, Source, calling_from
+from hostile import _wire as wire
+from hostile._peer import PAGE, Closed, Destination, Listener, Machine, Refused, Source, calling_from
 from hostile._program import RV64, Control, Program, wait_until
+from hostile._wire import Frame
 
 Start = Callable[..., Program]
 Daemon = Callable[..., tuple[Program, Control]]
@@ -119,3 +122,45 @@ def test_a_destination_that_is_lost_in_each_pause(start: Start, version: int) ->
             destination.lose()
         source.operations_go_on()
     assert 3 <= paused < 10
+
+
+def test_requests_for_what_is_not_offered(start: Start, version: int, tmp_path: Path) -> None:
+    """A destination gets the pages of its blocks, and nothing else that the source has in its memory: not what is
+    behind the end of a file, not another machine's."""
+    content = os.urandom(5 * PAGE - 100)
+    (tmp_path / "image").write_bytes(content)
+    image = ("--machine", "image", "--image", tmp_path / "image", "--serve", "forever")
+    source = start("source", "--json", *image, "--listen", "127.0.0.1:0")
+
+    def answer_to(request: Frame) -> Frame | None:
+        """None when the source hangs up."""
+        with contextlib.closing(Destination.connect(source.address, version).until("run").urgent[0]) as urgent:
+            urgent.send(request.pack())
+            with contextlib.suppress(Closed):
+                return urgent.take_frame()
+        return None
+
+    def request(block: int, page: int, pages: int = 1) -> Frame:
+        return Frame(wire.REQUEST, block, page, pages, 7)
+
+    last = answer_to(request(0, 4))
+    assert last is not None
+    assert last.payload == content[4 * PAGE :] + bytes(100)
+    for what in (
+        *(
+            request(0, 5),
+            request(0, 1 << 63),
+            request(1, 0),
+            request(0xFFFF, 0),
+            request(0, 4, 2),
+            request(0, 0, 1 << 31),
+        ),
+        *(
+            request(0, 0, 1 << 31),
+            request(0, 0, 0),
+            Frame(wire.PAGES, 0, 0, 1, 7, bytes(PAGE), wire.ANSWERS),
+            Frame(wire.END, 0, 0, 0),
+        ),
+    ):
+        answer = answer_to(what)
+        assert answer is None or answer.type == wire.ERROR, what
