@@ -25,6 +25,8 @@ from postcopy.machines.firecracker.destination import ArrivingFirecracker, Firec
 from postcopy.machines.firecracker.opened import allows, parse_allowed
 from postcopy.machines.firecracker.state import with_disks
 from postcopy.machines.kinds import HostOptions, create_destination, parse_pairs
+from postcopy.memory import _admission
+from postcopy.memory._admission import PROMISES, Room
 
 MIB = 1 << 20
 OFFER: dict[str, Any] = {"regions": [8 * MIB], "version": "1.12.1", "vcpus": 1, "drives": {}, "nets": {}}
@@ -321,3 +323,13 @@ def test_patterns_of_what_may_be_used() -> None:
     for wrong in ("a", "a,", "/a,,/b", "/a/../b", "//a", "/a\n", "tap:", "tap:a/b", "~/vms/", "/a/./"):
         with pytest.raises(ConfigurationError, match="absolute path"):
             parse_allowed(wrong)
+
+
+async def test_memory_of_microvms_is_promised_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything of it has come, and when nothing of it is here."""
+    monkeypatch.setattr(PROMISES, "_promises", [])
+    monkeypatch.setattr(_admission, "find_rooms", lambda: [Room("the control group", 40 * MIB, "or raise it")])
+    async with arriving(None):
+        with pytest.raises(ResourceError, match="promised to machines here"):
+            arriving(None)
+    await arriving(None).close()
