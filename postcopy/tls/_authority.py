@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -114,8 +115,8 @@ def new_authority(
     """Makes an authority in a new directory, from `now` on. `ConfigurationError`: it is there already, or cannot be
     made."""
     now = _whole_seconds(now)
-    if name is None:
-        name = f"postcopy CA {gethostname()[:40]} {now:%Y-%m-%d}"
+    if name is None:  # of which there is no second one: a chain is followed by names
+        name = f"postcopy CA {gethostname()[:30]} {now:%Y-%m-%d} {secrets.token_hex(3)}"
     if not (name.isprintable() and 0 < len(name) <= _MAX_COMMON_NAME):
         raise ConfigurationError(f"the name of an authority has 1 to {_MAX_COMMON_NAME} characters: {name[:80]!r}")
     key = ec.generate_private_key(ec.SECP256R1())

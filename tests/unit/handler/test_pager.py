@@ -756,7 +756,7 @@ async def test_the_end_of_a_connection_is_not_that_of_the_next_one() -> None:
         def drain_events(self) -> list[Event]:
             return [down, complete]
 
-        def attach_urgent(self, shard: int, fd: int) -> None:
+        def attach_urgent(self, shard: int, fd: int, **_: object) -> None:
             attached.append(fd)
             os.close(fd)
 

@@ -155,7 +155,7 @@ class FakeEngine:
     """What pager and page server have in common."""
 
     def __init__(self) -> None:
-        self.fds: dict[ChannelKey, DataChannel] = {}
+        self.fds: dict[ChannelKey, FdHolder] = {}
         self.channel = FakeEvents()
         self.log: list[str] = []
 
@@ -419,7 +419,7 @@ class FakeLink(Link):
         for key in (("urgent", 0), ("urgent", 1), ("bulk", 0)):
             here, there = socket.socketpair()
             there.close()
-            result[key] = FdHolder(here.detach())
+            result[key] = DataChannel(FdHolder(here.detach()))
         return result
 
 

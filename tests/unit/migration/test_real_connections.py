@@ -157,7 +157,7 @@ async def test_a_destination_cut_off_learns_of_the_reclaim(calls: str, monkeypat
         pair.dest.pause()
         await pair.until(lambda: pair.source.status == pair.dest.status == "postcopy-paused")
         if calls == "source":  # nobody is there to answer
-            monkeypatch.setattr("postcopy.net.calling.connect", _unreachable)
+            monkeypatch.setattr("postcopy.net.connecting.Caller.connect", _unreachable)
         await pair.source.reclaim()
         assert pair.machine.state is MachineState.RUNNING
         monkeypatch.undo()

@@ -20,7 +20,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from postcopy import net as c
 from postcopy import wire as p
 from postcopy.errors import ConfigurationError, PeerError, PostcopyError, ProtocolError, ResourceError
-from postcopy.net import connecting
+from postcopy.net import calling, connecting
 from postcopy.tls import DataChannel, detach
 from tests.unit.net import support
 from tests.unit.net.support import INSECURE, SESSION

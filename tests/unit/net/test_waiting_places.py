@@ -26,8 +26,10 @@ def one_place(asking: c.Asking) -> str:
     return "busy with another source" if asking.waiting else ""
 
 
-async def hello(acceptor: c.Acceptor) -> trio.abc.HalfCloseableStream:
-    return (await c.connect(acceptor.addresses[0], HELLO))[0]
+async def hello(acceptor: c.Acceptor) -> trio.SocketStream:
+    stream, _ = await c.connect(acceptor.addresses[0], HELLO)
+    assert isinstance(stream, trio.SocketStream)
+    return stream
 
 
 async def nobody_comes(acceptor: c.Acceptor) -> None:
