@@ -90,7 +90,7 @@ async def test_all_others_learn_nothing() -> None:
         async with TlsStream(stream.socket, await impostor.context(server=False), "127.0.0.1") as secured:
             await secured.handshake()
             await secured.send_all(LAST)
-            with pytest.raises(trio.BrokenResourceError, match="CA"), trio.fail_after(30):
+            with pytest.raises(trio.BrokenResourceError), trio.fail_after(30):
                 await secured.receive_some()
         assert b"HTTP/1.1 200" in await answered(server, LAST)
 
