@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import tls
 from hostile import _wire as wire
 from hostile._peer import PAGE, Closed, Destination, Listener, Machine, Refused, Source, calling_from
 from hostile._program import RV64, Control, Program, wait_until
@@ -62,6 +63,23 @@ def test_what_one_peer_may_have_here(daemon: Daemon, version: int, rv64: Machine
         Source(program.address, rv64, version).connect()
     with calling_from(OTHER):
         Source(program.address, rv64, version).until("running").finish()
+
+
+def test_a_peer_is_who_its_certificate_says(daemon: Daemon, start: Start) -> None:
+    """Wherever it calls from; and who has another one is another peer, also from the same host."""
+    vm1, vm2 = tls.site().issue("vm1", "vm1.example"), tls.site().issue("vm2", "vm2.example", "127.0.0.1")
+    program, control = daemon("m", "--max-machines-per-peer", "1", "--tls", tls.site().issue("here", "127.0.0.1"))
+
+    def send(directory: Path, name: str) -> Program:
+        to = ("--connect", program.where, "--tls", directory, "--on-failure", "exit")
+        return start("source", "--json", *RV64, *to)
+
+    assert send(vm1, "a").end() == 0
+    again = send(vm1, "b")
+    assert again.end() == 1
+    assert "this peer has 1 machines here already" in again.errors()
+    assert send(vm2, "c").end() == 0
+    assert len(control.machines()) == 2
 
 
 def test_what_memory_one_peer_may_have_here(daemon: Daemon, version: int, rv64: Machine) -> None:
