@@ -29,9 +29,9 @@ from socket import gethostname
 from typing import Final
 
 from postcopy._files import explain_unwritable, new_directory, replacing, write_all, write_new
-from postcopy.errors import ConfigurationError, naming_missing_packages
+from postcopy.errors import ConfigurationError, PostcopyError, naming_missing_packages
 from postcopy.tls._credentials import CA as CA_CERT
-from postcopy.tls._credentials import _read_file
+from postcopy.tls._credentials import _read, _read_file
 
 with naming_missing_packages("to make or read certificates"):
     from cryptography import x509
@@ -226,8 +226,6 @@ def show(directory: str | Path, *, now: datetime | None = None) -> tuple[list[Ce
 
 
 def _problems(directory: Path, loaded: dict[str, list[x509.Certificate]], now: datetime) -> Iterator[str]:
-    if "ca" not in loaded:
-        yield f"{CA_CERT} is missing: it says which peers are trusted"
     if loaded.keys() == {"ca"} and not (directory / CA_KEY).exists():
         yield "there is no certificate for a host: server-cert.pem to listen, client-cert.pem to connect"
     for name, chain in loaded.items():
@@ -238,12 +236,13 @@ def _problems(directory: Path, loaded: dict[str, list[x509.Certificate]], now: d
             elif now < one.not_valid_before_utc:
                 begins = f"{one.not_valid_before_utc:%Y-%m-%d %H:%M} UTC"
                 yield f"{file}: not valid before {begins}; look at this host's clock"
-        key = directory / f"{name}-key.pem"
-        if name != "ca" or os.path.lexists(key):
-            try:
-                _load_key(key, chain[0])
-            except ConfigurationError as error:
-                yield str(error)
+        try:
+            if name in ROLES:
+                _read(str(directory), name == "server", None)  # as a process does that is given them
+            elif os.path.lexists(directory / CA_KEY):
+                _load_key(directory / CA_KEY, chain[0])
+        except PostcopyError as error:
+            yield str(error)
         if name in ROLES:
             yield from _problems_of_host(file, name, chain, loaded.get("ca", []))
 

@@ -295,9 +295,15 @@ class TestShow:
         assert f"{host}/server-key.pem is not there" in said
         assert "client-key.pem: others can read the key: chmod 0640" in said
         (host / "ca-cert.pem").unlink()
-        assert "ca-cert.pem is missing" in problems(host)
+        assert "ca-cert.pem is not there" in problems(host)
         with pytest.raises(ConfigurationError, match="has no certificate"):
             show(tmp_path)
+
+    def test_half_of_a_pair(self, ca: Path, host: Path) -> None:
+        key = (host / "server-key.pem").read_bytes()
+        issue(ca, HOSTS, host)
+        (host / "server-key.pem").write_bytes(key)
+        assert problems(host).startswith(f"{host}: the private key ")
 
 
 class TestCommand:
