@@ -51,6 +51,7 @@ class Context:
             raise ConfigurationError(f"{where}: {line}")
         line.check(result, where)
         self.struct: Any = ffi.gc(pointer[0], lib.pc_tls_context_free)
+        self.not_after_s = int(lib.pc_tls_context_not_after(self.struct))  # when the certificate ends, since 1970
 
 
 class InPlace(Protocol):
