@@ -27,6 +27,7 @@ from postcopy.errors import PeerError, PostcopyError, ProtocolError, ResourceErr
 from postcopy.machines import kinds
 from postcopy.machines.base import BlockLayout
 from postcopy.machines.firecracker import api, handshake, state
+from postcopy.machines.firecracker.opened import allows, parse_allowed
 from postcopy.machines.image import ImageMachine
 from postcopy.machines.preload import client as preload
 from postcopy.machines.program import STATE
@@ -464,6 +465,36 @@ def request_seeds() -> Seeds:
 
 # ---- what a source offers and sends of its machine
 
+_ALLOWED = ("/srv/vm/", "/srv/*/disk-*-*-*.img", "/srv/vm-*/", "tap:vm*", "/")
+
+
+def allowed(data: bytes) -> None:
+    """A path or a TAP in an offer against what the operator allows: never one with a detour, nor beside it."""
+    given = Input(data)
+    pattern, name = given.pick(_ALLOWED), given.rest().decode("utf-8", "surrogateescape")
+    if not allows(parse_allowed(pattern), name):
+        return
+    assert name.startswith(pattern.partition("*")[0])
+    assert name.startswith("tap:") or ".." not in name.split("/")
+    if not pattern.endswith("/"):
+        assert name.count("/") == pattern.count("/")
+
+
+def allowed_seeds() -> Seeds:
+    names = (
+        "/srv/vm/a/b",
+        "/srv/x/disk-1-2-3.img",
+        "/srv/vm-1/a",
+        "tap:vm0",
+        "/a/../b",
+        "//a",
+        "/srv/vm/../../etc/passwd",
+    )
+    for number in range(len(_ALLOWED)):
+        for name in names:
+            yield bytes([number]) + name.encode()
+    yield b"\x01/srv/x/disk-" + b"-" * 3000
+
 
 class _Enough(ResourceError):
     """The offer makes sense: its memory would be made now."""
@@ -710,8 +741,9 @@ TARGETS = {
         Target("authorisation", authorisation, authorisation_seeds),
         Target("metrics", metrics, metrics_seeds, slow=True),
         Target("request", request, request_seeds),
+        Target("allowed", allowed, allowed_seeds),
         Target("offer", offer, offer_seeds),
-        Target("machine_state", machine_state, machine_state_seeds),
+        Target("machine_state", machine_state, machine_state_seeds, slow=True),
         Target("firecracker_handshake", firecracker_handshake, firecracker_handshake_seeds),
         Target("firecracker_api", firecracker_api, firecracker_api_seeds, slow=True),
         Target("qemu_monitor", qemu_monitor, qemu_monitor_seeds),

@@ -13,7 +13,7 @@ from tests.fuzz.run import read_inputs, run_plain
 from tests.fuzz.targets import TARGETS, message_seeds
 
 CORPUS = Path(__file__).with_name("corpus")
-MUTATIONS, MUTATIONS_WHERE_SLOW = 2000, 100
+MUTATIONS, MUTATIONS_WHERE_SLOW = 1000, 100
 
 
 @pytest.mark.parametrize("name", TARGETS)
