@@ -635,7 +635,7 @@ class Listener:
         """Whether somebody has connected, and nobody has spoken to him yet."""
         return bool(self._silent) or bool(select.select([self._socket], [], [], 0)[0])
 
-    def _speaker(self, timeout_s: float) -> Line:
+    def speaker(self, timeout_s: float) -> Line:
         """The first of those that have connected which says something: a caller may connect before it has anything to
         say, and hang up without."""
         deadline = time.monotonic() + timeout_s
@@ -656,7 +656,7 @@ class Listener:
     def hello(self, timeout_s: float = TIMEOUT_S) -> tuple[Line, Fields]:
         """The next client that speaks our version, after its hello; one that calls with a newer one calls again."""
         while True:
-            line = self._speaker(timeout_s)
+            line = self.speaker(timeout_s)
             theirs = line.take(8)
             assert theirs[:7] == wire.MAGIC, theirs
             line.send(wire.preamble(min(theirs[7], self.version)))
