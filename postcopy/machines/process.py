@@ -11,7 +11,6 @@ import abc
 import contextlib
 import logging
 import os
-import select
 import shutil
 import signal
 import tempfile
@@ -25,7 +24,7 @@ from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ResourceError
 from postcopy.machines._claim import claim
-from postcopy.machines._peer import Process
+from postcopy.machines._peer import Process, has_ended
 from postcopy.machines.base import CLOSE_TIMEOUT_S, Check, Machine, MachineState, MachineStatistics
 
 KILL_TIMEOUT_S = 5.0
@@ -89,11 +88,7 @@ class ProcessMachine(Machine):
 
     def _is_alive(self) -> bool:
         """Whether its process, where it is known, has not ended."""
-        if self._pidfd is None or self._pidfd.closed:
-            return True
-        poll = select.poll()
-        poll.register(self._pidfd.fd, select.POLLIN)
-        return not poll.poll(0)
+        return self._pidfd is None or self._pidfd.closed or not has_ended(self._pidfd.fd)
 
     def vcpu_threads(self) -> list[int]:
         return []
