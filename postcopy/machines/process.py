@@ -136,12 +136,14 @@ class ProcessMachine(Machine):
         """Lets go of it: it is as it was, running or paused."""
         if not self._closed:
             self._closed = True
-            with trio.CancelScope(shield=True):
-                await self._release()
-            for holder in (self._pidfd, self._claim):
-                if holder is not None:
-                    holder.close()
-            self._tell()
+            try:
+                with trio.CancelScope(shield=True):
+                    await self._release()
+            finally:
+                for holder in (self._pidfd, self._claim):
+                    if holder is not None:
+                        holder.close()
+                self._tell()
         await trio.lowlevel.checkpoint()
 
     async def destroy(self) -> None:

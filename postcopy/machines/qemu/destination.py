@@ -87,6 +87,8 @@ FEATURES = (
 ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 """As QEMU does it by itself: so many frames, and pauses between them in ms."""
 NOT_TO_BE_SAID = ("incoming", "daemonize")
+HAVE_RUN = {"running", "debug", "internal-error", "io-error", "shutdown", "suspended", "watchdog", "guest-panicked"}
+"""What QEMU says of a guest that runs, or has run and was stopped by what it did."""
 
 log = logging.getLogger(__name__)
 
@@ -345,7 +347,8 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
 
     async def _is_running(self, timeout_s: float) -> bool | None:
         with trio.move_on_after(timeout_s):
-            return {"paused": False, "inmigrate": None}.get(await self._status(), True)
+            status = await self._status()
+            return True if status in HAVE_RUN else False if status in ("paused", "prelaunch") else None
         return None
 
     async def claim_network(self) -> None:
