@@ -54,9 +54,8 @@ from postcopy.machines.qemu._look import Look, look, look_at_disks, ram_blocks
 from postcopy.machines.qemu.qmp import REQUEST_TIMEOUT_S, Asked, Event, Monitor, QemuError, QemuRefused
 from postcopy.memory import FEATURES_OF_PROCESS, DirtyLog, Memory
 from postcopy.units import format_size
+from postcopy.wire.messages import MAX_STATE_BYTES
 
-MAX_STATE_BYTES = (16 << 20) - (64 << 10)
-"""What a message of the protocol can hold. The state of a guest has some hundred KiB."""
 IGNORE_SHARED, EVENTS, WAIT = "x-ignore-shared", "events", "pause-before-switchover"
 STOP_TIMEOUT_S = 20.0
 """How long QEMU may take from `migrate` until the guest stands."""
