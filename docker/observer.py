@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Watches the sides of a migration by their metrics alone, as any host on their network can.
+"""Watches the sides of a migration by their metrics alone, as a host with a certificate can.
 
-    observer.py HOST:PORT...
+    observer.py DIR HOST:PORT...
+
+DIR has the certificates (docs/tls.md).
 
 One JSON object a line, with ``of`` (the host's name): ``up`` when it answers for the first time, ``status`` when the
 status of its migration has changed, ``gone`` when it answers no more. Ends, with status 0, when all of them have gone.
@@ -13,6 +15,7 @@ import http.client
 import json
 import re
 import socket
+import ssl
 import sys
 import time
 
@@ -22,7 +25,7 @@ MISSES = 3  # in a row, before a side counts as gone
 STATUS = re.compile(r'^postcopy_migration_status\{[^}]*\bstatus="([^"]+)"[^}]*\} 1(?:\.0)?$', re.MULTILINE)
 
 
-def ask(address: str, known: dict[str, str]) -> str:
+def ask(address: str, known: dict[str, str], tls: ssl.SSLContext) -> str:
     """The metrics. A host is looked up until it has answered: the name of a container goes when that ends."""
     host, _, port = address.rpartition(":")
     number = known.get(host) or socket.gethostbyname(host)
@@ -30,6 +33,7 @@ def ask(address: str, known: dict[str, str]) -> str:
     try:
         connection.connect()
         known[host] = number
+        connection.sock = tls.wrap_socket(connection.sock, server_hostname=host)
         connection.request("GET", "/metrics")
         return connection.getresponse().read().decode()
     finally:
@@ -41,7 +45,9 @@ def tell(event: str, address: str, **more: str) -> None:
     print(json.dumps(line), flush=True)
 
 
-def main(addresses: list[str]) -> int:
+def main(directory: str, *addresses: str) -> int:
+    tls = ssl.create_default_context(cafile=f"{directory}/ca-cert.pem")
+    tls.load_cert_chain(f"{directory}/client-cert.pem", f"{directory}/client-key.pem")
     up: dict[str, int] = {}
     statuses: dict[str, str] = {}
     gone: set[str] = set()
@@ -49,7 +55,7 @@ def main(addresses: list[str]) -> int:
     while len(gone) < len(addresses):
         for address in [address for address in addresses if address not in gone]:
             try:
-                text = ask(address, known)
+                text = ask(address, known, tls)
             except (OSError, http.client.HTTPException):
                 if address in up:
                     up[address] += 1
@@ -69,4 +75,4 @@ def main(addresses: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(*sys.argv[1:]))

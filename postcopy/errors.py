@@ -141,6 +141,7 @@ _PACKAGES = {  # by their modules: what pyproject.toml names, and what each is f
     "prometheus_client": ("prometheus-client", "the metrics"),
     "pyroute2": ("pyroute2", "the lab"),
     "shtab": ("shtab", "completion"),
+    "cryptography": ("cryptography", "making certificates"),
 }
 
 

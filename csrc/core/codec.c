@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "core/codec.h"
 
-#include <dlfcn.h>
 #include <endian.h>
 #include <errno.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdlib.h>
 
+#include "core/library.h"
 #include "core/util.h"
 
 #define ZSTD_LEVEL 1
@@ -32,15 +32,10 @@ static struct {
     unsigned (*is_error)(size_t result);
 } zstd;
 
-struct function {
-    const char *name;
-    void *to; /* the pointer to it */
-};
-
 static const struct library {
     uint32_t bit;
     const char *file, *package;
-    struct function functions[9];
+    struct pc_function functions[9];
 } libraries[] = {
     {PC_COMPRESSION_LZ4,
      "liblz4.so.1",
@@ -64,25 +59,6 @@ static const struct library {
 static pthread_mutex_t loading = PTHREAD_MUTEX_INITIALIZER;
 static uint32_t loaded; /* atomic; set when the functions are */
 
-/* Under `loading`. A library that is loaded stays: there is no moment at which no thread is inside. */
-static bool load(const struct library *library)
-{
-    void *handle = dlopen(library->file, RTLD_NOW | RTLD_LOCAL);
-
-    if (!handle)
-        return false;
-    for (const struct function *function = library->functions; function->name; function++) {
-        void *found = dlsym(handle, function->name);
-
-        if (!found) {
-            dlclose(handle);
-            return false;
-        }
-        memcpy(function->to, &found, sizeof(found));
-    }
-    return true;
-}
-
 uint32_t pc_compression_available(uint32_t wanted, char *error, size_t error_bytes)
 {
     uint32_t have = __atomic_load_n(&loaded, __ATOMIC_ACQUIRE);
@@ -95,7 +71,7 @@ uint32_t pc_compression_available(uint32_t wanted, char *error, size_t error_byt
 
         if (!(wanted & ~loaded & library->bit))
             continue;
-        if (load(library))
+        if (!pc_library_load(library->file, library->functions))
             (void)__atomic_fetch_or(&loaded, library->bit, __ATOMIC_RELEASE);
         else
             (void)pc_fail(ENOENT, error, error_bytes, "%s cannot be loaded; Debian: apt-get install %s", library->file,

@@ -65,9 +65,7 @@ int pc_stream_tcp(struct pc_stream *stream, int fd, bool urgent)
     } else {
         (void)setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof(lowat));
     }
-    stream->fd = fd;
-    stream->read = tcp_read;
-    stream->write = tcp_write;
+    *stream = (struct pc_stream){.fd = fd, .read = tcp_read, .write = tcp_write};
     return 0;
 }
 
@@ -78,19 +76,46 @@ uint64_t pc_stream_unsent(const struct pc_stream *stream)
     return ioctl(stream->fd, SIOCOUTQNSD, &unsent) || unsent < 0 ? 0 : (uint64_t)unsent;
 }
 
+bool pc_stream_pending(const struct pc_stream *stream)
+{
+    return stream->layer && stream->layer->pending(stream);
+}
+
+const char *pc_stream_why(const struct pc_stream *stream, const char *otherwise)
+{
+    const char *why = stream->layer ? stream->layer->why(stream) : "";
+
+    return why[0] ? why : otherwise;
+}
+
 void pc_stream_shutdown(struct pc_stream *stream)
 {
-    if (stream->fd >= 0)
+    if (stream->fd < 0)
+        return;
+    if (stream->layer)
+        stream->layer->interrupt(stream);
+    else
         (void)shutdown(stream->fd, SHUT_RDWR);
+}
+
+void pc_stream_end(struct pc_stream *stream)
+{
+    if (stream->layer)
+        stream->layer->end(stream);
+    (void)shutdown(stream->fd, SHUT_RDWR);
 }
 
 void pc_stream_close(struct pc_stream *stream)
 {
     int fd = stream->fd;
 
-    stream->fd = -1;
+    if (fd >= 0 && stream->layer) {
+        stream->layer->end(stream);
+        stream->layer->free(stream);
+    }
     if (fd >= 0)
         close(fd);
+    *stream = (struct pc_stream){.fd = -1};
 }
 
 int pc_stream_read_all(struct pc_stream *stream, void *buffer, size_t bytes)

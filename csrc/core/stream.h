@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The stream under a data channel: two functions, so that something else than a bare TCP socket (TLS, a test's pipe) can
- * stand there without the pager or the page server knowing.
+ * The stream under a data channel: a bare TCP socket, or something between it and the frames (TLS), without the pager or the page
+ * server knowing.
  *
- * `fd` is for poll(2) and shutdown(2) only. One thread reads and one thread writes at a time.
+ * `fd` is for poll(2) only. A stream is used by one thread at a time; what any thread may call says so.
  */
 #ifndef PC_STREAM_H
 #define PC_STREAM_H
@@ -14,12 +14,26 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
+struct pc_stream;
+
+/* What is between the frames and the socket. */
+struct pc_stream_layer {
+    bool (*pending)(const struct pc_stream *stream);
+    const char *(*why)(const struct pc_stream *stream);
+    void (*interrupt)(struct pc_stream *stream);
+    void (*end)(struct pc_stream *stream);
+    void (*free)(struct pc_stream *stream);
+};
+
 struct pc_stream {
     int fd;
     /* Bytes read (at least 1), 0 at the orderly end, or -errno; -EAGAIN only when `wait` is false. */
     ssize_t (*read)(struct pc_stream *stream, void *buffer, size_t bytes, bool wait);
-    /* Bytes written (at least 1), or -errno; -EAGAIN only when `wait` is false. */
+    /* Bytes written (at least 1), or -errno; -EAGAIN only when `wait` is false: then the same bytes are given again, and more may
+     * follow them. */
     ssize_t (*write)(struct pc_stream *stream, const struct iovec *parts, int count, bool wait);
+    const struct pc_stream_layer *layer; /* NULL: nothing */
+    void *state;                         /* of the layer */
 };
 
 /* Takes a connected stream socket; does not own it until it has returned 0. `urgent` sets what keeps a small message
@@ -28,7 +42,12 @@ struct pc_stream {
 int pc_stream_tcp(struct pc_stream *stream, int fd, bool urgent);
 /* How much of what was written has not been sent yet, as far as the kernel says. */
 uint64_t pc_stream_unsent(const struct pc_stream *stream);
+/* Whether a read may have bytes although the socket is not readable. */
+bool pc_stream_pending(const struct pc_stream *stream);
+/* What the last failure of a read or write means to a person, or `otherwise`, where the layer knows nothing better. */
+const char *pc_stream_why(const struct pc_stream *stream, const char *otherwise);
 void pc_stream_shutdown(struct pc_stream *stream); /* any thread: a blocked read or write returns at once */
+void pc_stream_end(struct pc_stream *stream);      /* nothing follows, and the peer learns it now */
 void pc_stream_close(struct pc_stream *stream);
 
 /* Reads exactly `bytes`: 0, -ENODATA when the stream ended before the first byte, -EPIPE when it ended inside, -errno. */

@@ -22,6 +22,7 @@
 #include "postcopy/devices.h"
 #include "postcopy/uffd.h"
 #include "postcopy/memory.h"
+#include "postcopy/tls.h"
 #include "postcopy/engine.h"
 #include "postcopy/bench.h"
 #include "postcopy/machine.h"

@@ -71,7 +71,7 @@ static int receive_frame(struct bulk *bulk, struct progress *progress)
             error = -EPIPE;
     }
     if (error == -EPIPE)
-        (void)pc_fail(EPIPE, progress->text, sizeof(progress->text), PC_STREAM_CUT_TEXT);
+        (void)pc_fail(EPIPE, progress->text, sizeof(progress->text), "%s", pc_stream_why(&bulk->stream, PC_STREAM_CUT_TEXT));
     if (error)
         return error;
     COUNT(bulk->pager, bytes_received, sizeof(header) + frame.payload_bytes);
@@ -97,14 +97,14 @@ static void *bulk_thread(void *argument)
     } while (!error);
     if (error == -EBADMSG)
         COUNT(pager, frames_refused, 1);
-    pc_stream_shutdown(&bulk->stream); /* the peer learns at once; the descriptor stays until the thread is joined */
+    pc_stream_end(&bulk->stream); /* the peer learns at once; the descriptor stays until the thread is joined */
     /* Before the event: its reader may attach the next connection at once, and must not be refused because this one is busy. */
     __atomic_store_n(&bulk->running, false, __ATOMIC_SEQ_CST);
     pc_events_push(&pager->events, PC_EVENT_CHANNEL_DOWN, PC_CHANNEL_BULK, (int)bulk->channel.index,
                    error == -ENODATA ? 0 : -error, "%s",
                    error == -ENODATA  ? "the source closed the connection"
                    : progress.text[0] ? progress.text
-                                      : strerror(-error));
+                                      : pc_stream_why(&bulk->stream, strerror(-error)));
     return NULL;
 }
 
@@ -122,21 +122,23 @@ void pc_bulk_reap(struct bulk *bulk)
     pc_codec_free(&bulk->codec);
 }
 
-int pc_pager_attach_bulk(struct pc_pager *pager, uint32_t channel, int fd)
+int pc_pager_attach_bulk(struct pc_pager *pager, uint32_t channel, int fd, struct pc_tls *tls)
 {
     struct pc_stream stream;
     struct bulk *bulk;
-    int error = channel < PC_MAX_BULK_CHANNELS ? pc_stream_tcp(&stream, fd, false) : -EINVAL;
+    int error = pc_stream_open(&stream, fd, tls, false);
 
-    if (error) {
-        close(fd);
+    if (error)
         return error;
+    if (channel >= PC_MAX_BULK_CHANNELS) {
+        pc_stream_close(&stream);
+        return -EINVAL;
     }
     bulk = &pager->bulks[channel];
     pthread_mutex_lock(&pager->channel_lock);
     if (pager->disconnecting || __atomic_load_n(&bulk->running, __ATOMIC_SEQ_CST)) {
         error = -EBUSY;
-        close(fd);
+        pc_stream_close(&stream);
     } else {
         pc_bulk_reap(bulk);
         bulk->buffer = pc_buffer_new(PC_FRAME_MAX_PAYLOAD_BYTES);

@@ -26,6 +26,7 @@
 #include "pager/metrics.h"
 #include "postcopy/engine.h"
 #include "postcopy/uffd.h"
+#include "tls/stream.h"
 
 #define PENDING_MAX 16384 /* threads of one shard that wait, as far as they are accounted */
 #define PENDING_BUCKET_BITS 12

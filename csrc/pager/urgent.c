@@ -76,11 +76,20 @@ struct command *pc_command_new(struct pc_pager *pager, enum command_kind kind)
     return command;
 }
 
-int pc_pager_attach_urgent(struct pc_pager *pager, uint32_t shard_index, int fd)
+int pc_pager_attach_urgent(struct pc_pager *pager, uint32_t shard_index, int fd, struct pc_tls *tls)
 {
     struct shard *shard = pc_shard_at(pager, shard_index);
-    struct command *command = shard ? pc_command_new(pager, COMMAND_ATTACH) : NULL;
-    int error = !shard ? -EINVAL : !command ? -ENOMEM : pc_stream_tcp(&command->stream, fd, true);
+    struct command *command = NULL;
+    struct pc_stream stream;
+    int error = pc_stream_open(&stream, fd, tls, true);
+
+    if (error)
+        return error;
+    if (shard)
+        command = pc_command_new(pager, COMMAND_ATTACH);
+    error = !shard ? -EINVAL : !command ? -ENOMEM : 0;
+    if (command)
+        command->stream = stream;
 
     pthread_mutex_lock(&pager->channel_lock);
     if (!error && pager->disconnecting)
@@ -90,7 +99,7 @@ int pc_pager_attach_urgent(struct pc_pager *pager, uint32_t shard_index, int fd)
     pthread_mutex_unlock(&pager->channel_lock);
     if (error) {
         free(command);
-        close(fd);
+        pc_stream_close(&stream);
     }
     return error;
 }
@@ -136,13 +145,14 @@ static void close_stream(struct shard *shard, int error, const char *text)
 {
     pc_requests_lost(shard);
     (void)watch_fd(shard, shard->stream.fd, 0, &shard->stream_watched, 0); /* others may have the connection open */
+    /* Its text may be the stream's; and what comes of the event is a command, which waits for this thread. */
+    if (text)
+        pc_events_push(&shard->pager->events, PC_EVENT_CHANNEL_DOWN, PC_CHANNEL_URGENT, (int)shard->index, -error, "%s", text);
     pc_stream_close(&shard->stream);
     shard->receive_start = shard->receive_end = 0;
     shard->frame_checked = shard->frames_left = shard->stalled = false;
     shard->useless_ns = shard->read_at_ns = 0;
     shard->send_bytes = shard->send_done = 0;
-    if (text)
-        pc_events_push(&shard->pager->events, PC_EVENT_CHANNEL_DOWN, PC_CHANNEL_URGENT, (int)shard->index, -error, "%s", text);
 }
 
 static void flush_requests(struct shard *shard)
@@ -156,7 +166,7 @@ static void flush_requests(struct shard *shard)
         if (sent == -EAGAIN)
             return; /* poll tells when there is room */
         if (sent < 0) {
-            close_stream(shard, (int)sent, strerror((int)-sent));
+            close_stream(shard, (int)sent, pc_stream_why(&shard->stream, strerror((int)-sent)));
             return;
         }
         COUNT(shard->pager, bytes_sent, sent);
@@ -197,7 +207,7 @@ static bool receive_bytes(struct shard *shard)
         if (!got && shard->receive_end > shard->receive_start)
             close_stream(shard, -EPIPE, PC_STREAM_CUT_TEXT);
         else
-            close_stream(shard, (int)got, got ? strerror((int)-got) : "the source closed the connection");
+            close_stream(shard, (int)got, got ? pc_stream_why(&shard->stream, strerror((int)-got)) : "the source closed the connection");
         return false;
     }
     COUNT(shard->pager, bytes_received, got);
@@ -367,7 +377,7 @@ static uint32_t wait_for_work(struct shard *shard, uint64_t spin_until_ns)
     uint64_t now_ns = shard->retry_at_ns || shard->read_at_ns || shard->unpollable_until_ns || spin_until_ns ? pc_now_ns() : 0;
     uint64_t deadline_ns = 0;
     struct epoll_event events[3];
-    bool reading = !shard->frames_left && !shard->stalled, resting, spinning, deaf, watched;
+    bool reading = !shard->frames_left && !shard->stalled, held, resting, spinning, deaf, watched;
     uint32_t wanted = 0, ready = 0;
     int timeout_ms = -1, count;
 
@@ -377,6 +387,7 @@ static uint32_t wait_for_work(struct shard *shard, uint64_t spin_until_ns)
         shard->unpollable_until_ns = 0;
     if (reading && !shard->read_at_ns)
         wanted = EPOLLIN;
+    held = wanted && shard->stream.fd >= 0 && pc_stream_pending(&shard->stream); /* bytes of which epoll knows nothing */
     if (shard->send_bytes)
         wanted |= EPOLLOUT;
     resting = shard->repeats >= REPEATS_BEFORE_REST * PC_REPEAT_WEIGHT;
@@ -399,7 +410,7 @@ static uint32_t wait_for_work(struct shard *shard, uint64_t spin_until_ns)
         now_ns = pc_now_ns();
         sooner(&deadline_ns, now_ns + REST_NS);
     }
-    if (spinning || (shard->frames_left && !shard->read_at_ns) || shard->ahead_left || __atomic_load_n(&shard->recheck, __ATOMIC_RELAXED)) {
+    if (spinning || held || (shard->frames_left && !shard->read_at_ns) || shard->ahead_left || __atomic_load_n(&shard->recheck, __ATOMIC_RELAXED)) {
         timeout_ms = 0;
     } else if (deadline_ns) { /* finer than milliseconds */
         struct timespec timeout = pc_timespec(deadline_ns > now_ns ? deadline_ns - now_ns : 0);
@@ -409,6 +420,8 @@ static uint32_t wait_for_work(struct shard *shard, uint64_t spin_until_ns)
             return 0;
         timeout_ms = 0;
     }
+    if (held)
+        ready = READY_CHANNEL;
     count = epoll_wait(shard->poll_fd, events, 3, timeout_ms);
     for (int i = 0; i < count; i++) {
         if (events[i].data.u32 == READY_UFFD && !(events[i].events & EPOLLIN))

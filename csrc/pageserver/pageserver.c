@@ -47,7 +47,7 @@ static void *channel_thread(void *argument)
         pc_thread_background();
     error = urgent ? pc_channel_answer(channel, text, sizeof(text)) : pc_channel_push(channel, text, sizeof(text));
     unpin_all(channel);
-    pc_stream_shutdown(&channel->stream);
+    pc_stream_end(&channel->stream);
     /* Before the event: its reader may attach the next connection at once, which must not fail because this one is busy. */
     __atomic_store_n(&channel->running, false, __ATOMIC_RELEASE);
     if (!channel->has_reported)
@@ -56,7 +56,7 @@ static void *channel_thread(void *argument)
                        error == -ENODATA     ? "the destination closed the connection"
                        : error == -ECANCELED ? "stopped"
                        : text[0]             ? text
-                                             : strerror(-error));
+                                             : pc_stream_why(&channel->stream, strerror(-error)));
     return NULL;
 }
 
@@ -371,6 +371,7 @@ static int start(struct channel *channel)
     channel->batch = calloc(1, sizeof(*channel->batch));
     if (!channel->staging || !channel->batch)
         return -ENOMEM;
+    channel->batch->authenticated = channel->stream.layer != NULL;
     error = channel->kind == PC_CHANNEL_BULK ? join_push(channel) : 0;
     if (error)
         return error;
@@ -384,14 +385,16 @@ static int start(struct channel *channel)
     return error;
 }
 
-static int attach(struct pc_pageserver *server, struct channel *channel, int fd, uint32_t busy_poll_us)
+static int attach(struct pc_pageserver *server, struct channel *channel, int fd, struct pc_tls *tls, uint32_t busy_poll_us)
 {
     struct pc_stream stream;
-    int error = channel ? pc_stream_tcp(&stream, fd, channel->kind == PC_CHANNEL_URGENT) : -EINVAL;
+    int error = pc_stream_open(&stream, fd, tls, channel && channel->kind == PC_CHANNEL_URGENT);
 
-    if (error) {
-        close(fd);
+    if (error)
         return error;
+    if (!channel) {
+        pc_stream_close(&stream);
+        return -EINVAL;
     }
     pthread_mutex_lock(&server->lock);
     if (server->disconnecting || is_running(channel)) {
@@ -408,18 +411,18 @@ static int attach(struct pc_pageserver *server, struct channel *channel, int fd,
     }
     pthread_mutex_unlock(&server->lock);
     if (error)
-        close(fd);
+        pc_stream_close(&stream);
     return error;
 }
 
-int pc_pageserver_attach_urgent(struct pc_pageserver *server, uint32_t shard, int fd, uint32_t busy_poll_us)
+int pc_pageserver_attach_urgent(struct pc_pageserver *server, uint32_t shard, int fd, struct pc_tls *tls, uint32_t busy_poll_us)
 {
-    return attach(server, shard < PC_MAX_SHARDS ? &server->urgent[shard] : NULL, fd, busy_poll_us);
+    return attach(server, shard < PC_MAX_SHARDS ? &server->urgent[shard] : NULL, fd, tls, busy_poll_us);
 }
 
-int pc_pageserver_attach_bulk(struct pc_pageserver *server, uint32_t channel, int fd)
+int pc_pageserver_attach_bulk(struct pc_pageserver *server, uint32_t channel, int fd, struct pc_tls *tls)
 {
-    return attach(server, channel < PC_MAX_BULK_CHANNELS ? &server->bulk[channel] : NULL, fd, 0);
+    return attach(server, channel < PC_MAX_BULK_CHANNELS ? &server->bulk[channel] : NULL, fd, tls, 0);
 }
 
 int pc_pageserver_set_bandwidth(struct pc_pageserver *server, uint64_t max_bandwidth_bytes_per_s)

@@ -206,21 +206,21 @@ static int wait_push(struct channel *channel, uint64_t *number, char *text, size
     for (;;) {
         uint64_t wakes;
         uint8_t unexpected;
+        ssize_t got;
 
         if (is_stopping(server))
             return -ECANCELED;
         *number = __atomic_load_n(&server->pushes, __ATOMIC_ACQUIRE);
         if (*number != channel->pushed)
             return 0;
+        /* Before the wait, and without one: what made the socket readable may be TLS's own. */
+        got = channel->stream.read(&channel->stream, &unexpected, 1, false);
+        if (got != -EAGAIN)
+            return got > 0 ? pc_fail(EBADMSG, text, text_bytes, "the destination spoke on a bulk channel") : got < 0 ? (int)got : -ENODATA;
         if (poll(ready, 2, -1) < 0 && errno != EINTR)
             return -errno;
         if (ready[1].revents)
             (void)!read(channel->wake_fd, &wakes, sizeof(wakes));
-        if (ready[0].revents) {
-            int error = pc_stream_read_all(&channel->stream, &unexpected, 1);
-
-            return error ? error : pc_fail(EBADMSG, text, text_bytes, "the destination spoke on a bulk channel");
-        }
     }
 }
 

@@ -49,6 +49,7 @@
 #include "core/summary.h"
 #include "core/util.h"
 #include "postcopy/engine.h"
+#include "tls/stream.h"
 
 #define RUN_BYTES (256 * 1024)        /* what a bulk thread claims at a time, at least one page */
 #define REQUESTS_PER_TURN 64           /* answered with one write */
@@ -160,6 +161,7 @@ struct batch {
     int frame_count, part_count;
     uint64_t bytes;
     size_t staged;
+    bool authenticated; /* the connection finds every damage itself: no checksum */
 };
 
 /* compress.c: the bulk channel's thread. A run: begun, each frame of content added, sent, and then accounted. */

@@ -7,7 +7,7 @@ error meant for a person is one line on stderr, ``postcopy: error: ...``; a trac
 Ctrl-C and SIGTERM mean: end in order, now. Where a command runs until it is interrupted (a destination without
 ``--run-for``, a source that serves forever), that is how it succeeds. What is lost when it ends now, and cannot be had
 again, is seen through first, unless the signal comes again (`postcopy._stop`). A closed terminal (SIGHUP) ends what
-keeps no machines; the others go on without it, and with ``--peer-file`` read that again.
+keeps no machines; the others go on without it, and with ``--peer-file`` and ``--tls`` read those again.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ import trio
 from postcopy._stop import Stop
 from postcopy.cli._parser import load, make_parser, values
 from postcopy.errors import ConfigurationError, PostcopyError, known_error, shortage
-from postcopy.net import Route, read_peer_file
+from postcopy.net import LOCAL, Protection, Route, read_peer_file
 from postcopy.output import LogHandler, Output, make_output
-from postcopy.service.options import LOG_LEVEL
+from postcopy.service.options import COMMANDS, LOG_LEVEL
 from postcopy.wire import one_line
 
 log = logging.getLogger(__name__)
@@ -95,12 +95,18 @@ def _run(
         level = given.get("log_level", LOG_LEVEL).upper()
         logging.basicConfig(level=level, handlers=[LogHandler(output)], force=True)
         logging.captureWarnings(True)
+        hostname, protection = given.get("tls_hostname"), LOCAL
+        if given.get("command") in COMMANDS:
+            protection = Protection.of(
+                given.get("tls"), hostname, given.get("tls_authz", ()), given.get("insecure", False)
+            )
+            given["protection"] = protection
         route: Route | None = None  # that may lead elsewhere after SIGHUP
         if "connect" in given:
-            given["connect"] = Route(given["connect"])
+            given["connect"] = Route(given["connect"], tls_hostname=hostname)
         if "peer_file" in given:
             path = given["peer_file"]
-            route = given["connect"] = Route(read_peer_file(path), lambda: read_peer_file(path))
+            route = given["connect"] = Route(read_peer_file(path), lambda: read_peer_file(path), hostname)
         run = make(given, output)
         if "user" in given:
             from postcopy.service.privileges import become, find_user
@@ -110,7 +116,7 @@ def _run(
             ctypes.CDLL(None).malloc_trim(0)  # a megabyte that imports have used and freed
         output.start()
         try:
-            done = trio.run(_with_signals, run, keeps, route, strict_exception_groups=True)
+            done = trio.run(_with_signals, run, keeps, route, protection, strict_exception_groups=True)
         finally:
             # A signal that comes with the last one must not end the process while it writes its result.
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -120,9 +126,12 @@ def _run(
         return _failed(known_error(group), output)
 
 
-async def _with_signals(run: Callable[[Stop], Awaitable[bool]], keeps: bool, route: Route | None) -> bool:
+async def _with_signals(
+    run: Callable[[Stop], Awaitable[bool]], keeps: bool, route: Route | None, protection: Protection
+) -> bool:
     """Runs a command. Ctrl-C and SIGTERM ask it to end (`Stop`), SIGHUP too where it `keeps` nothing; else that makes
-    the `route` look its address up again, and changes nothing where there is none."""
+    the `route` look its address up again and the certificates be read again, and changes nothing where there is
+    neither."""
     stop = Stop()
     done = ended = False
     early: list[int] = []  # those that come before they are received; one that comes afterwards changes nothing
@@ -135,9 +144,12 @@ async def _with_signals(run: Callable[[Stop], Awaitable[bool]], keeps: bool, rou
                 nonlocal ended
                 async for number in signals:
                     if number == signal.SIGHUP and keeps:
-                        log.info("SIGHUP: %s", "reading the peer's address again" if route else "nothing to read again")
+                        known = {"the peer's address": route, "the certificates": protection.credentials}
+                        again = [what for what, there in known.items() if there is not None]
+                        log.info("SIGHUP: reading %s again", " and ".join(again) or "nothing")
                         if route is not None:
                             route.refresh(by_user=True)
+                        nursery.start_soon(_reload, protection)
                     elif stop.ask(_told(number)):
                         ended = True
                         nursery.cancel_scope.cancel()
@@ -150,6 +162,13 @@ async def _with_signals(run: Callable[[Stop], Awaitable[bool]], keeps: bool, rou
     if ended and not done:
         raise PostcopyError("ended at once, since it was asked to end again")
     return done
+
+
+async def _reload(protection: Protection) -> None:
+    try:
+        await protection.reload()
+    except PostcopyError as error:
+        log.warning("%s; the certificates that were read before stay in use", error)
 
 
 def _told(number: int) -> str:

@@ -347,6 +347,8 @@ def add_option(parser: argparse._ActionsContainer, option: Option, defaults: Map
         more["action"] = "store_true" if option.flag == "set" else argparse.BooleanOptionalAction
     else:
         more |= {"type": argument(option.parse), "metavar": option.metavar}
+    if option.repeats:
+        more["action"] = _Repeated
     if option.nargs:
         more["nargs"] = option.nargs
     if option.positional:
@@ -355,6 +357,15 @@ def add_option(parser: argparse._ActionsContainer, option: Option, defaults: Map
     else:
         action = parser.add_argument(f"--{option.name}", dest=option.key, required=option.required, **more)
     action.words = option.words  # type: ignore[attr-defined]
+
+
+class _Repeated(argparse.Action):
+    """A tuple of all values."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, value: Any, option_string: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest, ()), value))
 
 
 def with_default(option: Option, default: Any) -> str:

@@ -44,11 +44,18 @@ def make(given: dict[str, Any], output: Output) -> Run:
     else:
         service = _source(given, output)
     operating = record(OperatingOptions, given)
-    if operating == OperatingOptions() and not os.environ.get("NOTIFY_SOCKET"):
-        return service.run
-    from postcopy.service.operation import Operation  # megabytes that no other command needs
+    run = service.run
+    if operating != OperatingOptions() or os.environ.get("NOTIFY_SOCKET"):
+        from postcopy.service.operation import Operation  # megabytes that no other command needs
 
-    return Operation(service, operating, output).run
+        run = Operation(service, operating, output).run
+
+    async def run_protected(stop: Stop) -> bool:
+        """What is wrong with the certificates is said before anything has begun."""
+        await service.protection.load(listens="listen" in given, connects="listen" not in given)
+        return await run(stop)
+
+    return run_protected
 
 
 def _source(given: dict[str, Any], output: Output) -> Service:
@@ -133,6 +140,8 @@ def _check_source(given: dict[str, Any]) -> None:
         for option in (options.SALVAGE, options.SERVE, options.MIGRATE_AFTER):
             if given.get(option.key):
                 raise ConfigurationError(f"--{option.name} has no meaning with --hold")
+        if "tls_hostname" in given:
+            raise ConfigurationError("--tls-hostname has no meaning with --hold: say it to `postcopy ctl migrate`")
         return
     if given.get("serve", 1) != 1 and (live or "listen" not in given):
         raise ConfigurationError("--serve goes with --machine image and --listen only")

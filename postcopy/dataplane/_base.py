@@ -2,8 +2,8 @@
 """What pagers and page servers have in common: memory that they keep alive, events, an end.
 
 Resource handling: a `Memory` given to `add_block` is in use until `close()` has ended every thread that may touch it.
-Descriptors given to `attach_*` belong to the core from the call on, also when it fails; take them from a Trio socket
-with ``socket.detach()``.
+What is given to `attach_*`, a descriptor and the TLS of its connection (`postcopy.tls.DataChannel.detach`), belongs to
+the core from the call on, also when it fails.
 
 Threads and cancellation: to be used from the Trio thread only. Plain methods take microseconds and do not block.
 Asynchronous ones run the core's blocking call in a worker thread and see it through, shielded from cancellation but
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import abc
 import errno
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from postcopy.dataplane._events import ChannelKind, Event, EventStream, EventTyp
 from postcopy.errors import CoreError, ErrorLine, MigrationError, c_text, check
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
+from postcopy.tls import DataChannel
 
 
 @dataclass(frozen=True)
@@ -229,13 +229,13 @@ class CoreDataPlane(DataPlane):
         line = ErrorLine()
         return line.check(self._function(name)(self._struct, *arguments, line.buffer, line.size), what)
 
-    def _attach(self, kind: str, index: int, fd: int, *more: int) -> None:
+    def _attach(self, kind: str, index: int, fd: int, tls: Any, *more: int) -> None:
         what = f"{kind} channel {index}"
         if self._closed or index < 0:
-            os.close(fd)  # ours to close from the call on, also when it cannot reach the core
+            DataChannel(FdHolder(fd), tls).close()  # ours from the call on, also when it cannot reach the core
             self._check_open()
             raise ValueError(f"there is no {what}")
-        result = self._function(f"attach_{kind}")(self._struct, index, fd, *more)
+        result = self._function(f"attach_{kind}")(self._struct, index, fd, ffi.NULL if tls is None else tls, *more)
         if result == -errno.EAGAIN:
             raise no_thread(f"{what} of the {self.NAME}")
         check(result, f"attaching {what}")

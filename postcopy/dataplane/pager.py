@@ -234,14 +234,14 @@ class Pager(CoreDataPlane, PagerCounters):
             struct = self._struct
             check(await run_to_end(lambda: lib.pc_pager_forget(struct, block, stale.words), what), what)
 
-    def attach_urgent(self, shard: int, fd: int) -> None:
-        """Gives a shard its connected socket, the core's from now on. After the old one went down: all that is pending
-        is requested again."""
-        self._attach("urgent", shard, fd)
+    def attach_urgent(self, shard: int, fd: int, *, tls: Any = None) -> None:
+        """Gives a shard its connected socket, with its TLS where it has that; the core's from now on. After the old one
+        went down: all that is pending is requested again."""
+        self._attach("urgent", shard, fd, tls)
 
-    def attach_bulk(self, channel: int, fd: int) -> None:
+    def attach_bulk(self, channel: int, fd: int, *, tls: Any = None) -> None:
         """Adds a connected socket on which pages are pushed, the core's from now on."""
-        self._attach("bulk", channel, fd)
+        self._attach("bulk", channel, fd, tls)
 
     async def confirm(self) -> None:
         """Everything asked of the pager so far has been done, or what went wrong is raised. Here each method has said

@@ -38,8 +38,9 @@ from typing import Any
 
 import trio
 
-from postcopy._blocking import END_TIMEOUT_S
+from postcopy._blocking import END_TIMEOUT_S, no_thread
 from postcopy._child import python
+from postcopy._fd import FdHolder
 from postcopy._native import ffi, lib
 from postcopy.dataplane._base import BlockInUse, ForeignMemory
 from postcopy.dataplane._events import ChannelKind, Event, EventType
@@ -49,6 +50,7 @@ from postcopy.dataplane.pager import PagerCounters, PagerStatistics
 from postcopy.errors import BusyError, CoreError, MigrationError, PostcopyError, check
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
+from postcopy.tls import DataChannel
 from postcopy.uffd import How, Userfaultfd, parse_how, probe
 
 __all__ = ["CALL_TIMEOUT_S", "PagerDied", "ProcessPager"]
@@ -413,11 +415,11 @@ class ProcessPager(PagerCounters):
         self._give_arming(shard, block, first_page, pages)
         self._armed.append((shard, block, first_page, pages))
 
-    def attach_urgent(self, shard: int, fd: int) -> None:
-        self._attach(ChannelKind.URGENT, shard, fd)
+    def attach_urgent(self, shard: int, fd: int, *, tls: Any = None) -> None:
+        self._attach(ChannelKind.URGENT, shard, fd, tls)
 
-    def attach_bulk(self, channel: int, fd: int) -> None:
-        self._attach(ChannelKind.BULK, channel, fd)
+    def attach_bulk(self, channel: int, fd: int, *, tls: Any = None) -> None:
+        self._attach(ChannelKind.BULK, channel, fd, tls)
 
     async def confirm(self) -> None:
         """As `Pager.confirm`: everything asked of the process so far has been done. `PagerDied` when it has died."""
@@ -572,17 +574,25 @@ class ProcessPager(PagerCounters):
         self._check_open()
         self._process.post(_Call(what, name, arguments, fds))
 
-    def _attach(self, kind: ChannelKind, index: int, fd: int) -> None:
+    def _attach(self, kind: ChannelKind, index: int, fd: int, tls: Any) -> None:
         name = kind.name.lower()
         try:
             self._check_open()
             if index < 0:
                 raise ValueError(f"there is no {name} channel {index}")
+            if tls is not None:  # which another process cannot have: a thread here carries what goes over it
+                relayed, fd, tls = (fd, tls), -1, None
+                what = f"relaying {name} channel {index}"
+                result = int(lib.pc_tls_relay(*relayed, kind is ChannelKind.URGENT))
+                if result == -errno.EAGAIN:
+                    raise no_thread(what)
+                fd = check(result, what)
             call = _Call(f"attaching {name} channel {index}", f"attach_{name}", (index,), (fd,))
             call.channel = (kind, index)
             self._process.post(call)
         finally:
-            os.close(fd)
+            if fd >= 0:
+                DataChannel(FdHolder(fd), tls).close()
 
     async def _do(self, what: str, name: str) -> None:
         call = _Call(what, name, (), ())

@@ -8,6 +8,8 @@ what holds for resources, threads, cancellation.
 
 from __future__ import annotations
 
+from typing import Any
+
 from postcopy._native import ffi
 from postcopy.dataplane._base import CoreDataPlane
 from postcopy.dataplane._events import ChannelKind, Event, EventStream, EventType
@@ -63,14 +65,15 @@ class PageServer(CoreDataPlane):
         self._check_length(block, received)
         self._call("setting the map of received pages", "set_received", block, received.words)
 
-    def attach_urgent(self, shard: int, fd: int, busy_poll_us: int = 0) -> None:
-        """Gives the shard's connected socket to the core, which owns it from now on, also on failure. `ResourceError`
-        when there is no memory or no thread for it: it is then as if it had not been tried."""
-        self._attach("urgent", shard, fd, busy_poll_us)
+    def attach_urgent(self, shard: int, fd: int, busy_poll_us: int = 0, *, tls: Any = None) -> None:
+        """Gives the shard's connected socket, with its TLS where it has that, to the core, which owns both from now on,
+        also on failure. `ResourceError` when there is no memory or no thread for it: it is then as if it had not been
+        tried."""
+        self._attach("urgent", shard, fd, tls, busy_poll_us)
 
-    def attach_bulk(self, channel: int, fd: int) -> None:
+    def attach_bulk(self, channel: int, fd: int, *, tls: Any = None) -> None:
         """Adds a connected socket for pushing pages; the core owns it from now on, also on failure."""
-        self._attach("bulk", channel, fd)
+        self._attach("bulk", channel, fd, tls)
 
     # ---- while it runs
 

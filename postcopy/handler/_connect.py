@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import trio
 
+from postcopy._fd import FdHolder
 from postcopy.dataplane._events import EventStream
 from postcopy.dataplane.pager import Event, EventType, Pager
 from postcopy.errors import ConfigurationError, MigrationError, PeerError, PostcopyError
@@ -28,7 +29,8 @@ from postcopy.machines import BlockLayout, Machine
 from postcopy.machines.image import ImageMachine
 from postcopy.memory import Memory
 from postcopy.migration.destination import IN_DOUBT_FOR_S, DestinationMigration
-from postcopy.net import CallingLink, Route
+from postcopy.net import CallingLink, Protection, Route
+from postcopy.tls import DataChannel
 from postcopy.units import format_size
 from postcopy.wire import State
 
@@ -54,7 +56,7 @@ class _LentPager:
         self._pager = pager
         self._take = take
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
-        self._held: list[tuple[Callable[[int, int], None], int, int]] | None = []
+        self._held: list[tuple[Callable[..., None], int, DataChannel]] | None = []
         self._arrived = trio.Event()
 
     def __getattr__(self, name: str) -> Any:
@@ -84,23 +86,23 @@ class _LentPager:
 
     # ---- connections: until it is known that the image is the right one, no page is asked for, or taken
 
-    def attach_urgent(self, shard: int, fd: int) -> None:
-        self._attach(self._pager.attach_urgent, shard, fd)
+    def attach_urgent(self, shard: int, fd: int, *, tls: Any = None) -> None:
+        self._attach(self._pager.attach_urgent, shard, DataChannel(FdHolder(fd), tls))
 
-    def attach_bulk(self, channel: int, fd: int) -> None:
-        self._attach(self._pager.attach_bulk, channel, fd)
+    def attach_bulk(self, channel: int, fd: int, *, tls: Any = None) -> None:
+        self._attach(self._pager.attach_bulk, channel, DataChannel(FdHolder(fd), tls))
 
-    def _attach(self, attach: Callable[[int, int], None], index: int, fd: int) -> None:
+    def _attach(self, attach: Callable[..., None], index: int, channel: DataChannel) -> None:
         if self._held is None:
-            attach(index, fd)
+            fd, tls = channel.detach()
+            attach(index, fd, tls=tls)
         else:
-            self._held.append((attach, index, fd))
+            self._held.append((attach, index, channel))
 
     def image_is_known(self) -> None:
-        while self._held:
-            attach, index, fd = self._held.pop(0)
-            attach(index, fd)
-        self._held = None
+        held, self._held = self._held, None
+        for attach, index, channel in held or ():
+            self._attach(attach, index, channel)
 
     # ---- what has been done already, and what is not the migration's to do
 
@@ -118,8 +120,8 @@ class _LentPager:
         await trio.lowlevel.checkpoint()
 
     async def close(self) -> None:
-        for _, _, fd in self._held or ():
-            os.close(fd)
+        for _, _, channel in self._held or ():
+            channel.close()
         self._held = []
         await self._pager.disconnect()
         self.drain_events()  # the end of these channels is not that of the next migration's
@@ -145,9 +147,10 @@ class _KnownImage(ImageMachine):
 class ConnectSource(Source):
     """A `postcopy source --machine image` at an address."""
 
-    def __init__(self, route: Route, *, recover_for_s: float, background: bool) -> None:
+    def __init__(self, route: Route, protection: Protection, *, recover_for_s: float, background: bool) -> None:
         """`background`: pages are pushed, and asked for, that were not touched."""
         self._route = route
+        self._protection = protection
         self._recover_for_s = recover_for_s
         self._background = background
         self._lent: _LentPager | None = None
@@ -192,7 +195,7 @@ class ConnectSource(Source):
         """One migration; why it has ended, None when it is complete."""
         try:
             with trio.fail_after(CONNECT_S):
-                link = await CallingLink.open(self._route, "dest", replaceable=True)
+                link = await CallingLink.open(self._route, "dest", replaceable=True, protection=self._protection)
         except trio.TooSlowError:
             return PeerError(f"{self._route.address}: no answer within {CONNECT_S:g} s")
         except PostcopyError as error:

@@ -36,7 +36,7 @@ from postcopy.machines.image import ImageMachine
 from postcopy.memory import Memory, page_bytes_of
 from postcopy.migration.connection import HEARTBEAT_S
 from postcopy.migration.destination import DestinationMigration
-from postcopy.net import Address, CallingLink, parse_address
+from postcopy.net import Address, CallingLink, Protection, Route, parse_address
 from postcopy.uffd import How
 from postcopy.wire import State
 
@@ -55,6 +55,10 @@ async def attach(
     heartbeat_s: float = HEARTBEAT_S,
     how: How | str = How.ANY,
     busy_poll_us: int = 0,
+    tls: str | None = None,
+    tls_hostname: str | None = None,
+    tls_authz: Sequence[str] = (),
+    insecure: bool = False,
 ) -> AsyncIterator[LazyMemory]:
     """``async with postcopy.attach("host:7777") as memory``: memory that a remote source serves, mapped here; its pages
     come when they are touched, prefetched or ensured.
@@ -71,11 +75,17 @@ async def attach(
     `backing` is the kind of memory here (``memfd``, ``anon``, ``hugetlb``), `how` the way to a userfaultfd: with
     `How.USER_ONLY`, which needs no rights, code may touch missing pages, but a system call that does gets EFAULT.
 
+    `tls` is a directory with ``ca-cert.pem``, ``client-cert.pem`` and ``client-key.pem``: the source is then one with
+    ``--tls``, whose certificate names the host that is connected to, or `tls_hostname`, and is one that `tls_authz`
+    allows (patterns as ``--tls-authz`` has them; without any, all that the authority has signed). A source on another
+    host without it is refused, unless `insecure` says that whoever is on the network may read and change the memory.
+
     Errors on the way in: `ConfigurationError`, `ResourceError`, and `PeerError` or `ProtocolError` when the source
     cannot be reached or refuses. Afterwards: see `LazyMemory`. Cancellable; closing is shielded and bounded in time.
     """
     require_trio("postcopy.attach", "postcopy.lazy.blocking.attach")
     where = parse_address(address) if isinstance(address, str) else address
+    protection = Protection.of(tls, tls_hostname, tls_authz, insecure)
 
     def make_machine(kind: str, config: Mapping[str, Any], layout: Sequence[BlockLayout]) -> Machine:
         if kind != ImageMachine.kind:
@@ -100,7 +110,7 @@ async def attach(
 
     async with Pager() as pager:
         migration = DestinationMigration(
-            await CallingLink.open(where, "dest"),
+            await CallingLink.open(Route(where, tls_hostname=tls_hostname), "dest", protection=protection),
             background=background,
             busy_poll_us=busy_poll_us,
             how=how,

@@ -23,13 +23,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import fields
+from typing import Any
 
 import trio
 
+from postcopy._fd import FdHolder
 from postcopy._native import ffi, lib
 from postcopy.dataplane._base import DataPlane
 from postcopy.dataplane._events import Event
@@ -38,6 +38,7 @@ from postcopy.errors import ConfigurationError, ErrorLine, PeerError, PostcopyEr
 from postcopy.lazy._source import PageSource, SourceBlock
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
+from postcopy.tls import DataChannel, stream_of
 
 log = logging.getLogger(__name__)
 
@@ -287,11 +288,11 @@ class BridgeServer(DataPlane):
     def set_received(self, block: int, received: Bitmap) -> None:
         """Nothing is pushed, and every request is answered."""
 
-    def attach_urgent(self, shard: int, fd: int, busy_poll_us: int = 0) -> None:
-        self._attach(fd, self._answer)
+    def attach_urgent(self, shard: int, fd: int, busy_poll_us: int = 0, *, tls: Any = None) -> None:
+        self._attach(fd, tls, self._answer)
 
-    def attach_bulk(self, channel: int, fd: int) -> None:
-        self._attach(fd, self._offer_nothing)
+    def attach_bulk(self, channel: int, fd: int, *, tls: Any = None) -> None:
+        self._attach(fd, tls, self._offer_nothing)
 
     def set_stale(self, block: int, stale: Bitmap) -> None:
         """A page of the source does not change."""
@@ -329,11 +330,11 @@ class BridgeServer(DataPlane):
         await self.disconnect()
         self._closing.set()
 
-    def _attach(self, fd: int, serve: Callable[[trio.SocketStream], Awaitable[None]]) -> None:
+    def _attach(self, fd: int, tls: Any, serve: Callable[[trio.abc.Stream], Awaitable[None]]) -> None:
         if self._closed:
-            os.close(fd)  # ours from the call on
+            DataChannel(FdHolder(fd), tls).close()  # ours from the call on
             self._check_open()
-        stream = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
+        stream = stream_of(fd, tls)
         scope = trio.CancelScope()
         self._channels[scope] = trio.Event()
         self._nursery.start_soon(self._channel, scope, stream, serve)
@@ -341,8 +342,8 @@ class BridgeServer(DataPlane):
     async def _channel(
         self,
         scope: trio.CancelScope,
-        stream: trio.SocketStream,
-        serve: Callable[[trio.SocketStream], Awaitable[None]],
+        stream: trio.abc.Stream,
+        serve: Callable[[trio.abc.Stream], Awaitable[None]],
     ) -> None:
         try:
             with scope:
@@ -354,10 +355,10 @@ class BridgeServer(DataPlane):
         finally:
             self._channels.pop(scope).set()
 
-    async def _answer(self, stream: trio.SocketStream) -> None:
+    async def _answer(self, stream: trio.abc.Stream) -> None:
         await self._make_bridge().run(stream)
 
-    async def _offer_nothing(self, stream: trio.SocketStream) -> None:
+    async def _offer_nothing(self, stream: trio.abc.Stream) -> None:
         end = bytearray()
         pack_frame(end, lib.PC_FRAME_END, 0, 0, 0, None, b"")
         with contextlib.suppress(trio.BrokenResourceError):  # the control connection shows it, too

@@ -9,7 +9,7 @@ a `_bridge.Bridge` at the end of the attacher's own connection the place of the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -26,7 +26,7 @@ from postcopy.machines.image import ImageMachine
 from postcopy.memory import Memory
 from postcopy.migration.connection import HEARTBEAT_S
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net import Acceptor, Address, parse_address
+from postcopy.net import Acceptor, Address, Asking, Protection, parse_address
 from postcopy.wire import State
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,9 @@ async def serve(
     max_fetch_pages: int = 256,
     fault_around_pages: int = 1,
     heartbeat_s: float = HEARTBEAT_S,
+    tls: str | None = None,
+    tls_authz: Sequence[str] = (),
+    insecure: bool = False,
     task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves `memory` to any number of attachers, one after the other and `max_attachers` at a time, until cancelled:
@@ -77,8 +80,11 @@ async def serve(
     It may also be a page source of one block, which then answers the attachers; the last three options are those of
     `attach_source` and hold for each of them. When a fetch fails, that attacher's source is lost. Nothing is pushed.
 
-    `listen` is HOST:PORT, port 0 lets the system choose; without it only this host can attach. Every program that can
-    reach the port can read the memory, and pages are not encrypted. `max_bandwidth_bytes_per_s` limits what is pushed
+    `listen` is HOST:PORT, port 0 lets the system choose; without it only this host can attach. For other hosts `tls` is
+    a directory with ``ca-cert.pem``, ``server-cert.pem`` and ``server-key.pem``: an attacher needs a certificate of the
+    same authority, and one that `tls_authz` allows, where there are such patterns (as ``--tls-authz`` has them).
+    Without it an address beyond this host is refused, unless `insecure` says that everyone who can reach the port may
+    read the memory. `max_bandwidth_bytes_per_s` limits what is pushed
     to those that attach with `background`, 0 is no limit; requested pages are never held up. `heartbeat_s` as with
     `attach`.
 
@@ -87,6 +93,7 @@ async def serve(
     """
     require_trio("postcopy.serve", "postcopy.lazy.blocking.serve")
     where = parse_address(listen, listening=True) if isinstance(listen, str) else listen
+    protection = Protection.of(tls, authz=tls_authz, insecure=insecure)
     with _served(memory) as (served, size_bytes):
         machine = ImageMachine(served, size_bytes, verify=False, path="(served memory)")
         machine.detach_memory()  # `_served` has it
@@ -107,10 +114,12 @@ async def serve(
             def make_server(_: int) -> PageServer:
                 return cast(PageServer, BridgeServer(make_bridge, nursery))  # which has what a migration uses
 
-        def why_refused(waiting: int) -> str:
-            return "too many attachers at the same time" if server.attached + waiting >= max_attachers else ""
+        def why_refused(asking: Asking) -> str:
+            return (
+                "too many attachers at the same time" if server.attached + len(asking.waiting) >= max_attachers else ""
+            )
 
-        acceptor = await Acceptor.open(where, "source", why_refused)
+        acceptor = await Acceptor.open(where, "source", why_refused, protection=protection)
         server = Server(acceptor)
         try:
             await machine.boot()

@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
-import os
 import select
 import time
 from typing import Generic, TypeVar
@@ -15,6 +14,7 @@ from typing import Generic, TypeVar
 import trio
 
 from postcopy.errors import ConnectionLost, MigrationError, PeerError, PostcopyError, ProtocolError
+from postcopy.tls import InPlace, in_place
 from postcopy.wire import (
     Abort,
     DestinationProtocol,
@@ -96,11 +96,11 @@ class Control(Generic[P]):
         self.received_ns = 0  # when something came, the last time
         self._hurry_until_s = -math.inf  # real time
         self._patience_s = PATIENCE_S
-        # A socket is read here, in one step with handing the bytes to the protocol, so that two tasks may do so.
-        self._socket = stream.socket if isinstance(stream, trio.SocketStream) else None
+        # It is read here, in one step with handing the bytes to the protocol, so that two tasks may do so.
+        self._in_place = in_place(stream)
         self._poll = select.poll()
-        if self._socket is not None:
-            self._poll.register(self._socket.fileno(), select.POLLIN)
+        if self._in_place is not None:
+            self._poll.register(self._in_place.socket.fileno(), select.POLLIN)
         self._at_once = False  # what came last was not waited for
         self._idle: trio.CancelScope | None = None  # of the receiver, which has delivered all and waits for the socket
 
@@ -124,7 +124,7 @@ class Control(Generic[P]):
                 raise PeerError(self.protocol.reason or "the control connection is broken: a message was sent in part")
             await trio.lowlevel.checkpoint_if_cancelled()  # here, where nothing is torn by it
             self._torn = True
-            sent = self._send_in_place(data)
+            sent = self._send_in_place(data[:SEND_BYTES])
             try:
                 for at in range(sent, len(data), SEND_BYTES):
                     with trio.fail_after(STEP_TIMEOUT_S):
@@ -141,11 +141,11 @@ class Control(Generic[P]):
 
     def _send_in_place(self, data: bytes) -> int:
         """How much of it has been sent at once."""
-        if self._socket is None or time.monotonic() >= self._hurry_until_s:
+        if self._in_place is None or time.monotonic() >= self._hurry_until_s:
             return 0
         try:
-            return os.write(self._socket.fileno(), data)
-        except OSError:  # not now; or what the stream will say in its own words
+            return self._in_place.write_now(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):  # the stream will say so
             return 0
 
     async def _acquire_sending(self) -> None:
@@ -222,41 +222,30 @@ class Control(Generic[P]):
             # A second look, since it may have been this process that has not run for so long.
             for within_s in (self._silence_s, LAST_LOOK_S):
                 with trio.move_on_after(within_s):
-                    if self._socket is None:
+                    if self._in_place is None:
                         return bytes(await self._stream.receive_some(RECEIVE_BYTES))
-                    return await self._read(self._socket)
+                    return await self._read(self._in_place)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise self._lost(error) from error
         raise ConnectionLost(f"no sign of life from {self.protocol.PEER} for {self._silence_s:g} s")
 
-    async def _read(self, socket: trio.socket.SocketType) -> bytes | None:
+    async def _read(self, stream: InPlace) -> bytes | None:
         """As `_receive_some`. No task runs between the reading of bytes and the return."""
         if self._at_once:  # the others get their turn, however fast the peer sends
             self._at_once = False
             await trio.lowlevel.checkpoint()
         self._at_once = True
-        while (data := self._read_now(socket)) is None:
+        while (data := stream.read_now(RECEIVE_BYTES)) is None:
             self._at_once = False
             with trio.CancelScope() as scope:
                 self._idle = scope
                 try:
-                    await trio.lowlevel.wait_readable(socket)
+                    await trio.lowlevel.wait_readable(stream.socket)
                 finally:
                     self._idle = None
             if scope.cancel_called:
                 return None
         return data
-
-    def _read_now(self, socket: trio.socket.SocketType) -> bytes | None:
-        """What has come; empty at the end, None when there is nothing yet."""
-        try:
-            return os.read(socket.fileno(), RECEIVE_BYTES)
-        except BlockingIOError:
-            return None
-        except OSError as error:
-            if error.errno == errno.EBADF:
-                raise trio.ClosedResourceError("it was closed here") from None
-            raise trio.BrokenResourceError(str(error)) from error
 
     def _take(self, data: bytes) -> None:
         self.received_ns = time.monotonic_ns()
@@ -268,20 +257,22 @@ class Control(Generic[P]):
 
         The thread sleeps meanwhile. One that looks again and again has used up its share of a busy processor when the
         message comes."""
-        receiver, socket, began_s = self._idle, self._socket, time.monotonic()
+        receiver, stream, began_s = self._idle, self._in_place, time.monotonic()
         until_s = min(self._hurry_until_s, began_s + min(IN_PLACE_S, self._patience_s))
-        if receiver is None or socket is None:
+        if receiver is None or stream is None:
             return None
         message = None
         try:
             while message is None and not self.protocol.ended and (left_s := until_s - time.monotonic()) > 0:
                 if (next_message := self.protocol.next_message()) is not None:
                     message = self._sorted(next_message)
-                elif events := self._poll.poll(left_s * 1000):
-                    data = self._read_now(socket) if events[0][1] == select.POLLIN else None
-                    if not data:
+                elif stream.pending or [event for _, event in self._poll.poll(left_s * 1000)] == [select.POLLIN]:
+                    if (data := stream.read_now(RECEIVE_BYTES)) == b"":
                         break
-                    self._take(data)
+                    if data is not None:  # (half a record is nothing yet)
+                        self._take(data)
+                else:
+                    break
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # seen again at the next reading
         finally:

@@ -51,6 +51,7 @@ from postcopy.migration.maps import digest_of, receive_maps, send_maps
 from postcopy.migration.statistics import Breakdown, Latency, Statistics, natural
 from postcopy.migration.tasks import explained, now_ns
 from postcopy.net import Link, OpenChannels, Session
+from postcopy.tls import DataChannel
 from postcopy.uffd import How
 from postcopy.wire import DestinationProtocol, EndedElsewhere, State
 
@@ -134,7 +135,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         self._doubt_for_s = doubt_for_s
         self._lent = 0  # shards whose userfaultfd was lent
         self._process_ended = False  # that of a machine whose memory is another process's
-        self._held: dict[int, FdHolder] = {}  # urgent connections of those that were not yet, by shard
+        self._held: dict[int, DataChannel] = {}  # urgent connections of those that were not yet, by shard
         self._last_word_s = LAST_WORD_S if link.version >= 3 else ACK_TIMEOUT_S
 
     # ---- looking at it
@@ -327,11 +328,11 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         """What is pending is requested (again) at once."""
         self._pushing = set(range(self._bulk_channels))
 
-        def attach_urgent(shard: int, fd: int) -> None:
+        def attach_urgent(shard: int, fd: int, *, tls: Any) -> None:
             if machine.lends and shard >= self._lent:
-                self._held[shard] = FdHolder(fd)
+                self._held[shard] = DataChannel(FdHolder(fd), tls)
             else:
-                pager.attach_urgent(shard, fd)
+                pager.attach_urgent(shard, fd, tls=tls)
 
         await self._attach(open_channels, machine.shards, self._bulk_channels, attach_urgent, pager.attach_bulk)
 
@@ -342,7 +343,8 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         self._lent += 1  # also when it cannot be armed: `close`
         for extent in extents:
             pager.arm_at(shard, extent.block, extent.first_page, extent.pages, extent.address)
-        pager.attach_urgent(shard, self._held.pop(shard).detach())
+        fd, tls = self._held.pop(shard).detach()
+        pager.attach_urgent(shard, fd, tls=tls)
         await pager.confirm()
 
     async def _start(self, control: Control[DestinationProtocol], machine: Machine) -> None:

@@ -48,6 +48,7 @@ from postcopy.migration.maps import Disagreement
 from postcopy.migration.statistics import Breakdown, Recoveries, Statistics
 from postcopy.migration.tasks import FirstFailure, Interrupted, explained, first_of, now_ns
 from postcopy.net import Address, CallingLink, Link, OpenChannels, Reconnector, Session, keep_alive
+from postcopy.tls import PeerCertificate
 from postcopy.wire import Ended, EndedElsewhere, RefusedError, State
 from postcopy.wire.states import LOST
 
@@ -105,6 +106,9 @@ class Engine(abc.ABC, Generic[P, D]):
         # Whether its owner begins it again, now that it has ended: see `may_try_again`. It is `connecting` until then.
         self.is_begun_again: Callable[[], bool] = lambda: False
         self.peer = peer
+        # Who the peer is (`Link.identity`), and its certificate where there is one: of the newest connection.
+        self.identity = ""
+        self.certificate: PeerCertificate | None = None
         self.failure: PostcopyError | None = None
         self.paused = trio.Event()  # set when the peer was lost behind the point of no return, the first time
         self.over = False  # there is no connection, and none is looked for
@@ -232,20 +236,21 @@ class Engine(abc.ABC, Generic[P, D]):
         `MigrationError` where the migration could not continue later."""
         self._steered().pause()
 
-    def recover(self, address: Address | None = None) -> None:
+    def recover(self, address: Address | None = None, tls_hostname: str | None = None) -> None:
         """Looks for the peer (again), at this address where one is given (see `reconnect_to`), also when it was given
         up: for as long as one that has just been lost. `MigrationError` where that would be in vain."""
         reconnector = self._steered()
         if address is not None:
-            self.reconnect_to(address)
+            self.reconnect_to(address, tls_hostname)
         self._search_again(reconnector)
 
-    def reconnect_to(self, address: Address) -> None:
+    def reconnect_to(self, address: Address, tls_hostname: str | None = None) -> None:
         """The peer is looked for there when the connection is lost, or at once when it has been. A connection that
-        works is left alone. `ConfigurationError` on the side that listens."""
+        works is left alone. `tls_hostname`: what its certificate must name from then on. `ConfigurationError` on the
+        side that listens."""
         if self._link is None:
             raise ConfigurationError("there has been no connection yet: cancel it, and migrate to the other address")
-        self._link.reconnect_to(address)
+        self._link.reconnect_to(address, tls_hostname)
 
     def _search_again(self, reconnector: Reconnector) -> None:
         self._searching_since_s = None
@@ -369,6 +374,7 @@ class Engine(abc.ABC, Generic[P, D]):
     async def _connected(self, link: Link, plan: Plan[P]) -> None:
         """The life of one connection: follows the plan, and sees to the machine when it has ended."""
         control: Control[P] = Control(link.control, self._protocol, self._heartbeat_s)
+        self.identity, self.certificate = link.identity, link.certificate
         self._protocol.receive_data(link.received)
         scope = self._scope = FirstFailure()
         self.failure = None
@@ -470,8 +476,8 @@ class Engine(abc.ABC, Generic[P, D]):
         open_channels: OpenChannels,
         shards: int,
         bulk_channels: int,
-        attach_urgent: Callable[[int, int], None],
-        attach_bulk: Callable[[int, int], None],
+        attach_urgent: Callable[..., None],
+        attach_bulk: Callable[..., None],
     ) -> None:
         """Gives the data plane its connections."""
         try:
@@ -481,12 +487,13 @@ class Engine(abc.ABC, Generic[P, D]):
         except PeerError as error:
             raise ConnectionLost(str(error)) from error
         try:
-            for (kind, index), fd in channels.items():
-                keep_alive(fd, data_silence_s(kind, self._heartbeat_s))
-                (attach_urgent if kind == "urgent" else attach_bulk)(index, fd.detach())
+            for (kind, index), channel in channels.items():
+                keep_alive(channel.fd, data_silence_s(kind, self._heartbeat_s))
+                fd, tls = channel.detach()
+                (attach_urgent if kind == "urgent" else attach_bulk)(index, fd, tls=tls)
         finally:
-            for fd in channels.values():
-                fd.close()  # those that were not given away
+            for channel in channels.values():
+                channel.close()  # those that were not given away
 
     async def _disconnect(self, data: D) -> None:
         """Ends the data channels, of which no end may be taken for that of the next ones."""

@@ -87,16 +87,26 @@ class Route:
     """Where the peer listens, for a side that connects. It may change while a migration lasts: that disturbs no
     connection, the next attempt to come back goes there. Trio thread only."""
 
-    def __init__(self, address: Address, look_up: Callable[[], Address] | None = None) -> None:
-        """`look_up` says where the peer is now, or raises `ConfigurationError`."""
+    def __init__(
+        self, address: Address, look_up: Callable[[], Address] | None = None, tls_hostname: str | None = None
+    ) -> None:
+        """`look_up` says where the peer is now, or raises `ConfigurationError`. `tls_hostname`: the name in the peer's
+        certificate, where it is not the host of the address."""
         self.address = address
+        self._tls_hostname = tls_hostname
         self._named = address  # as the user has written it; `address` may be what that resolved to
         self._look_up = look_up
         self._changed = trio.Event()
 
-    def change(self, address: Address) -> None:
+    @property
+    def tls_name(self) -> str:
+        """What the peer's certificate must name: a host as the user has written it, not what that resolved to."""
+        return self._tls_hostname or self._named.host.partition("%")[0]
+
+    def change(self, address: Address, tls_hostname: str | None = None) -> None:
         """From the next attempt on, which is made at once."""
         self._named = address
+        self._tls_hostname = tls_hostname or self._tls_hostname
         if address != self.address:
             log.warning("the peer is now looked for at %s", address)
             self.address = address

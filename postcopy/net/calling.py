@@ -18,11 +18,10 @@ from functools import partial
 
 import trio
 
-from postcopy._fd import FdHolder
 from postcopy.errors import ConfigurationError, PeerError, PostcopyError, ProtocolError, ResourceError
 from postcopy.net import backoff
 from postcopy.net.addresses import Address, Route
-from postcopy.net.connecting import connect, detach
+from postcopy.net.connecting import Caller
 from postcopy.net.endings import Code, Session
 from postcopy.net.link import (
     CHANNELS_TIMEOUT_S,
@@ -31,13 +30,18 @@ from postcopy.net.link import (
     Link,
     OpenChannels,
     Reconnector,
+    Stream,
     channel_keys,
 )
+from postcopy.net.protection import LOCAL, Protection
 from postcopy.net.sockets import address_of
+from postcopy.tls import DataChannel, detach
 from postcopy.wire import Ended, EndedElsewhere, Hello, RefusedError
 
 log = logging.getLogger(__name__)
 
+AT_A_TIME = 16
+"""So many data connections are opened beside each other."""
 RECONNECT_ATTEMPT_S = 1.0
 """An attempt that is not answered is begun anew: the network may have come back just after the kernel asked."""
 
@@ -45,12 +49,13 @@ RECONNECT_ATTEMPT_S = 1.0
 class CallingLink(Link):
     def __init__(
         self,
-        control: trio.SocketStream,
+        control: Stream,
         route: Route,
         asked: Address,
         side: str,
         version: int,
         replaceable: bool = False,
+        caller: Caller | None = None,
     ) -> None:
         """`asked`: the address of the route that has answered. `PeerError` when the peer is gone already; the stream
         is then closed."""
@@ -62,64 +67,113 @@ class CallingLink(Link):
         self._route = route
         self._side = side
         self._replaceable = replaceable
+        self._caller = caller or Caller()
         route.answered(asked, self.peer)
 
     @classmethod
     async def open(
-        cls, where: Address | Route, side: str, instance: bytes = b"", *, replaceable: bool = False
+        cls,
+        where: Address | Route,
+        side: str,
+        instance: bytes = b"",
+        *,
+        replaceable: bool = False,
+        protection: Protection = LOCAL,
     ) -> CallingLink:
         """Connects to a listening peer. `side` is what we are: ``source`` or ``dest``. `instance`: that of the
         `Acceptor` of the same process, where there is one; `ConfigurationError` when it is what answers. `replaceable`:
         a new migration is as good as this one, so that a peer which does not know it, as one that was started anew,
         ends it."""
         route = where if isinstance(where, Route) else Route(where)
-        asked = route.address
+        asked, caller = route.address, Caller(protection)
         try:
-            stream, version = await connect(asked, Hello("control", side, 0, b"", 0, instance=instance))
+            hello = Hello("control", side, 0, b"", 0, instance=instance)
+            stream, version = await caller.connect(asked, hello, name=route.tls_name)
         except RefusedError as error:
             if instance and error.code == Code.ITSELF:
                 raise ConfigurationError(
                     f"{asked}: this address is this daemon itself; name the address of another host"
                 ) from error
             raise
-        return cls(stream, route, asked, side, version, replaceable)
+        return cls(stream, route, asked, side, version, replaceable, caller)
 
-    def reconnect_to(self, address: Address) -> None:
-        self._route.change(address)
+    def reconnect_to(self, address: Address, tls_hostname: str | None = None) -> None:
+        self._route.change(address, tls_hostname)
 
     @contextlib.contextmanager
     def channel_set(self, session: Session) -> Iterator[OpenChannels]:
-        yield partial(self._open_channels, session)
+        try:
+            yield partial(self._open_channels, session)
+        finally:
+            self._caller.close_early()
 
     @contextlib.contextmanager
     def reconnector(self, session: Session) -> Iterator[Reconnector]:
-        yield CallingReconnector(self._route, self._side, session, self.version, self._replaceable)
+        caller = self._caller
+        try:
+            yield CallingReconnector(self._route, self._side, session, self.version, self._replaceable, caller)
+        finally:
+            caller.close_early()
 
-    async def _open_channels(self, session: Session, shards: int, bulk_channels: int) -> dict[ChannelKey, FdHolder]:
-        opened: dict[ChannelKey, FdHolder] = {}
+    async def _open_channels(self, session: Session, shards: int, bulk_channels: int) -> dict[ChannelKey, DataChannel]:
+        """Beside each other: one round trip for all, where the network can take them."""
+        caller = self._caller
+        opened: dict[ChannelKey, DataChannel] = {}
+        failures: list[Exception] = []
+        keys = iter(channel_keys(shards, bulk_channels))
+        early = caller.take_early()
+
+        async def open_some() -> None:
+            try:
+                for kind, index in keys:  # (shared by these tasks)
+                    hello = Hello(kind, self._side, index, session.migration, session.epoch)
+                    begun = early.pop(0) if early else None
+                    stream = await caller.connect_data(
+                        self.peer, hello, token=session.token, version=self.version, early=begun
+                    )
+                    opened[kind, index] = detach(stream)
+            except Exception as error:  # noqa: BLE001  # raised outside of the nursery, which would wrap it
+                failures.append(error)
+                nursery.cancel_scope.cancel()
+
         try:
             with trio.fail_after(CHANNELS_TIMEOUT_S):
-                for kind, index in channel_keys(shards, bulk_channels):
-                    hello = Hello(kind, self._side, index, session.migration, session.epoch)
-                    stream, _ = await connect(self.peer, hello, token=session.token, version=self.version)
-                    opened[kind, index] = detach(stream)
+                async with trio.open_nursery() as nursery:
+                    for _ in range(AT_A_TIME):
+                        nursery.start_soon(open_some)
+            for failure in failures:
+                raise failure
         except BaseException as error:
-            for fd in opened.values():
-                fd.close()
+            for channel in opened.values():
+                channel.close()
             if isinstance(error, trio.TooSlowError):
                 raise PeerError(f"{self.peer}: the data channels took more than {CHANNELS_TIMEOUT_S:g} s") from None
             raise
+        finally:
+            for opening in early:
+                opening.close()
+        caller.early = min(len(opened), AT_A_TIME)
         return opened
 
 
 class CallingReconnector(Reconnector):
-    def __init__(self, route: Route, side: str, session: Session, version: int, replaceable: bool = False) -> None:
+    def __init__(
+        self,
+        route: Route,
+        side: str,
+        session: Session,
+        version: int,
+        replaceable: bool = False,
+        caller: Caller | None = None,
+    ) -> None:
         super().__init__()
         self._route = route
         self._side = side
         self._session = session
         self._version = version
         self._replaceable = replaceable
+        self._caller = caller or Caller()
+        self._in_vain = False  # the last attempt was answered, and failed
         self._pause_s = 0.0  # before the next attempt
         self._lost_s = math.inf  # when the search began
         self._log_limit = backoff.LogLimit()
@@ -128,6 +182,7 @@ class CallingReconnector(Reconnector):
         super().went_on()
         self._pause_s = min(self._pause_s, backoff.CAP_S)
         self._lost_s = math.inf
+        self._in_vain = False
 
     def recover(self) -> None:
         super().recover()
@@ -142,7 +197,9 @@ class CallingReconnector(Reconnector):
             if stream is None:
                 continue
             with contextlib.suppress(PeerError):
-                link = CallingLink(stream, self._route, asked, self._side, self._version, self._replaceable)
+                link = CallingLink(
+                    stream, self._route, asked, self._side, self._version, self._replaceable, self._caller
+                )
                 self._lengthen_pause(backoff.PATIENT_CAP_S)  # no success yet: see `went_on`
                 return link, self._session
 
@@ -161,7 +218,7 @@ class CallingReconnector(Reconnector):
             await self._changed.wait()
         raise PeerError(PAUSED_BY_OPERATOR)
 
-    async def _attempt(self, how: Ended | None = None) -> tuple[Address, trio.SocketStream | None]:
+    async def _attempt(self, how: Ended | None = None) -> tuple[Address, Stream | None]:
         """When it is due, one call: which address was asked, and what it has answered. `EndedElsewhere`."""
         now_s = trio.current_time()
         self._lost_s = min(self._lost_s, now_s)
@@ -173,13 +230,23 @@ class CallingReconnector(Reconnector):
         session = self._session = replace(self._session, epoch=self._session.epoch + 1)
         hello = Hello("control", self._side, 0, session.migration, session.epoch, how or "")
         asked = self._route.address
+        early = 0 if self._in_vain or how is not None else self._caller.early
         try:
-            stream, _ = await connect(asked, hello, RECONNECT_ATTEMPT_S, token=session.token, version=self._version)
+            stream, _ = await self._caller.connect(
+                asked,
+                hello,
+                RECONNECT_ATTEMPT_S,
+                name=self._route.tls_name,
+                token=session.token,
+                version=self._version,
+                early=early,
+            )
             if not self.paused or how is not None:
                 return asked, stream
             stream.socket.close()
-        except (PeerError, ProtocolError, ResourceError) as error:
-            self._explain(error)
+        except (PeerError, ProtocolError, ResourceError, ConfigurationError) as error:
+            self._in_vain = self._caller.answered
+            self._explain(error)  # (an address of a peer file may be one that is refused)
         patient = trio.current_time() - self._lost_s > backoff.PATIENT_AFTER_S
         self._lengthen_pause(backoff.PATIENT_CAP_S if patient else max(backoff.CAP_S, self._pause_s))
         return asked, None

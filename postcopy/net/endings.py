@@ -40,6 +40,8 @@ class Code(enum.StrEnum):
     TOO_OFTEN = "too-often"
     MALFORMED = "malformed"
     ITSELF = "itself"
+    UNAUTHORISED = "unauthorised"
+    TLS_NEEDED = "tls-needed"
 
 
 class Refusal(Exception):

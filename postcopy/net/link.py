@@ -14,24 +14,29 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from postcopy._fd import FdHolder
 from postcopy.errors import ConfigurationError
 from postcopy.net.addresses import Address
 from postcopy.net.backoff import LASTING_S
 from postcopy.net.endings import Session
+from postcopy.tls import DataChannel, PeerCertificate, TlsStream
 from postcopy.wire import PROTOCOL_VERSION, Ended
 
 CHANNELS_TIMEOUT_S = 30.0
 PAUSED_BY_OPERATOR = "paused by the operator"
 
 ChannelKey = tuple[str, int]  # ("urgent", 3)
-OpenChannels = Callable[[int, int], Awaitable[dict[ChannelKey, FdHolder]]]
-"""With so many shards and bulk channels: all data channels, within `CHANNELS_TIMEOUT_S`. Called once; the descriptors
-are the caller's."""
+OpenChannels = Callable[[int, int], Awaitable[dict[ChannelKey, DataChannel]]]
+"""With so many shards and bulk channels: all data channels, within `CHANNELS_TIMEOUT_S`. Called once; they are the
+caller's."""
+Stream = trio.SocketStream | TlsStream
 
 
 def channel_keys(shards: int, bulk_channels: int) -> list[ChannelKey]:
     return [("urgent", shard) for shard in range(shards)] + [("bulk", number) for number in range(bulk_channels)]
+
+
+def identity(certificate: PeerCertificate | None, peer: Address) -> str:
+    return certificate.name if certificate is not None else peer.host
 
 
 class Reconnector(abc.ABC):
@@ -96,18 +101,23 @@ class Reconnector(abc.ABC):
 class Link(abc.ABC):
     """A control connection that has been welcomed, and the way to more connections with the same peer."""
 
-    def __init__(
-        self, control: trio.SocketStream, peer: Address, version: int = PROTOCOL_VERSION, received: bytes = b""
-    ) -> None:
+    def __init__(self, control: Stream, peer: Address, version: int = PROTOCOL_VERSION, received: bytes = b"") -> None:
         """`version` of the protocol is what is spoken on it, and on all that belong to it. `received`: what the peer
         has said on it already, for the protocol object."""
+        self.certificate: PeerCertificate | None = control.peer if isinstance(control, TlsStream) else None
         self.control = control
         self.received = received
         self.peer = peer
         self.version = version
 
-    def reconnect_to(self, address: Address) -> None:
-        """When the connection is lost (or has been), the peer is looked for there. `ConfigurationError` on the side
+    @property
+    def identity(self) -> str:
+        """Who the peer is: the name in its certificate; without TLS the address of its host."""
+        return identity(self.certificate, self.peer)
+
+    def reconnect_to(self, address: Address, tls_hostname: str | None = None) -> None:
+        """When the connection is lost (or has been), the peer is looked for there, under another name in its
+        certificate where one is given. `ConfigurationError` on the side
         that listens: it takes the peer from wherever it comes."""
         raise ConfigurationError(
             f"this side listens, and takes its peer from any address: {address} can only be named at the other side"

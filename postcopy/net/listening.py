@@ -13,11 +13,9 @@ from dataclasses import replace
 
 import trio
 
-from postcopy._fd import FdHolder
 from postcopy.errors import PeerError, ProtocolError
 from postcopy.net import backoff
 from postcopy.net.addresses import Address
-from postcopy.net.connecting import detach
 from postcopy.net.endings import Code, Endings, Refusal, Session, check_token, stale
 from postcopy.net.link import (
     CHANNELS_TIMEOUT_S,
@@ -25,8 +23,10 @@ from postcopy.net.link import (
     ChannelKey,
     Link,
     Reconnector,
+    Stream,
     channel_keys,
 )
+from postcopy.tls import DataChannel, detach
 from postcopy.wire import Ended, EndedElsewhere, Hello
 
 
@@ -39,7 +39,7 @@ class ListeningChannelSet:
         self._peer = peer
         self._wanted: set[ChannelKey] | None = None  # unknown until the destination has said how many shards it has
         self._reserved: set[ChannelKey] = set()
-        self._arrived: dict[ChannelKey, FdHolder] = {}
+        self._arrived: dict[ChannelKey, DataChannel] = {}
         self._changed = trio.Event()
 
     def reserve(self, hello: Hello, version: int) -> ChannelKey:
@@ -59,11 +59,11 @@ class ListeningChannelSet:
         """The peer that had reserved it went away before it was welcome."""
         self._reserved.discard(key)
 
-    def enter(self, key: ChannelKey, stream: trio.SocketStream) -> None:
+    def enter(self, key: ChannelKey, stream: Stream) -> None:
         self._arrived[key] = detach(stream)
         self._changed.set()
 
-    async def channels(self, shards: int, bulk_channels: int) -> dict[ChannelKey, FdHolder]:
+    async def channels(self, shards: int, bulk_channels: int) -> dict[ChannelKey, DataChannel]:
         self._wanted = set(channel_keys(shards, bulk_channels))
         for kind, index in self._reserved - self._wanted:
             raise ProtocolError(f"{self._peer}: opened {kind} channel {index}, which this migration does not have")
@@ -78,8 +78,8 @@ class ListeningChannelSet:
         return arrived
 
     def close(self) -> None:
-        for fd in self._arrived.values():
-            fd.close()
+        for channel in self._arrived.values():
+            channel.close()
         self._arrived.clear()
 
 

@@ -7,6 +7,7 @@ the same one for both. Peers of IPv4 are shown with their IPv4 address there.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import logging
@@ -19,6 +20,8 @@ import trio
 from postcopy.errors import NO_FILES, PeerError, ResourceError, out_of_files
 from postcopy.net.addresses import Address
 from postcopy.net.backoff import LogLimit
+from postcopy.net.protection import LOCAL, Protection
+from postcopy.tls import TlsStream
 from postcopy.wire import one_line
 
 NO_ROOM = NO_FILES | {errno.ENOMEM, errno.ENOBUFS}
@@ -35,12 +38,13 @@ log = logging.getLogger(__name__)
 # ---- listening
 
 
-async def open_listeners(address: Address) -> list[trio.SocketListener]:
+async def open_listeners(address: Address, protection: Protection = LOCAL) -> list[trio.SocketListener]:
     """Listens on every address that the host has by that name, at one port; without a host on every address of this
-    host, in both families where it has both. `ResourceError` when that is not possible."""
+    host, in both families where it has both. `ResourceError` when that is not possible, `ConfigurationError` for what
+    `protection` does not allow."""
     families: list[str] = []
     try:
-        return await _listeners(address, families)
+        return await _listeners(address, families, protection)
     except socket.gaierror as error:
         raise ResourceError(
             f"cannot listen on {address}: the name cannot be resolved ({error.strerror})",
@@ -63,9 +67,10 @@ async def open_listeners(address: Address) -> list[trio.SocketListener]:
         raise ResourceError(f"cannot listen on {address}{where}: {one_line(reason, 200)}", remedy) from error
 
 
-async def _listeners(address: Address, families: list[str]) -> list[trio.SocketListener]:
+async def _listeners(address: Address, families: list[str], protection: Protection) -> list[trio.SocketListener]:
     """`families`: what was tried, where the address does not say it."""
     if _is_everywhere(address.host):
+        protection.check(address, ["::"])
         families.append("IPv4 and IPv6")
         try:
             return [await _listener(socket.AF_INET6, "::", address.port, both=True)]
@@ -76,6 +81,7 @@ async def _listeners(address: Address, families: list[str]) -> list[trio.SocketL
         return [await _listener(socket.AF_INET, "0.0.0.0", address.port)]
     found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     targets = list(dict.fromkeys((family, _numeric(name)) for family, _, _, _, name in found))
+    protection.check(address, [host for _, host in targets])
     for attempt in range(SAME_PORT_TRIES):
         try:
             return await _listen_on_each(targets, address.port)
@@ -173,14 +179,16 @@ async def accept_from(
 # ---- connecting
 
 
-async def open_stream(address: Address, timeout_s: float) -> trio.SocketStream:
+async def open_stream(address: Address, timeout_s: float, protection: Protection = LOCAL) -> trio.SocketStream:
     """Connects to the first address of that name that answers. `PeerError` when none does, with all that were tried;
-    `ResourceError` where this host has no room for a connection."""
+    `ResourceError` where this host has no room for a connection, `ConfigurationError` for what `protection` does not
+    allow."""
     tried: dict[str, OSError | None] = {}
     try:
         with trio.fail_after(timeout_s):
-            found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-            stream = await _first_stream([_numeric(name) for *_, name in found], address.port, tried)
+            hosts = await _resolve(address)
+            protection.check(address, hosts)
+            stream = await _first_stream(hosts, address.port, tried)
     except trio.TooSlowError:
         raise PeerError(f"{address}: no answer within {timeout_s:g} s{_tried(address, tried)}") from None
     except socket.gaierror as error:
@@ -193,6 +201,18 @@ async def open_stream(address: Address, timeout_s: float) -> trio.SocketStream:
     if stream is None:
         raise _none_answers(address, tried)
     return stream
+
+
+async def check_reachable(address: Address, protection: Protection) -> None:
+    """`ConfigurationError` for an address to connect to that `protection` does not allow. Whether anything answers
+    there, and what is wrong with its name, is seen when it is called."""
+    with contextlib.suppress(OSError, UnicodeError, ValueError):
+        protection.check(address, await _resolve(address))
+
+
+async def _resolve(address: Address) -> list[str]:
+    found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    return [_numeric(name) for *_, name in found]
 
 
 async def _first_stream(hosts: list[str], port: int, tried: dict[str, OSError | None]) -> trio.SocketStream | None:
@@ -260,7 +280,7 @@ def _numeric(name: tuple[object, ...]) -> str:
     return f"{host}%{name[3]}" if len(name) == 4 and name[3] and "%" not in host else host
 
 
-def address_of(stream: trio.SocketStream) -> Address:
+def address_of(stream: trio.SocketStream | TlsStream) -> Address:
     """Where the other end is. `PeerError` when it is already gone."""
     try:
         name = stream.socket.getpeername()

@@ -104,6 +104,26 @@ class Pings(Record, kw_only=True):
     longest_gap_ms: Annotated[float, doc("The longest time between two answers, so with the cut cable.", "ms")]
 
 
+class Stranger(Record, kw_only=True):
+    """Somebody without a certificate of ours who has tried to send something to the destination (`demo --tls`)."""
+
+    how: Annotated[str, doc("How it connected.")]
+    let_in: Annotated[bool, doc("Whether it was not refused.")]
+    said: Annotated[str, doc("What it made of that.")]
+
+
+class DemoTls(Record, kw_only=True):
+    """What was seen of TLS (`demo --tls`, `--lab`)."""
+
+    strangers: Annotated[list[Stranger], doc("Who was to be refused.")]
+    connections: Annotated[
+        int | None, doc("That a relay between both sides has carried; null: there was none.", "connections")
+    ] = None
+    ciphertext: Annotated[int | None, doc("In encrypted records of TLS.", "bytes")] = None
+    opening: Annotated[int | None, doc("In records of TLS that open a connection or end one.", "bytes")] = None
+    readable: Annotated[int | None, doc("All the rest: in clear.", "bytes")] = None
+
+
 class DemoMove(Record, kw_only=True):
     """A move of `demo --machine qemu`: by postcopy, or by QEMU's own postcopy."""
 
@@ -143,6 +163,7 @@ class DemoResult(Counted, kw_only=True):
     verification: Annotated[list[Check], doc("What was verified.")]
     chaos: Annotated[Chaos | None, doc("With `--chaos`.")] = None
     lab: Annotated[DemoLab | None, doc("With `--lab`.")] = None
+    demo_tls: Annotated[DemoTls | None, doc("With `--tls`, and with `--lab` unless `--insecure`.")] = None
     pings: Annotated[Pings | None, doc("With `--lab --workload echo`.")] = None
     qemu: Annotated[DemoQemu | None, doc("With `--machine qemu`.")] = None
     source: Annotated[SourceResult | None, doc("The result of the source.")] = None

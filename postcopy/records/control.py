@@ -37,6 +37,14 @@ class Settings(Record, kw_only=True):
     recover_for: Annotated[float | Literal["forever"], doc("How long a peer that was lost is looked for.", "s")]
 
 
+class Certificate(Record, kw_only=True):
+    """One with which this process shows who it is (`--tls`)."""
+
+    role: Annotated[str, doc("Where it is shown: on connections that come, or that are made.", of="server|client")]
+    file: Annotated[str, doc("Path of it.")]
+    expires_at: Annotated[int, doc("When it ends, counted from the beginning of 1970, UTC.", "s")]
+
+
 class ProcessStatus(Record, kw_only=True):
     """How the process and its machines are."""
 
@@ -44,6 +52,7 @@ class ProcessStatus(Record, kw_only=True):
     pid: Annotated[int, doc("Of the process.")]
     listening: Annotated[list[str], doc("Addresses, as HOST:PORT.")]
     settings: Annotated[Settings, doc("What `set` can change.")]
+    certificates: Annotated[list[Certificate] | None, doc("Those that are in use; only with `--tls`.")] = None
     machines: Annotated[list[Machine], doc("Those that are here, on their way to here, or on their way from here.")]
 
 

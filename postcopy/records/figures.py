@@ -64,6 +64,14 @@ OF_PROCESS = (
         "Migrations that have ended in this process.",
         {"direction": "DIRECTION", "status": "STATUS"},
     ),
+    Metric(
+        "postcopy_certificate_expiry_timestamp_seconds",
+        "When a certificate of this process ends (`--tls`), since the beginning of 1970, UTC.",
+        {"role": "ROLE"},
+    ),
+    Metric(
+        "postcopy_unauthorised_total", "Connections that were refused since `--tls-authz` does not allow the peer.", {}
+    ),
 )
 """Those that no record has."""
 

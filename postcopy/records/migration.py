@@ -182,6 +182,23 @@ class Recoveries(Record, kw_only=True):
     ]  # fmt: skip
 
 
+class Tls(Record, kw_only=True):
+    """Who the other side is, by the certificate with which its newest control connection was made."""
+
+    peer_name: Annotated[str, doc("The first name in its certificate; its subject where that has none.")]
+    subject: Annotated[str, doc("Of its certificate, as RFC 2253 writes it.")]
+    resumed: Annotated[
+        bool,
+        doc("Whether that connection has taken up an earlier session: no certificate was sent for it.",
+            metric="postcopy_migration_tls_resumed"),
+    ]  # fmt: skip
+    expires_at: Annotated[
+        int,
+        doc("When its certificate ends, counted from the beginning of 1970, UTC.", "s",
+            metric="postcopy_migration_peer_certificate_expiry_timestamp_seconds"),
+    ]  # fmt: skip
+
+
 class OfMigration(Record, kw_only=True):
     """Which migration it is, and how it stands."""
 
@@ -193,6 +210,12 @@ class OfMigration(Record, kw_only=True):
         int | None,
         doc("How often it was begun: again when a connection was lost before the machine had left.", "attempts"),
     ] = None
+    encrypted: Annotated[
+        bool | None,
+        doc("Whether its connections are under TLS; not there before the first one.",
+            metric="postcopy_migration_encrypted", help="1: the connections of the migration are under TLS."),
+    ] = None  # fmt: skip
+    tls: Annotated[Tls | None, doc("Who the other side is; only where it is encrypted.")] = None
     status: Status
     error: Error
 

@@ -17,6 +17,8 @@ whose name is taken here is refused, and so goes on where it is.
 one whose source is gone after its commit waits for it and moves nothing. Memory is promised once (`_admission`), and
 some descriptors are there for each before it is let in: what PREPARED promises must be possible.
 
+**Peers.** None can take all of that: each has a share of the places (`_peers`).
+
 **Failures.** Each migration, and each machine's end, is contained (`contain`): whatever goes wrong in one, also a
 mistake of ours, is logged and ends that one. A machine that is this host's is never ended by it: it stays as it is, to
 be looked at, until an operator ends it.
@@ -35,21 +37,23 @@ import os
 import resource
 import secrets
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
 
 import trio
 
+from postcopy import machines
 from postcopy._blocking import keep_reserve
 from postcopy._stop import Stop
 from postcopy.errors import ConfigurationError, PostcopyError
+from postcopy.machines import BlockLayout
 from postcopy.machines.kinds import MachineOptions, create_source, is_live
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration
 from postcopy.migration.tasks import first_of
-from postcopy.net import Acceptor, Link, Route, parse_address
+from postcopy.net import Acceptor, Asking, Link, Route, parse_address
 from postcopy.output import Output
 from postcopy.records.control import EndedMachine, ProcessStatus, Steered
 from postcopy.records.events import (
@@ -62,6 +66,7 @@ from postcopy.records.events import (
 from postcopy.records.migration import Machine
 from postcopy.service import report
 from postcopy.service._contain import contained, contained_call
+from postcopy.service._peers import Shares
 from postcopy.service.config import DaemonConfig
 from postcopy.service.control import find, given_by_key, no_machine, process_status
 from postcopy.service.options import ONE_WAY, check_sending, is_name, record, sending
@@ -70,7 +75,9 @@ from postcopy.service.schema import COMMANDS, ControlError
 from postcopy.service.service import Owned, Phase, Request, Row, Service
 from postcopy.wire import State, one_line
 
-MAX_INCOMING = 16
+MAX_INCOMING = 32
+MAX_INCOMING_OF_ONE = 16
+"""Of one peer: it cannot take the places of all others."""
 MAX_MACHINES = 256
 MAX_LEFT = 16
 """Machines that have left of which the last numbers are kept for metrics."""
@@ -91,13 +98,16 @@ class Daemon(Service):
     names_machines = True
 
     def __init__(self, config: DaemonConfig, output: Output) -> None:
-        super().__init__(config.side, config.listen is not None, output, config.migration, config.arrival)
+        super().__init__(
+            config.side, config.listen is not None, output, config.migration, config.arrival, config.protection
+        )
         if config.name is not None and config.kind is None:
             raise ConfigurationError("--name goes with --machine")
         self._config = config
         self._nursery: trio.Nursery | None = None
         self._left: OrderedDict[str, Owned] = OrderedDict()
         self._sent = self._received = 0
+        self._shares = Shares(MAX_INCOMING_OF_ONE, config.max_machines_per_peer, config.max_memory_per_peer_bytes)
 
     # ---- running
 
@@ -280,7 +290,8 @@ class Daemon(Service):
 
     # ---- receiving
 
-    def _why_refused(self, waiting: int) -> str:
+    def _why_refused(self, asking: Asking) -> str:
+        waiting = len(asking.waiting)
         if self.stop.is_set():
             return "this daemon is about to end"
         arriving = [owned for owned in self.machines if owned.phase is Phase.ARRIVING]
@@ -290,6 +301,9 @@ class Daemon(Service):
             return "too many machines are on their way to here"
         if len(self.machines) + waiting >= MAX_MACHINES:
             return f"there are {MAX_MACHINES} machines here already"
+        of_it = asking.waiting.count(asking.identity)
+        if reason := self._shares.why_refused(asking.identity, of_it, self.machines, active):
+            return reason
         undecided = waiting + sum(not owned.decided for owned in arriving)
         if _free_descriptors() < DESCRIPTORS * (undecided + 1):
             return "this daemon has too few file descriptors left (ulimit -n, LimitNOFILE= of the unit)"
@@ -305,6 +319,7 @@ class Daemon(Service):
                 log.error("%s: %s", link.peer, error)
                 link.control.socket.close()
                 continue
+            owned.peer = link.identity
             nursery.start_soon(self._receive, owned, link)
 
     async def _receive(self, owned: Owned, link: Link) -> None:
@@ -324,6 +339,7 @@ class Daemon(Service):
                         await contained(f"the end of what came from {link.peer}", migration.close)
                     link.control.socket.close()  # where the migration has not come to it
                     self._forget(owned)
+                    self._shares.came_to_nothing(owned.peer)
                 else:
                     owned.phase = Phase.HERE
                     self.changed()
@@ -343,6 +359,12 @@ class Daemon(Service):
             await migration.hand_over()
         except PostcopyError as error:
             log.error("%s: the machine runs on, what is stuck of its pager is kept: %s", owned.name, error)
+
+    def make_arriving(
+        self, owned: Owned, kind: str, config: Mapping[str, Any], layout: Sequence[BlockLayout]
+    ) -> machines.Machine:
+        self._shares.check_memory(owned.peer, sum(block.size_bytes for block in layout), self.machines)
+        return super().make_arriving(owned, kind, config, layout)
 
     def name_arriving(self, owned: Owned, kind: str, config: Mapping[str, Any]) -> str:
         """The name that its source says."""
@@ -431,7 +453,7 @@ class Daemon(Service):
             check_sending(given, how)
         except ConfigurationError as error:
             raise ControlError("BadArguments", str(error)) from error
-        to = Route(address)
+        to = Route(address, tls_hostname=arguments.get("tls-hostname"))
         migration = self.leave(owned, to, owned.name, how)
         assert self._nursery is not None
         self._nursery.start_soon(self._send, owned, to)
@@ -439,7 +461,8 @@ class Daemon(Service):
         while owned.phase is Phase.LEAVING and migration.connecting:
             await self.changes.wait()
         if migration.connecting:  # and never will be
-            raise ControlError("Failed", f"{owned.name} is not on its way: {migration.status}: {migration.failure}")
+            kind = "BadArguments" if isinstance(migration.failure, ConfigurationError) else "Failed"
+            raise ControlError(kind, f"{owned.name} is not on its way: {migration.status}: {migration.failure}")
         return Steered(machine=owned.name, migration_id=migration.migration_id)
 
     def _check_not_ending(self) -> None:

@@ -17,7 +17,7 @@ from postcopy.migration import salvage
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceOptions
 from postcopy.migration.tasks import Interrupted, first_of, now_ns
-from postcopy.net import Acceptor, Address, CallingLink, Link, Route
+from postcopy.net import Acceptor, Address, Asking, Link, Route
 from postcopy.output import Output
 from postcopy.records.events import Progress
 from postcopy.service import report
@@ -37,7 +37,7 @@ class Destination(Service):
 
     def __init__(self, config: DestinationConfig, output: Output) -> None:
         options = SourceOptions(heartbeat_s=config.heartbeat_s, recover_for_s=config.recover_for_s)
-        super().__init__("dest", config.listen is not None, output, options, config.arrival)
+        super().__init__("dest", config.listen is not None, output, options, config.arrival, config.protection)
         self._config = config
         self._check: Check | None = None
         self._dumped: str | None = None
@@ -149,7 +149,7 @@ class Destination(Service):
             with trio.move_on_after(left_s):
                 await trio.sleep(pause_s)
                 route.refresh()
-                return await CallingLink.open(route, "dest")
+                return await self.call(route, "dest")
             raise PeerError(f"{route.address}: not reached again within {left_s:g} s (--recover-for)")
 
         while True:
@@ -203,8 +203,8 @@ class Destination(Service):
             raise Interrupted(f"interrupted before {what}")
         return found[0]
 
-    def _why_refused(self, waiting: int) -> str:
-        return "busy with another source" if self.machines or waiting else ""
+    def _why_refused(self, asking: Asking) -> str:
+        return "busy with another source" if self.machines or asking.waiting else ""
 
     async def _receive(self, link: Link, attempts: Attempts | None = None) -> DestinationMigration:
         (owned,) = self.machines

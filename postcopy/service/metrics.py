@@ -28,6 +28,7 @@ from postcopy.errors import ConfigurationError, PostcopyError, ResourceError
 from postcopy.machines import Machine as AnyMachine
 from postcopy.migration.destination import DestinationMigration
 from postcopy.records import Record
+from postcopy.records.control import Certificate
 from postcopy.records.figures import OF_PROCESS, Metric, figures, metrics
 from postcopy.records.migration import STATUSES, Machine
 from postcopy.records.migration import Migration as MigrationRecord
@@ -49,8 +50,16 @@ Machines = Callable[[], Iterable[tuple[str, AnyMachine | None, Migration | None]
 class Metrics(Collector):
     """Looks at the machines whenever it is asked."""
 
-    def __init__(self, machines: Machines) -> None:
+    def __init__(
+        self,
+        machines: Machines,
+        certificates: Callable[[], Iterable[Certificate]] = tuple,
+        unauthorised: Callable[[], int] = int,
+    ) -> None:
+        """`certificates`: those of this process; `unauthorised`: how many connections it has refused for that."""
         self._machines = machines
+        self._certificates = certificates
+        self._unauthorised = unauthorised
         self._ended: Counter[tuple[str, str]] = Counter()
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
@@ -66,15 +75,18 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Family | HistogramMetricFamily]:
         """For the registry."""
-        info, ended = map(family_of, OF_PROCESS)
+        info, ended, expiry, unauthorised = map(family_of, OF_PROCESS)
+        unauthorised.add_metric([], self._unauthorised())
         info.add_metric([__version__], 1)
         for direction in ("incoming", "outgoing"):
             for status in ENDS:
                 ended.add_metric([direction, status], self._ended[direction, status])
+        for certificate in self._certificates():
+            expiry.add_metric([certificate.role], certificate.expires_at)
         families = _Families()
         for row in self._machines():
             families.fill(*row)
-        yield from (info, ended, *families)
+        yield from (info, ended, expiry, unauthorised, *families)
 
 
 class _Families:

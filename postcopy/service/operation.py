@@ -13,12 +13,12 @@ import trio
 
 from postcopy._stop import Stop
 from postcopy.errors import PostcopyError
-from postcopy.net import everywhere
+from postcopy.net import Protection, everywhere
 from postcopy.output import Output, count_machines
 from postcopy.output.words import format_count
 from postcopy.records import Record
 from postcopy.records.events import MetricsAddress
-from postcopy.service import notify
+from postcopy.service import notify, report
 from postcopy.service._contain import contained, contained_call
 from postcopy.service.config import OperatingOptions
 from postcopy.service.control import ControlHandler
@@ -45,6 +45,7 @@ class Operated(Protocol):
     side: str
     listens: bool
     control: str | None
+    protection: Protection
 
     async def run(self, stop: Stop) -> bool: ...
     def needed(self) -> str: ...
@@ -137,7 +138,11 @@ class Operation:
         from postcopy.service.metrics import CONTENT_TYPE, Metrics, MetricsFile
 
         service = self._service
-        self._metrics = Metrics(service.all_rows) if isinstance(service, Service) else service.make_metrics()
+        if isinstance(service, Service):
+            certificates = partial(report.certificates, service.protection)
+            self._metrics = Metrics(service.all_rows, certificates, lambda: service.unauthorised)
+        else:
+            self._metrics = service.make_metrics()
         tasks: list[Task] = []
         if self._options.metrics_file is not None:
             self._file = MetricsFile(self._options.metrics_file)
@@ -145,14 +150,20 @@ class Operation:
         if self._options.metrics is None:
             return tasks
         server = await HttpServer.open(
-            parse_metrics_address(self._options.metrics), "/metrics", CONTENT_TYPE, self._metrics.text
+            parse_metrics_address(self._options.metrics),
+            "/metrics",
+            CONTENT_TYPE,
+            self._metrics.text,
+            service.protection,
         )
         for address in server.addresses:
-            self._output.emit("metrics", MetricsAddress(side=self._side, address=str(address)))
+            self._output.emit(
+                "metrics", MetricsAddress(side=self._side, address=str(address), encrypted=server.encrypted)
+            )
         families = everywhere(server.addresses)
         where = f"HOST:{server.addresses[0].port}" if families else server.addresses[0]
         note = f", on every address of this host ({families})" if families else ""
-        self._output.say(f"{self._side}: metrics at http://{where}/metrics{note}")
+        self._output.say(f"{self._side}: metrics at http{'s' * server.encrypted}://{where}/metrics{note}")
         return [*tasks, server.serve]
 
     async def _say_stopping(self, stop: Stop) -> None:

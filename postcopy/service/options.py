@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 
 from postcopy._files import absolute, explain_bad_name
 from postcopy.errors import ConfigurationError
+from postcopy.machines.firecracker.opened import parse_allowed
 from postcopy.machines.kinds import BACKINGS, KINDS, is_live, parse_pairs
 from postcopy.machines.toy.machine import WORKLOADS, ToyOptions
 from postcopy.machines.toy.tap import format_ipv4, format_mac, parse_ipv4, parse_mac, parse_net
@@ -30,6 +31,7 @@ from postcopy.migration.precopy import Mode
 from postcopy.migration.source import SourceOptions, bulk_channels_for_host
 from postcopy.net import parse_address
 from postcopy.service.config import ArrivalOptions, DaemonConfig, DestinationConfig, PagerConfig, SourceConfig
+from postcopy.tls import parse_pattern
 from postcopy.units import (
     FOREVER,
     MAX_SECONDS,
@@ -52,6 +54,7 @@ LOG_LEVEL = "warning"
 DEFAULTS = SourceOptions()
 
 _MAX_TEXT_CHARS = 4096
+_MAX_REPEATS = 256
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 """Of a machine: a word that needs no quoting in a shell, a metric's label or a log line."""
 
@@ -70,6 +73,7 @@ class Option:
     nargs: str | None = None  # as argparse's
     positional: bool = False
     required: bool = False
+    repeats: bool = False  # it may be given several times; the record has a tuple of all values
     words: tuple[str, ...] = ()  # of which the value is one
     json_unit: str = ""  # of a number in JSON, which has no unit of its own
 
@@ -81,17 +85,24 @@ class Option:
         """What is to be written for this value."""
         if self.flag:
             return [f"--{self.name}"] if value else [f"--no-{self.name}"] if self.flag == "set or not" else []
-        return [f"--{self.name}", self.format(value)]
+        return [word for one in (value if self.repeats else (value,)) for word in (f"--{self.name}", self.format(one))]
 
     def to_json(self, value: Any) -> Any:
         """What `from_json` reads: a value as JSON has it, which knows no infinity. For another process, whose current
         directory is not ours."""
+        if self.repeats:
+            return [replace(self, repeats=False).to_json(one) for one in value]
         if self.parse is parse_path:
             return absolute(value)
         return self.format(value) if isinstance(value, float) and math.isinf(value) else value
 
     def from_json(self, value: object) -> Any:
-        """The value of one in JSON: true or false, a number, or the text that a user would write."""
+        """The value of one in JSON: true or false, a number, or the text that a user would write; a list of those where
+        the option repeats."""
+        if self.repeats:
+            if not isinstance(value, list) or len(value) > _MAX_REPEATS:
+                raise ConfigurationError(f"must be a list of at most {_MAX_REPEATS}")
+            return tuple(replace(self, repeats=False).from_json(one) for one in value)
         if self.flag:
             if not isinstance(value, bool):
                 raise ConfigurationError("must be true or false")
@@ -268,9 +279,26 @@ def _check_drives(text: str) -> str:
     return text
 
 
+def _check_allowed(text: str) -> str:
+    parse_allowed(text)
+    return text
+
+
 def check_address(text: str, *, listening: bool = False) -> str:
     """It is looked up when it is needed."""
     parse_address(text, listening=listening)
+    return text
+
+
+def _check_hostname(text: str) -> str:
+    """A name or a number, as a certificate has it."""
+    if not re.fullmatch(r"[A-Za-z0-9._:-]{1,253}", text):
+        raise ConfigurationError(f"{text[:80]!r} is no name of a host: write it as in its certificate, without a port")
+    return text
+
+
+def _check_authorisation(text: str) -> str:
+    parse_pattern(text)
     return text
 
 
@@ -383,6 +411,12 @@ QEMU = Option("qemu", "qemu: start it for a machine that comes, with this comman
               " a monitor, -incoming and the preload library are added", "COMMAND", _parse_command, shlex.join)
 DRIVE = Option("drive", "firecracker: where a disk is on this host, if not under the name that it has at the source",
                "ID=PATH[,...]", _check_drives)
+ALLOW = Option("allow", "firecracker: what a machine that comes may use here under the name that its source gives: an"
+               " absolute path, DIRECTORY/ for all below it, or tap:NAME; * stands for any characters but /",
+               "PATTERN[,...]", _check_allowed)
+MACHINES_OF_ONE = whole("max-machines-per-peer", "number of machines that one peer (the name in its certificate, or its"
+                        " host without TLS) may have sent here", 1, 256)
+MEMORY_OF_ONE = size("max-memory-per-peer", "memory of these machines together (default: no limit)")
 NAME = Option("name", "name of that machine (default: its kind and random digits)", "NAME", parse_name)
 FROM = path("from", "start the machine that DIR holds, which --salvage or `postcopy merge --into` has written", "DIR",
             "path")
@@ -392,6 +426,16 @@ LISTEN = Option("listen", "wait for the other side at this address; without HOST
 CONNECT = Option("connect", "connect to the other side, which listens at this address", "HOST:PORT", parse_address)
 PEER_FILE = path("peer-file", "connect to the HOST:PORT in FILE, which is read again when the connection is lost and"
                  " at SIGHUP")
+TLS = path("tls", "encrypt and authenticate all connections with other hosts; DIR has ca-cert.pem, server-cert.pem and"
+           " server-key.pem to listen, client-cert.pem and client-key.pem to connect, as `postcopy tls issue` makes"
+           " them", "DIR")
+TLS_HOSTNAME = Option("tls-hostname", "name that the certificate of the other side must have (default: the host that is"
+                      " connected to)", "NAME", _check_hostname)
+TLS_AUTHZ = Option("tls-authz", "who may send machines to here (send:), take them from here (take:), or both, by a name"
+                   " in its certificate or, with =, its subject; * stands for a part of a name; repeatable (default:"
+                   " everyone whom the CA has signed)", "[send:|take:]PATTERN", _check_authorisation, repeats=True)
+INSECURE = flag("insecure", "allow connections beyond this host without TLS: everyone on the network can then read the"
+                " memory, change it, and send machines")
 HOLD = flag("hold", "keep the machine running here until `postcopy ctl migrate`")
 
 BACKING = choice("backing", BACKINGS, "kind of memory that the machine gets")
@@ -493,8 +537,8 @@ def _operating(control_default: str) -> Group:
         "operation",
         replace(CONTROL, help="control socket for `postcopy ctl`, accessible to this user and root only"
                 f" (default: {control_default})"),
-        Option("metrics", "serve Prometheus metrics at http://HOST:PORT/metrics; without HOST to this host only",
-               "[HOST]:PORT", _check_metrics),
+        Option("metrics", "serve Prometheus metrics at http://HOST:PORT/metrics; without HOST to this host only; beyond"
+               " it https, with --tls", "[HOST]:PORT", _check_metrics),
         path("metrics-file", "write the metrics to this file when a migration has ended", "FILE.prom"),
         USER,
     )
@@ -508,24 +552,27 @@ OUTPUT = Group(
 )
 _NETS = replace(NET, help="workload echo: TAP device on this host; firecracker: that of each interface, where it is"
                 " another one than at the source", metavar="tap:NAME|IFACE=TAP[,...]", parse=_check_nets)
+_CALLING_TLS = Group("TLS", TLS, TLS_HOSTNAME, TLS_AUTHZ, INSECURE)
 _LOST = Group("when the network fails", HEARTBEAT, RECOVER_FOR, SALVAGE)
 COMMANDS: Mapping[str, tuple[Group, ...]] = {
     "source": (
         Group("machine", OneOf(KIND, FROM), *MACHINE),
         FROM_OPTIONS,
         Group("destination", OneOf(HOLD, LISTEN, CONNECT, PEER_FILE)),
+        _CALLING_TLS,
         Group("migration", MIGRATE_AFTER, SERVE, ON_FAILURE, BACKING, BUSY_POLL, *SENDING),
         _LOST,
         _operating(f"none; with --hold {DEFAULT_CONTROL}"), OUTPUT,
     ),
     "dest": (
         Group("source", OneOf(LISTEN, CONNECT, PEER_FILE)),
+        _CALLING_TLS,
         Group("machine",
               replace(KIND, help="take a machine of this kind only (default: any)", field="takes"),
               replace(DISK, help="workload disk: file of the guest's disk on this host"),
               _NETS,
               replace(API_SOCKET, help="firecracker: API socket of one that was started and told nothing yet"),
-              FIRECRACKER, DRIVE,
+              FIRECRACKER, DRIVE, ALLOW,
               replace(QMP, help="qemu: a QMP monitor of one that `postcopy run` has started with -incoming defer -S"),
               QEMU, PRELOAD, RUN_FOR, DUMP, VERIFY),
         Group("migration", BACKING, BUSY_POLL, PAGER),
@@ -535,14 +582,16 @@ COMMANDS: Mapping[str, tuple[Group, ...]] = {
     "daemon": (
         Group("other hosts", replace(LISTEN, help="receive machines at this address; without HOST, as [::], at every"
                                      " address of this host; port 0: any free port")),
+        Group("TLS", TLS, TLS_AUTHZ, INSECURE),
         Group("machine to begin with", LIVE_KIND, NAME, *(_NETS if each is NET else each for each in LIVE_MACHINE)),
-        Group("machines that come", FIRECRACKER, DRIVE, QEMU),
+        Group("machines that come", FIRECRACKER, DRIVE, ALLOW, QEMU, MACHINES_OF_ONE, MEMORY_OF_ONE),
         Group("migration", BACKING, BUSY_POLL, PAGER, *SENDING),
         Group("when the network fails", HEARTBEAT, RECOVER_FOR),
         _operating(DEFAULT_CONTROL), OUTPUT,
     ),
     "pager": (
         Group("virtual machines", PAGER_SOCKET, PAGER_SOURCE, ALLOW_UID, MAX_VMS, MAX_MEMORY),
+        _CALLING_TLS,
         Group("pages", PREFETCH, SET_FILE, RECORD_SET, RECORD_FOR, READERS, BUSY_POLL),
         Group("when something fails", PAGER_LOST, RECOVER_FOR, KEEPER, RESTART_BURST),
         _operating("none"), OUTPUT,

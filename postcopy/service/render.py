@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from postcopy.output.words import AT_DESTINATION, AT_SOURCE, format_count, format_duration, format_parts, in_round
@@ -50,6 +51,10 @@ def _rows(rows: list[tuple[str, str]]) -> str:
 def _process_rows(status: Json) -> list[tuple[str, str]]:
     rows = [("Side", str(status.get("side"))), ("Process", str(status.get("pid")))]
     rows += [("Listening on", str(address)) for address in status.get("listening", [])]
+    rows += [
+        ("Certificate", f"{certificate['file']}, until {_day(certificate['expires-at'])}")
+        for certificate in status.get("certificates", [])
+    ]
     rows += _setting_rows(status.get("settings", {}))
     rows.append(("Machines", str(len(status.get("machines", [])))))
     return rows
@@ -117,6 +122,7 @@ def _job_rows(job: Json) -> list[tuple[str, str]]:
         ("Job type", f"{str(job['status']).capitalize()}, {job.get('direction')}"),
         ("Migration", str(job.get("migration-id") or "-")),
         ("Peer", _peer(job)),
+        *_encryption_rows(job),
         ("Time elapsed", format_duration(job.get("elapsed-ms", 0) / 1e3)),
     ]
     ram, parts = job.get("ram") or {}, job.get("downtime-breakdown-us") or {}
@@ -139,6 +145,19 @@ def _job_rows(job: Json) -> list[tuple[str, str]]:
     if job.get("error"):
         rows.append(("Error", str(job["error"])))
     return rows
+
+
+def _encryption_rows(job: Json) -> list[tuple[str, str]]:
+    if "encrypted" not in job:
+        return []
+    if not (tls := job.get("tls")):
+        return [("Encrypted", "no")]
+    resumed = ", session resumed" if tls["resumed"] else ""
+    return [("Encrypted", f"TLS with {tls['peer-name']}{resumed}, its certificate until {_day(tls['expires-at'])}")]
+
+
+def _day(at_s: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at_s))
 
 
 def _figure_rows(record: type[Record], values: Json) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ numbers.
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any
 
 import trio
@@ -20,6 +21,8 @@ from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, offered
 from postcopy.migration.statistics import Statistics, milliseconds
 from postcopy.migration.tasks import now_ns
+from postcopy.net import Protection
+from postcopy.records.control import Certificate
 from postcopy.records.events import DestResult, MigrationEnded, MigrationStatus, Progress, SourceResult
 from postcopy.records.migration import (
     LOST,
@@ -32,10 +35,12 @@ from postcopy.records.migration import (
     Pager,
     Ram,
     Recoveries,
+    Tls,
     Vcpu,
 )
 from postcopy.records.migration import Check as CheckRecord
 from postcopy.records.migration import Migration as MigrationRecord
+from postcopy.tls import PeerCertificate
 
 Json = records.Json
 Migration = SourceMigration | DestinationMigration
@@ -67,9 +72,34 @@ def _identity(migration: Migration) -> dict[str, Any]:
         "attempts": migration.attempt,
         "migration_id": migration.migration_id or None,
         "peer": str(migration.peer),
+        "encrypted": migration.certificate is not None if migration.identity else None,
+        "tls": tls(migration.certificate),
         "status": migration.status,
         "error": str(migration.failure) if migration.failure else None,
     }
+
+
+def tls(certificate: PeerCertificate | None) -> Tls | None:
+    """Who the other side is; None without TLS."""
+    if certificate is None:
+        return None
+    return Tls(
+        peer_name=certificate.name,
+        subject=certificate.subject,
+        resumed=certificate.resumed,
+        expires_at=certificate.not_after_s,
+    )
+
+
+def certificates(protection: Protection) -> list[Certificate]:
+    """Those that this process has read."""
+    if (credentials := protection.credentials) is None:
+        return []
+    return [
+        Certificate(role=role, file=os.path.join(credentials.directory, f"{role}-cert.pem"), expires_at=not_after_s)
+        for server, role in ((True, "server"), (False, "client"))
+        if (not_after_s := credentials.not_after_s(server=server)) is not None
+    ]
 
 
 def _nothing(side: str, status: str) -> dict[str, Any]:

@@ -72,6 +72,9 @@ _MACHINE = Option("machine", "name of the machine, where there are several", "NA
 _FORCE = flag("force", "even if data is lost")
 _TO = Option("to", "where the other host takes machines", "HOST:PORT", check_address)
 _TO_NOW = replace(_TO, help="new address of the other side (default: as before)")
+_TLS_HOSTNAME = replace(
+    options.TLS_HOSTNAME, help="name that the certificate of the other host must have (default: HOST)"
+)
 _NEW_MACHINE = (
     replace(options.NAME, help="name of the machine (default: its kind and random digits)"),
     replace(options.LIVE_KIND, name="kind", help="kvm, rv64, firecracker, qemu or program", metavar="KIND"),
@@ -118,7 +121,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "migrate": Command(
         "migrate a machine to another host",
-        (_MACHINE, _TO, *options.ONE_WAY),
+        (_MACHINE, _TO, _TLS_HOSTNAME, *options.ONE_WAY),
         required="to",
         bare="to",
         example="postcopy ctl migrate host-b:7777 --machine vm1 --precopy auto",
@@ -140,7 +143,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "migrate-recover": Command(
         "resume a paused migration: connect again",
-        (_MACHINE, _TO_NOW),
+        (_MACHINE, _TO_NOW, replace(_TLS_HOSTNAME, help="name that the certificate of the other side must have there")),
         bare="to",
         example="postcopy ctl migrate-recover host-c:7777",
     ),

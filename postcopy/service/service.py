@@ -51,8 +51,8 @@ from postcopy.migration import salvage
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.precopy import Mode
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.migration.tasks import Interrupted, first_of
-from postcopy.net import Acceptor, Address, CallingLink, Link, Route, everywhere
+from postcopy.migration.tasks import Interrupted, first_of, now_ns
+from postcopy.net import LOCAL, Acceptor, Address, Asking, CallingLink, Link, Protection, Route, everywhere
 from postcopy.output import Output
 from postcopy.output.words import format_count
 from postcopy.records import Record
@@ -97,6 +97,7 @@ class Owned:
         self.name = name
         self.phase = phase
         self.machine = machine  # once it is this process's
+        self.peer = ""  # who has connected for it (`Link.identity`)
         self.migration: Migration | None = None  # the present one, or the last
         self.sending: SourceOptions | None = None  # how it was sent away last
         self.attempts: Attempts | None = None  # of a migration that calls its destination
@@ -183,6 +184,8 @@ class Owned:
             return 0.0
         if self.phase is not Phase.LEAVING or job.state is not State.ABORTED or job.cancelled:
             return 0.0
+        if attempts.in_vain(_paused_s(job)):
+            return 0.0
         return attempts.left_s(job.failure, job.may_try_again, not job.connecting, self.sending.recover_for_s)
 
     @property
@@ -217,6 +220,12 @@ class Owned:
         if machine is None or not machine.outlives or self.has_left or _is_dead(machine):
             return ""
         return machine.statistics().state.value
+
+
+def _paused_s(job: Migration) -> float:
+    """For how long an attempt to send a machine away, which has ended, had paused it."""
+    paused_ns = job.paused_ns if isinstance(job, SourceMigration) and job.state is State.ABORTED else 0
+    return ((job.ended_ns or now_ns()) - paused_ns) / 1e9 if paused_ns else 0.0
 
 
 def _is_dead(machine: Machine) -> bool:
@@ -256,14 +265,22 @@ class Service(abc.ABC):
     """Whether its machines have names of their own."""
 
     def __init__(
-        self, side: str, listens: bool, output: Output, options: SourceOptions, arrival: ArrivalOptions
+        self,
+        side: str,
+        listens: bool,
+        output: Output,
+        options: SourceOptions,
+        arrival: ArrivalOptions,
+        protection: Protection = LOCAL,
     ) -> None:
-        """`options`: of the migrations to come, those of arrivals too as far as they have a meaning there."""
+        """`options`: of the migrations to come, those of arrivals too as far as they have a meaning there.
+        `protection`: of all connections with other hosts."""
         self.side = side
         self.listens = listens
         self.output = output
         self.options = options
         self.arrival = arrival
+        self.protection = protection
         self.stop = Stop()
         self.control: str | None = None  # the path of its control socket
         self.salvage_to: str | None = None  # where what is here is written when a lost migration ends
@@ -273,6 +290,7 @@ class Service(abc.ABC):
         self.instance = secrets.token_bytes(ID_BYTES)  # by which it knows itself at an address that it calls
         self.failure: PostcopyError | None = None
         self.changes = trio.Event()  # replaced at each change
+        self._acceptor: Acceptor | None = None  # the one that it has, or has had
         self._overhead_bytes = 0
 
     @abc.abstractmethod
@@ -288,6 +306,11 @@ class Service(abc.ABC):
     def all_rows(self) -> list[Row]:
         """`rows`, and those that have left lately, for metrics."""
         return self.rows()
+
+    @property
+    def unauthorised(self) -> int:
+        """How many connections were refused since `--tls-authz` does not allow their peers."""
+        return self._acceptor.unauthorised if self._acceptor is not None else 0
 
     def requests(self) -> Mapping[str, Request]:
         """What may be asked of this policy only, by the request's name."""
@@ -399,9 +422,12 @@ class Service(abc.ABC):
     # ---- listening
 
     @asynccontextmanager
-    async def listen(self, address: Address, side: str, why_refused: Callable[[int], str]) -> AsyncIterator[Acceptor]:
+    async def listen(
+        self, address: Address, side: str, why_refused: Callable[[Asking], str]
+    ) -> AsyncIterator[Acceptor]:
         """Open for as long as the block lasts; its `serve` is the caller's to run. `why_refused` as for `Acceptor`."""
-        acceptor = await Acceptor.open(address, side, why_refused, instance=self.instance)
+        acceptor = await Acceptor.open(address, side, why_refused, instance=self.instance, protection=self.protection)
+        self._acceptor = acceptor
         self.listening = list(acceptor.addresses)
         try:
             yield acceptor
@@ -410,14 +436,20 @@ class Service(abc.ABC):
                 await contained("the end of listening", acceptor.close)
 
     def announce_listening(self) -> None:
+        encrypted = self.protection.credentials is not None
         for address in self.listening:
-            self.output.emit("listening", Listening(side=self.side, address=str(address)))
+            self.output.emit("listening", Listening(side=self.side, address=str(address), encrypted=encrypted))
         where = ", ".join(map(str, self.listening))
         if families := everywhere(self.listening):  # to which one cannot connect
             where = f"port {self.listening[0].port} of every address of this host ({families})"
-        self.output.say(f"{self.side}: listening on {where}")
+        how = ", with TLS" if encrypted else ", without TLS" if self.protection.insecure else ""
+        self.output.say(f"{self.side}: listening on {where}{how}")
 
     # ---- migrations
+
+    async def call(self, route: Route, side: str) -> Link:
+        """A connection to a side that listens. `side` is what we are."""
+        return await CallingLink.open(route, side, self.instance, protection=self.protection)
 
     def leave(
         self, owned: Owned, to: Link | Route, name: str = "", how: SourceOptions | None = None
@@ -426,9 +458,7 @@ class Service(abc.ABC):
         goes with the machine; `how`, where it is not as `options` say."""
         owned.sending = replace(self.options if how is None else how, name=name)
         owned.attempts = Attempts(self.options.heartbeat_s) if isinstance(to, Route) else None
-        migration = self._make_leaving(
-            owned, partial(CallingLink.open, to, "source", self.instance) if isinstance(to, Route) else to, to
-        )
+        migration = self._make_leaving(owned, partial(self.call, to, "source") if isinstance(to, Route) else to, to)
         owned.migration, owned.phase, owned.stop, owned.announced = migration, Phase.LEAVING, trio.Event(), ""
         return migration
 
@@ -464,9 +494,18 @@ class Service(abc.ABC):
                 nursery.cancel_scope.cancel()
             left_s = owned.tries_for_s
             if left_s <= 0 or not isinstance(to, Route):
+                attempts = owned.attempts
+                if attempts is not None and migration.may_try_again and attempts.in_vain(_paused_s(migration)):
+                    log.error(
+                        "%s: not begun again: %d attempts that were lost have paused the machine for %.0f s",
+                        owned.name,
+                        attempts.count,
+                        attempts.paused_s + _paused_s(migration),
+                    )
                 self.changed()  # its end may not have been announced yet
                 return migration
             assert owned.attempts is not None
+            owned.attempts.paused_s += _paused_s(migration)
             pause_s = owned.attempts.again(migration.may_try_again)
             if owned.attempts.said.due():
                 self.output.say(
@@ -484,7 +523,7 @@ class Service(abc.ABC):
             await trio.sleep(pause_s)
             await last.announce()
             route.refresh()
-            return await CallingLink.open(route, "source", self.instance)
+            return await self.call(route, "source")
         raise PeerError(f"{route.address}: not reached again within {within_s:g} s (--recover-for)")
 
     def arrive(self, owned: Owned, link: Link) -> DestinationMigration:

@@ -49,7 +49,7 @@ def docker(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[s
 
 
 def substitute(value: Any, variables: dict[str, str]) -> Any:
-    """Compose's ${NAME:-default} and ${NAME:?message}, in every string."""
+    """Compose's ${NAME:-default} and ${NAME:?message}, and $$ for a $, in every string."""
     if isinstance(value, dict):
         return {key: substitute(item, variables) for key, item in value.items()}
     if isinstance(value, list):
@@ -62,7 +62,7 @@ def substitute(value: Any, variables: dict[str, str]) -> Any:
         assert name in variables or operator == ":-", f"{match[0]} has no value"
         return variables.get(name, rest)
 
-    return re.sub(r"\$\{(\w+)(:[-?])([^}]*)\}", replace, value)
+    return re.sub(r"\$\{(\w+)(:[-?])([^}]*)\}", replace, value).replace("$$", "$")
 
 
 class Observer(sides.Side):
@@ -74,8 +74,10 @@ class Observer(sides.Side):
 class Stage:
     """A network of its own, and the containers on it; all of it goes when the test ends."""
 
-    def __init__(self, file: str, spawn_child: Callable[..., Any], devices: dict[str, Path]) -> None:
+    def __init__(self, file: str, spawn_child: Callable[..., Any], devices: dict[str, Path], volumes: str) -> None:
+        """`volumes`: what the names of volumes begin with."""
         self.file = file
+        self._volumes = volumes
         self._spawn_child = spawn_child
         self._devices = devices
         self._name = f"postcopy-test-{secrets.token_hex(4)}"
@@ -88,11 +90,16 @@ class Stage:
             "POSTCOPY_SUBNET": self._subnet,
             "DEVICE_GID": str(DEVICE_GID),
         }
-        self._compose = substitute(yaml.safe_load((DOCKER_DIR / file).read_text()), variables)
+        compose = substitute(yaml.safe_load((DOCKER_DIR / file).read_text()), variables)
+        self._network, self.services, self.volumes = (
+            compose["networks"]["migration"],
+            compose["services"],
+            compose["volumes"],
+        )
 
     def __enter__(self) -> Stage:
         arguments = []
-        network = dict(self._compose["networks"]["migration"])
+        network = dict(self._network)
         if network.pop("internal"):
             arguments.append("--internal")
         for config in network.pop("ipam")["config"]:
@@ -108,10 +115,15 @@ class Stage:
 
     def arguments(self, service: str, seccomp: bool = True) -> list[str]:
         """What `docker run` is to be told, with the image last; without `seccomp` under Docker's own profile."""
-        settings = dict(self._compose["services"][service])
-        image, networks = settings.pop("image"), settings.pop("networks")
-        address = networks["migration"]["ipv4_address"] if isinstance(networks, dict) else None
-        arguments = ["--network", self._name, "--network-alias", service, *(["--ip", address] if address else [])]
+        settings = dict(self.services[service])
+        image, networks = settings.pop("image"), settings.pop("networks", None)
+        if networks is None:
+            arguments = ["--network", settings.pop("network_mode")]
+        else:
+            address = networks["migration"]["ipv4_address"] if isinstance(networks, dict) else None
+            arguments = ["--network", self._name, "--network-alias", service, *(["--ip", address] if address else [])]
+        for volume in settings.pop("volumes", []):
+            arguments += ["--volume", f"{self._volumes}-{volume}"]
         for key in (
             "build",
             "command",
@@ -146,8 +158,8 @@ class Stage:
         """`service` as a `Side`: its command, and `more` arguments; `options` are `docker run`'s."""
         name = self.name_of(service)
         self._containers.append(name)
-        command = self._compose["services"][service]["command"]
-        entrypoint = self._compose["services"][service].get("entrypoint")
+        command = self.services[service]["command"]
+        entrypoint = self.services[service].get("entrypoint")
         if entrypoint is not None:
             options, command = (*options, "--entrypoint", entrypoint[0]), [*entrypoint[1:], *command]
         run = ["docker", "run", "--name", name, *options, *self.arguments(service, seccomp)]
@@ -195,10 +207,27 @@ def devices(tmp_path: Path) -> dict[str, Path]:
     return nodes
 
 
+@pytest.fixture(scope="session")
+def volumes() -> Iterator[str]:
+    """What the names of the volumes begin with in which the service `certificates` has made certificates, once."""
+    name = f"postcopy-test-{secrets.token_hex(4)}"
+
+    def never(*_: object) -> None:
+        raise AssertionError("it is waited for")
+
+    stage = Stage("compose.nodevice.yaml", never, {}, name)
+    service = stage.services["certificates"]
+    done = stage.run("certificates", service["entrypoint"][0], *service["entrypoint"][1:], *service["command"])
+    assert done.returncode == 0, done.stderr
+    yield name
+    for volume in stage.volumes:
+        docker("volume", "rm", f"{name}-{volume}", check=False)
+
+
 @pytest.fixture
 def stage(
     request: pytest.FixtureRequest, spawn_child: Callable[..., Any], require: Callable[..., None],
-    devices: dict[str, Path],
+    devices: dict[str, Path], volumes: str,
 ) -> Iterator[Stage]:  # fmt: skip
     """The stage of a compose file, which the test names by `indirect`; without: kvm, or rv64 where that cannot be."""
     file = getattr(request, "param", None)
@@ -206,7 +235,7 @@ def stage(
         file = "compose.yaml" if has_devices() else "compose.nodevice.yaml"
     if file == "compose.yaml":
         require("root", "uffd-device", "kvm")
-    with Stage(file, spawn_child, devices) as opened:
+    with Stage(file, spawn_child, devices, volumes) as opened:
         yield opened
 
 

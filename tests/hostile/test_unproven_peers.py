@@ -119,7 +119,7 @@ def test_refused_by_an_impostor_in_doubt(start: Start, version: int, tmp_path: P
 
 def unproven(listener: Listener, way: str) -> Line:
     """The next connection, welcomed by a peer that does not know the token."""
-    line = listener.accept()
+    line = listener.speaker(30)
     line.take(8)
     line.send(wire.preamble(2 if way == "older version" else 3))
     if way == "older version":
@@ -237,7 +237,8 @@ def test_a_silent_source(start: Start, version: int) -> None:
 
 @pytest.mark.timeout(240)
 def test_sources_that_die_at_prepared(daemon: Daemon, start: Start, version: int, rv64: Machine) -> None:
-    """They have taken every place. An undecided machine has a time limit, after which its place is free again."""
+    """They have taken every place of their host. An undecided machine has a time limit, after which its place is free
+    again."""
     program, control = daemon()
     for _ in range(16):
         Source(program.address, rv64, version).until("prepared").lose()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,8 @@ ADDRESSES = {"host-a": "10.77.0.1", "host-b": "10.77.0.2"}
 NOT_RUN = [  # page, a command or how it begins, reason
     ("*", r"make |pip(x)? |sudo |apt-get |python3? -m venv|~/postcopy|export PATH", "installs or builds software"),
     ("*", r"systemctl |journalctl |docker ", "needs systemd, or Docker (tests/containers)"),
+    ("*", "scp ", "both hosts have one file system here"),
+    *([] if shutil.which("openssl") else [("docs/tls.md", "openssl ", "needs the command openssl")]),
     ("README.md", "postcopy demo --lab|postcopy faultpaths", "test_lab and test_faultpaths do it"),
     ("README.md", "postcopy demo --machine qemu", "test_demo_qemu does it"),
     ("docs/howto/daemon.md", "postcopy ctl events", "goes on until Ctrl-C"),
@@ -51,16 +54,33 @@ SAYS = {  # page, command: what it says, each time that it is typed; a reader ty
     ("docs/tutorial.md", "host-b$ postcopy ctl status"): ["vm1"],
     ("README.md", "host-b$ postcopy ctl status"): ["vm1"],
     ("docs/howto/daemon.md", "host-b$ postcopy ctl status"): ["vm1"],
-    ("docs/howto/prometheus.md", "host-a$ curl -s http://127.0.0.1:9707/metrics"): ["postcopy_build_info"],
+    (
+        "docs/howto/prometheus.md",
+        "host-a$ curl -s --cacert host-a.tls/ca-cert.pem --cert host-a.tls/client-cert.pem"
+        " --key host-a.tls/client-key.pem https://host-a:9707/metrics",
+    ): ["postcopy_build_info"],
+    ("docs/tls.md", "host-b$ postcopy ctl status"): ["vm1"],
 }
 # Put behind the options of a demo, where they count: test_migration and test_chaos are about larger ones.
 QUICK_DEMO = " --memory 16MiB --working-set 8MiB --migrate-after 0.2 --run-for 0.5"
-BEFORE = {  # page: what runs already when it is read; here what its systemd units start
-    "docs/howto/daemon.md": ["host-a$ postcopy daemon --listen :7777", "host-b$ postcopy daemon --listen :7777"],
+CERTIFICATES = [
+    "host-a$ postcopy tls new-ca ca",
+    "host-a$ postcopy tls issue ca --host host-a --out host-a.tls",
+    "host-a$ postcopy tls issue ca --host host-b --out host-b.tls",
+]
+BEFORE = {  # page: what is there already when it is read, and what its systemd units start
+    "docs/howto/daemon.md": [
+        *CERTIFICATES,
+        "host-a$ postcopy daemon --listen :7777 --tls host-a.tls",
+        "host-b$ postcopy daemon --listen :7777 --tls host-b.tls",
+    ],
+    "docs/howto/prometheus.md": CERTIFICATES,
+    "docs/howto/restore.md": CERTIFICATES,
 }
 PAGES = [
     "README.md",
     "docs/tutorial.md",
+    "docs/tls.md",
     *(f"docs/howto/{path.name}" for path in sorted((ROOT / "docs/howto").glob("*.md"))),
 ]
 ELSEWHERE = {  # page: the tests that do what it says; that its commands and options are there, test_docs.py tests

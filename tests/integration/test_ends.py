@@ -77,7 +77,8 @@ def _goes_on(one: Any) -> None:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_before_anybody_has_come(side: Start, number: signal.Signals) -> None:
-    for one in (side("source", "--json", *RV64, "--listen", "127.0.0.1:0"), side("dest", "--json", "--listen", ":0")):
+    listens = ("--json", "--listen", "127.0.0.1:0")
+    for one in (side("source", *RV64, *listens), side("dest", *listens)):
         assert one.address
         one.signal(number)
         result = _ended(one, "failed")

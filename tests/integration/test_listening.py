@@ -162,7 +162,7 @@ def test_lost_destinations_take_no_place(side: Start, spawn_child: Start, tmp_pa
 @pytest.mark.parametrize("listen", ["[::]:0", ":0", "*:0"])
 def test_both_families(side: Start, image: Path, hello: Hello, listen: str) -> None:
     """As README and the systemd units have it: a source finds it by IPv4 and by IPv6, at one port."""
-    dest = side("dest", "--json", "--listen", listen)
+    dest = side("dest", "--json", "--listen", listen, "--insecure")
     port = dest.address.rpartition(":")[2]
     assert [line["address"] for line in dest.events("listening")] == [f"0.0.0.0:{port}", f"[::]:{port}"]
     hello(f"[::1]:{port}").close()
@@ -177,7 +177,8 @@ def test_both_families(side: Start, image: Path, hello: Hello, listen: str) -> N
 @pytest.mark.needs("ipv6")
 def test_both_families_in_words(spawn_child: Start) -> None:
     """What a person is told is something to connect to."""
-    dest = spawn_child([sys.executable, "-m", "postcopy", "dest", "--listen", "[::]:0", "--metrics", "*:0"])
+    addresses = ("--listen", "[::]:0", "--metrics", "*:0")
+    dest = spawn_child([sys.executable, "-m", "postcopy", "dest", "--insecure", *addresses])
 
     def wait_for(pattern: str) -> str:
         deadline = time.monotonic() + 60
@@ -189,7 +190,7 @@ def test_both_families_in_words(spawn_child: Start) -> None:
 
     every = r"every address of this host \(IPv4 and IPv6\)"
     metrics = int(wait_for(rf"metrics at http://HOST:(\d+)/metrics, on {every}\n"))
-    port = int(wait_for(rf"listening on port (\d+) of {every}\n"))
+    port = int(wait_for(rf"listening on port (\d+) of {every}, without TLS\n"))
     for host in ("127.0.0.1", "::1"):
         for there in (metrics, port):
             with socket.create_connection((host, there), 30) as browser:

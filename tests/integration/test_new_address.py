@@ -108,7 +108,7 @@ def test_the_listener_takes_it_from_anywhere(
     side: Start, operator: Callable[[str], Any], image: Path, tmp_path: Path
 ) -> None:
     """It knows its peer by the migration's token, not by where it calls from."""
-    listener = side("dest", "--json", "--listen", ":0", "--dump", tmp_path / "copy")
+    listener = side("dest", "--json", "--listen", ":0", "--insecure", "--dump", tmp_path / "copy")
     listener.wait_for("address", lambda line: line["event"] == "listening")
     listener.wait_status("setup")  # by then it has printed all its addresses
     addresses = [line["address"] for line in listener.events("listening")]

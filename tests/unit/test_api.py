@@ -19,7 +19,7 @@ from postcopy._child import python
 from postcopy.errors import MissingPackageError, ResourceError, missing_package, shortage
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = {"trio", "msgspec", "rich", "h11", "prometheus_client", "pyroute2"}
+PACKAGES = {"trio", "msgspec", "rich", "h11", "prometheus_client", "pyroute2", "cryptography"}
 
 
 def run(program: str, *without: str) -> subprocess.CompletedProcess[str]:

@@ -19,6 +19,7 @@
 
 #include "postcopy/core.h"
 #include "postcopy/memory.h"
+#include "postcopy/tls.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -103,12 +104,13 @@ int pc_pager_arm(struct pc_pager *pager, uint32_t shard, uint32_t block, uint64_
  * parts, in any order. Pages that are never armed are never placed. -EBUSY where the pages, or the addresses, are armed already. */
 int pc_pager_arm_at(struct pc_pager *pager, uint32_t shard, uint32_t block, uint64_t first_page, uint64_t pages, uint64_t address,
                     char *error, size_t error_bytes);
-/* Gives a shard its urgent channel (again, after the old one went down: everything pending is requested anew). -EBUSY while
+/* `tls`, here and for bulk channels: NULL for a plain connection, else what has done the handshake on `fd`; the pager's from then on,
+ * as the descriptor is, also on failure. Gives a shard its urgent channel (again, after the old one went down: everything pending is requested anew). -EBUSY while
  * pc_pager_disconnect runs, here and for bulk channels. A channel goes down, and no more than that, when a page cannot be placed
  * for want of memory or of its address range (ENOMEM, ENOENT in the event): attach it again. Locks. */
-int pc_pager_attach_urgent(struct pc_pager *pager, uint32_t shard, int fd);
+int pc_pager_attach_urgent(struct pc_pager *pager, uint32_t shard, int fd, struct pc_tls *tls);
 /* Adds a bulk channel with its own thread. There may be none. Locks, and joins the thread of the channel that was there. */
-int pc_pager_attach_bulk(struct pc_pager *pager, uint32_t channel, int fd);
+int pc_pager_attach_bulk(struct pc_pager *pager, uint32_t channel, int fd, struct pc_tls *tls);
 /* Which compressed frames may come on bulk channels: a set of enum pc_compression, at first none. Another one ends its channel. -EINVAL,
  * or -ENOENT where a library is not here (pc_compression_available). */
 int pc_pager_accept_compression(struct pc_pager *pager, uint32_t accepted);
@@ -225,10 +227,10 @@ int pc_pageserver_add_block(struct pc_pageserver *server, const struct pc_memory
 /* Locks, as do the next calls and pc_pageserver_set_bandwidth: for as long as a bulk thread looks for its next run. -EBUSY after
  * the first push, and from pc_pageserver_serve on. */
 int pc_pageserver_set_present(struct pc_pageserver *server, uint32_t block, const uint64_t *present_words);
-/* The descriptor is the server's from then on, also on failure. -EBUSY while the channel runs or a disconnect does. Locks, and joins
+/* Descriptor and tls (NULL: a plain connection; else its handshake is done) are the server's from then on, also on failure. -EBUSY while the channel runs or a disconnect does. Locks, and joins
  * the thread of the channel that was there. */
-int pc_pageserver_attach_urgent(struct pc_pageserver *server, uint32_t shard, int fd, uint32_t busy_poll_us);
-int pc_pageserver_attach_bulk(struct pc_pageserver *server, uint32_t channel, int fd);
+int pc_pageserver_attach_urgent(struct pc_pageserver *server, uint32_t shard, int fd, struct pc_tls *tls, uint32_t busy_poll_us);
+int pc_pageserver_attach_bulk(struct pc_pageserver *server, uint32_t channel, int fd, struct pc_tls *tls);
 /* Recovery: the destination has these pages and no others; all others are offered again. -EBUSY while a channel is attached,
  * -ENODATA when a page that was released is not among them. Locks. */
 int pc_pageserver_set_received(struct pc_pageserver *server, uint32_t block, const uint64_t *received_words);

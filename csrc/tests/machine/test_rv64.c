@@ -172,8 +172,8 @@ static struct move begin_move(struct pc_machine_config *from, struct pc_machine_
         CHECK_EQ(pc_pageserver_add_block(m.server, block(from, i), 4096), i);
         CHECK_EQ(pc_pageserver_set_present(m.server, i, present), 0);
         CHECK_SYS(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
-        CHECK_EQ(pc_pager_attach_urgent(m.pager, i, pair[0]), 0);
-        CHECK_EQ(pc_pageserver_attach_urgent(m.server, i, pair[1], 0), 0);
+        CHECK_EQ(pc_pager_attach_urgent(m.pager, i, pair[0], NULL), 0);
+        CHECK_EQ(pc_pageserver_attach_urgent(m.server, i, pair[1], NULL, 0), 0);
         free(present);
         free(zero);
     }
@@ -181,8 +181,8 @@ static struct move begin_move(struct pc_machine_config *from, struct pc_machine_
         int pair[2];
 
         CHECK_SYS(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
-        CHECK_EQ(pc_pager_attach_bulk(m.pager, 0, pair[0]), 0);
-        CHECK_EQ(pc_pageserver_attach_bulk(m.server, 0, pair[1]), 0);
+        CHECK_EQ(pc_pager_attach_bulk(m.pager, 0, pair[0], NULL), 0);
+        CHECK_EQ(pc_pageserver_attach_bulk(m.server, 0, pair[1], NULL), 0);
     }
     return m;
 }

@@ -68,8 +68,8 @@ static int pager_process(char **arguments)
     if (pc_pager_adopt_shard(pager, (int)number[0], number[1], 0, line, LINE) ||
         pc_pager_arm(pager, 0, 0, 0, memory.size_bytes / memory.page_bytes, line, LINE))
         FAIL("%s", line);
-    CHECK_EQ(pc_pager_attach_urgent(pager, 0, (int)number[8]), 0);
-    CHECK_EQ(pc_pager_attach_bulk(pager, 0, (int)number[9]), 0);
+    CHECK_EQ(pc_pager_attach_urgent(pager, 0, (int)number[8], NULL), 0);
+    CHECK_EQ(pc_pager_attach_bulk(pager, 0, (int)number[9], NULL), 0);
     for (;;) {
         struct pollfd readable = {.fd = pc_pager_event_fd(pager), .events = POLLIN};
 
@@ -130,8 +130,8 @@ static pid_t start_pager(struct machine *machine)
 
     tcp_pair(urgent);
     tcp_pair(bulk);
-    CHECK_EQ(pc_pageserver_attach_urgent(machine->server, 0, urgent[0], 0), 0);
-    CHECK_EQ(pc_pageserver_attach_bulk(machine->server, 0, bulk[0]), 0);
+    CHECK_EQ(pc_pageserver_attach_urgent(machine->server, 0, urgent[0], NULL, 0), 0);
+    CHECK_EQ(pc_pageserver_attach_bulk(machine->server, 0, bulk[0], NULL), 0);
     fds[0] = machine->uffd;
     fds[1] = machine->states;
     fds[2] = machine->memory.fd;

@@ -816,8 +816,8 @@ static int pager_process(char **arguments)
     if (pc_pager_adopt_shard(pager, (int)number[0], 0, 0, message, sizeof(message)) ||
         pc_pager_arm(pager, 0, 0, 0, memory.size_bytes / memory.page_bytes, message, sizeof(message)))
         FAIL("%s", message);
-    CHECK_EQ(pc_pager_attach_urgent(pager, 0, (int)number[6]), 0);
-    CHECK_EQ(pc_pager_attach_bulk(pager, 0, (int)number[7]), 0);
+    CHECK_EQ(pc_pager_attach_urgent(pager, 0, (int)number[6], NULL), 0);
+    CHECK_EQ(pc_pager_attach_bulk(pager, 0, (int)number[7], NULL), 0);
     for (;;) {
         struct pollfd readable = {.fd = pc_pager_event_fd(pager), .events = POLLIN};
 
@@ -949,8 +949,8 @@ static void killed_at_random(void)
 
         tcp_pair(urgent);
         tcp_pair(bulk);
-        CHECK_EQ(pc_pageserver_attach_urgent(server, 0, urgent[0], 0), 0);
-        CHECK_EQ(pc_pageserver_attach_bulk(server, 0, bulk[0]), 0);
+        CHECK_EQ(pc_pageserver_attach_urgent(server, 0, urgent[0], NULL, 0), 0);
+        CHECK_EQ(pc_pageserver_attach_bulk(server, 0, bulk[0], NULL), 0);
         pager = start_pager(&guest, urgent[1], bulk[1], AT_ANY_TIME);
         if (i < KILLS) {
             WAIT_UNTIL(atomic_load(&guest.vmm->steps) > before + RANDOM_WORKERS); /* somebody was served: it has begun */

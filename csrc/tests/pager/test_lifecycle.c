@@ -30,8 +30,8 @@ static void *arm_pieces(void *argument)
         if (pc_pager_arm(rig->pager, (uint32_t)shard, 1, page, 20, error, sizeof(error)))
             FAIL("%s", error);
         tcp_pair(pair);
-        CHECK_EQ(pc_pageserver_attach_urgent(rig->server, (uint32_t)shard, pair[0], 0), 0);
-        CHECK_EQ(pc_pager_attach_urgent(rig->pager, (uint32_t)shard, pair[1]), 0);
+        CHECK_EQ(pc_pageserver_attach_urgent(rig->server, (uint32_t)shard, pair[0], NULL, 0), 0);
+        CHECK_EQ(pc_pager_attach_urgent(rig->pager, (uint32_t)shard, pair[1], NULL), 0);
         for (uint64_t i = 0; i < 20; i += 1 + piece % 3)
             CHECK(is_page(1, page + i, rig->page_bytes, dest_page(rig, 1, page + i)));
     }
@@ -150,21 +150,21 @@ static void misuse_is_refused(void)
 
     /* A descriptor is the pager's whatever happens. */
     tcp_pair(pair);
-    CHECK_EQ(pc_pager_attach_urgent(rig.pager, 1, pair[1]), -EINVAL);
+    CHECK_EQ(pc_pager_attach_urgent(rig.pager, 1, pair[1], NULL), -EINVAL);
     CHECK_EQ(recv(pair[0], &byte, 1, 0), 0);
     close(pair[0]);
     tcp_pair(pair);
-    CHECK_EQ(pc_pager_attach_bulk(rig.pager, PC_MAX_BULK_CHANNELS, pair[1]), -EINVAL);
+    CHECK_EQ(pc_pager_attach_bulk(rig.pager, PC_MAX_BULK_CHANNELS, pair[1], NULL), -EINVAL);
     CHECK_EQ(recv(pair[0], &byte, 1, 0), 0);
     close(pair[0]);
-    CHECK_EQ(pc_pager_attach_urgent(rig.pager, 0, CHECK_SYS(socket(AF_INET, SOCK_DGRAM, 0))), -EPROTOTYPE);
-    CHECK_EQ(pc_pager_attach_bulk(rig.pager, 0, CHECK_SYS(open("/dev/null", O_RDWR | O_CLOEXEC))), -ENOTSOCK);
+    CHECK_EQ(pc_pager_attach_urgent(rig.pager, 0, CHECK_SYS(socket(AF_INET, SOCK_DGRAM, 0)), NULL), -EPROTOTYPE);
+    CHECK_EQ(pc_pager_attach_bulk(rig.pager, 0, CHECK_SYS(open("/dev/null", O_RDWR | O_CLOEXEC)), NULL), -ENOTSOCK);
     pair[0] = script_bulk(&rig, 2);
     {
         int second[2];
 
         tcp_pair(second);
-        CHECK_EQ(pc_pager_attach_bulk(rig.pager, 2, second[1]), -EBUSY);
+        CHECK_EQ(pc_pager_attach_bulk(rig.pager, 2, second[1], NULL), -EBUSY);
         CHECK_EQ(recv(second[0], &byte, 1, 0), 0);
         close(second[0]);
     }
@@ -234,10 +234,10 @@ static void non_blocking_descriptors_work(void)
         tcp_pair(pair);
         CHECK_SYS(fcntl(pair[0], F_SETFL, O_NONBLOCK));
         CHECK_SYS(fcntl(pair[1], F_SETFL, O_NONBLOCK));
-        CHECK_EQ(i ? pc_pageserver_attach_urgent(rig.server, 0, pair[0], 0) :
-                     pc_pageserver_attach_bulk(rig.server, 0, pair[0]),
+        CHECK_EQ(i ? pc_pageserver_attach_urgent(rig.server, 0, pair[0], NULL, 0) :
+                     pc_pageserver_attach_bulk(rig.server, 0, pair[0], NULL),
                  0);
-        CHECK_EQ(i ? pc_pager_attach_urgent(rig.pager, 0, pair[1]) : pc_pager_attach_bulk(rig.pager, 0, pair[1]), 0);
+        CHECK_EQ(i ? pc_pager_attach_urgent(rig.pager, 0, pair[1], NULL) : pc_pager_attach_bulk(rig.pager, 0, pair[1], NULL), 0);
     }
     (void)nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL);
     CHECK_EQ(pc_pageserver_start(rig.server), 0);

@@ -133,7 +133,7 @@ static void events_are_bounded(void)
         close(script_urgent(&rig, 0));
         tcp_pair(pair);
         do /* the one before may not have ended yet */
-            result = pc_pager_attach_bulk(rig.pager, 1, CHECK_SYS(fcntl(pair[1], F_DUPFD_CLOEXEC, 0)));
+            result = pc_pager_attach_bulk(rig.pager, 1, CHECK_SYS(fcntl(pair[1], F_DUPFD_CLOEXEC, 0)), NULL);
         while (result == -EBUSY);
         CHECK_EQ(result, 0);
         CHECK(send_end(pair[0]));
@@ -180,7 +180,7 @@ static void a_turn_is_bounded(void)
     tcp_pair(pair);
     be_patient(pair[0]);
     CHECK(send_bytes(pair[0], flood, FRAMES * PC_FRAME_HEADER_BYTES)); /* all of it before the first is read */
-    CHECK_EQ(pc_pager_attach_urgent(rig.pager, 0, pair[1]), 0);
+    CHECK_EQ(pc_pager_attach_urgent(rig.pager, 0, pair[1], NULL), 0);
     while (!pager_stats(&rig).duplicate_pages)
         (void)sched_yield();
     touch_one(&toucher, &rig, 0, 0);
@@ -454,8 +454,8 @@ static void *attach(void *argument)
 
         for (uint32_t i = 0; i < 2; i++) {
             tcp_pair(pair);
-            (void)(i ? pc_pager_attach_bulk(crowd->rig->pager, i, pair[1])
-                     : pc_pager_attach_urgent(crowd->rig->pager, 0, pair[1]));
+            (void)(i ? pc_pager_attach_bulk(crowd->rig->pager, i, pair[1], NULL)
+                     : pc_pager_attach_urgent(crowd->rig->pager, 0, pair[1], NULL));
             CHECK(send_end(pair[0]));
             close(pair[0]);
         }

@@ -50,8 +50,8 @@ static int attach(struct pc_pageserver *server, int kind)
     int pair[2];
 
     pair_up(pair);
-    CHECK_EQ(kind == PC_CHANNEL_URGENT ? pc_pageserver_attach_urgent(server, 0, pair[0], 0)
-                                       : pc_pageserver_attach_bulk(server, 0, pair[0]), 0);
+    CHECK_EQ(kind == PC_CHANNEL_URGENT ? pc_pageserver_attach_urgent(server, 0, pair[0], NULL, 0)
+                                       : pc_pageserver_attach_bulk(server, 0, pair[0], NULL), 0);
     return pair[1];
 }
 
@@ -259,8 +259,8 @@ static void attaching_without_a_thread(void)
         int result;
 
         pair_up(pair);
-        result = kinds[i] == PC_CHANNEL_URGENT ? pc_pageserver_attach_urgent(server, 0, pair[0], 0)
-                                               : pc_pageserver_attach_bulk(server, 0, pair[0]);
+        result = kinds[i] == PC_CHANNEL_URGENT ? pc_pageserver_attach_urgent(server, 0, pair[0], NULL, 0)
+                                               : pc_pageserver_attach_bulk(server, 0, pair[0], NULL);
         CHECK(result == -EAGAIN || result == -ENOMEM);
         CHECK_EQ(read(pair[1], &byte, 1), 0); /* closed */
         close(pair[1]);
@@ -283,11 +283,11 @@ static void *attach_often(void *argument)
         int pair[2], result;
 
         pair_up(pair);
-        result = pc_pageserver_attach_urgent(server, (uint32_t)i % 2, pair[0], 0);
+        result = pc_pageserver_attach_urgent(server, (uint32_t)i % 2, pair[0], NULL, 0);
         CHECK(result == 0 || result == -EBUSY);
         close(pair[1]);
         pair_up(pair);
-        result = pc_pageserver_attach_bulk(server, (uint32_t)i % 2, pair[0]);
+        result = pc_pageserver_attach_bulk(server, (uint32_t)i % 2, pair[0], NULL);
         CHECK(result == 0 || result == -EBUSY);
         close(pair[1]);
     }

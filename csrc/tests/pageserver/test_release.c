@@ -160,8 +160,8 @@ static int narrow_client(struct rig *rig, int kind)
     be_patient(pair[0]);
     CHECK_SYS(setsockopt(pair[0], SOL_SOCKET, SO_RCVBUF, &bytes, sizeof(bytes)));
     CHECK_SYS(setsockopt(pair[1], SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes)));
-    CHECK_EQ(kind == PC_CHANNEL_URGENT ? pc_pageserver_attach_urgent(rig->server, 0, pair[1], 0)
-                                       : pc_pageserver_attach_bulk(rig->server, 0, pair[1]),
+    CHECK_EQ(kind == PC_CHANNEL_URGENT ? pc_pageserver_attach_urgent(rig->server, 0, pair[1], NULL, 0)
+                                       : pc_pageserver_attach_bulk(rig->server, 0, pair[1], NULL),
              0);
     return pair[0];
 }

@@ -504,11 +504,11 @@ static void server_disconnects_and_goes_on(void)
     CHECK(request(urgent, 0, 0, 1, 1));
     CHECK(!speaks(urgent, SERVED_MS)); /* not started */
     tcp_pair(pair);
-    CHECK_EQ(pc_pageserver_attach_urgent(rig.server, 0, pair[1], 0), -EBUSY);
+    CHECK_EQ(pc_pageserver_attach_urgent(rig.server, 0, pair[1], NULL, 0), -EBUSY);
     CHECK_EQ(recv(pair[0], content, 1, 0), 0); /* it was the server's from then on: closed */
     close(pair[0]);
     tcp_pair(pair);
-    CHECK_EQ(pc_pageserver_attach_bulk(rig.server, 0, pair[1]), -EBUSY);
+    CHECK_EQ(pc_pageserver_attach_bulk(rig.server, 0, pair[1], NULL), -EBUSY);
     CHECK_EQ(recv(pair[0], content, 1, 0), 0);
     close(pair[0]);
     CHECK_EQ(pc_pageserver_disconnect(rig.server), 0);

@@ -400,8 +400,8 @@ static void connect_urgent(struct rig *rig, uint32_t shard, int *knife)
     tcp_pair(pair);
     if (knife)
         *knife = CHECK_SYS(fcntl(pair[0], F_DUPFD_CLOEXEC, 0));
-    CHECK_EQ(pc_pageserver_attach_urgent(rig->server, shard, pair[0], 0), 0);
-    CHECK_EQ(pc_pager_attach_urgent(rig->pager, shard, pair[1]), 0);
+    CHECK_EQ(pc_pageserver_attach_urgent(rig->server, shard, pair[0], NULL, 0), 0);
+    CHECK_EQ(pc_pager_attach_urgent(rig->pager, shard, pair[1], NULL), 0);
 }
 
 static void connect_bulk(struct rig *rig, uint32_t channel, int *knife)
@@ -411,8 +411,8 @@ static void connect_bulk(struct rig *rig, uint32_t channel, int *knife)
     tcp_pair(pair);
     if (knife)
         *knife = CHECK_SYS(fcntl(pair[0], F_DUPFD_CLOEXEC, 0));
-    CHECK_EQ(pc_pageserver_attach_bulk(rig->server, channel, pair[0]), 0);
-    CHECK_EQ(pc_pager_attach_bulk(rig->pager, channel, pair[1]), 0);
+    CHECK_EQ(pc_pageserver_attach_bulk(rig->server, channel, pair[0], NULL), 0);
+    CHECK_EQ(pc_pager_attach_bulk(rig->pager, channel, pair[1], NULL), 0);
 }
 
 /* Channel 0 and 1 are urgent, 2 is bulk. */
@@ -432,7 +432,7 @@ static int script_urgent(struct rig *rig, uint32_t shard)
 
     tcp_pair(pair);
     be_patient(pair[0]);
-    CHECK_EQ(pc_pager_attach_urgent(rig->pager, shard, pair[1]), 0);
+    CHECK_EQ(pc_pager_attach_urgent(rig->pager, shard, pair[1], NULL), 0);
     return pair[0];
 }
 
@@ -442,7 +442,7 @@ static int script_bulk(struct rig *rig, uint32_t channel)
 
     tcp_pair(pair);
     be_patient(pair[0]);
-    CHECK_EQ(pc_pager_attach_bulk(rig->pager, channel, pair[1]), 0);
+    CHECK_EQ(pc_pager_attach_bulk(rig->pager, channel, pair[1], NULL), 0);
     return pair[0];
 }
 

@@ -35,8 +35,8 @@ static int client(struct rig *rig, int kind, uint32_t channel)
 
     tcp_pair(pair);
     be_patient(pair[0]);
-    CHECK_EQ(kind == PC_CHANNEL_URGENT ? pc_pageserver_attach_urgent(rig->server, channel, pair[1], 0)
-                                       : pc_pageserver_attach_bulk(rig->server, channel, pair[1]),
+    CHECK_EQ(kind == PC_CHANNEL_URGENT ? pc_pageserver_attach_urgent(rig->server, channel, pair[1], NULL, 0)
+                                       : pc_pageserver_attach_bulk(rig->server, channel, pair[1], NULL),
              0);
     return pair[0];
 }

@@ -21,6 +21,8 @@ is reported is the median over the rounds of the ratio within a round, so that a
 - ``overhead``: resident memory of source and destination beside the machine's own, against its allowance.
 - ``recovery-time``: from a cut network's return to the first page that comes over it, against 150 ms and 500 ms.
 - ``recovery-map``: what a destination of 1 TiB, half of it there, has to say when it comes back, against 10 MB and 1 s.
+- ``tls``: a fault, and the bulk push on one connection a processor, with TLS against without; from a cut network's
+  return to the first page with TLS, against 500 ms; round trips that TLS adds to a recovery.
 - ``contention``: mmap and munmap of one thread while others wait for a page, against none waiting: is a lock held?
 - ``userfaultfd``: a fault served by the Python binding under Trio against the smallest C handler; events per read.
 - ``dirty``: operations of a guest that writes, with its dirty log read every 100 ms, against those without; and what
@@ -74,6 +76,7 @@ FIGURES = {
     "overhead": "_machine",
     "recovery-time": "_recovery",
     "recovery-map": "_recovery",
+    "tls": "_tls",
     "rv64": "_machine",
     "userfaultfd": "_uffd",
     "contention": "_contention",

@@ -40,6 +40,7 @@ from postcopy.errors import MigrationError, ResourceError, check
 from postcopy.memory import Memory
 from postcopy.testbed._processes import Child, open_child, parse
 from postcopy.testbed.bench._common import DEADLINE_S, Figure, Rounds, ratio, worker
+from postcopy.testbed.bench._worker import channel
 from postcopy.uffd import How
 
 SEED = 20141001
@@ -63,6 +64,7 @@ class Take(msgspec.Struct, frozen=True):
 
     kind: str  # "floor", "engine"
     compress: str = "off"  # "lz4", "zstd", or "auto" for both and none of them
+    tls: str = ""  # the directory of certificates for the source's address: over TLS
 
 
 # ---- in the worker
@@ -121,9 +123,11 @@ async def _send(job: Job, take: Take, memory: Memory, sockets: list[socket.socke
         return
     async with PageServer() as server:
         server.add_block(memory)
-        server.attach_urgent(0, sockets[0].detach())
+        fd, tls = await channel(sockets[0].detach(), take.tls, listens=True)
+        server.attach_urgent(0, fd, tls=tls)
         for index, each in enumerate(sockets[1:]):
-            server.attach_bulk(index, each.detach())
+            fd, tls = await channel(each.detach(), take.tls, listens=True)
+            server.attach_bulk(index, fd, tls=tls)
         if take.compress != "off":
             server.set_compression(_ways(take), adaptive=take.compress == "auto")
         _say(ready=True)
@@ -151,9 +155,11 @@ async def _receive(job: Job, take: Take, sockets: list[socket.socket]) -> float:
             pager.arm(0, 0, 0, memory.pages)
             if take.compress != "off":
                 pager.accept_compression(_ways(take))
-            pager.attach_urgent(0, sockets[0].detach())
+            fd, tls = await channel(sockets[0].detach(), take.tls, listens=False)
+            pager.attach_urgent(0, fd, tls=tls)
             for index, each in enumerate(sockets[1:]):
-                pager.attach_bulk(index, each.detach())
+                fd, tls = await channel(each.detach(), take.tls, listens=False)
+                pager.attach_bulk(index, fd, tls=tls)
             await pager.confirm()
             _say(ready=True)
             _line()

@@ -123,12 +123,11 @@ async def pair(
         for side, role in enumerate(("source", "dest")):
             fds = [pair[side].fileno() for pair in pairs]
             order = Job(f"{kind}-{role}", size_bytes, fds[0], tuple(fds[1:]), cpus=halves[side], **job)
-            child = await stack.enter_async_context(
-                open_child(worker(module, msgspec.json.encode(order).decode()), stdin=subprocess.PIPE, pass_fds=fds)
-            )
+            command = worker(module, msgspec.json.encode(order).decode())
+            children.append(await stack.enter_async_context(open_child(command, stdin=subprocess.PIPE, pass_fds=fds)))
+        for side, child in zip(("source", "destination"), children, strict=True):
             if await child.line() != "ready":
-                raise MigrationError(f"the {order.role} of a measurement ended early (its error is above)")
-            children.append(child)
+                raise MigrationError(f"the {side} of a measurement ended early (its error is above)")
         for end in ends:
             end.close()  # what the other process of a pair is to see ends with its own copies
         for child in children:

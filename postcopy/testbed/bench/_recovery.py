@@ -11,7 +11,8 @@ from __future__ import annotations
 import random
 import tempfile
 import time
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from subprocess import DEVNULL
 
 import trio
@@ -24,7 +25,7 @@ from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.maps import MapCollector
 from postcopy.testbed._processes import Child, open_child, parse
 from postcopy.testbed.bench._common import Figure, ratio
-from postcopy.testbed.chaos import ChaosPlan, open_chaos_proxy
+from postcopy.testbed.chaos import ChaosPlan, ChaosProxy, open_chaos_proxy
 from postcopy.wire import (
     ID_BYTES,
     PAGE_MAP_PAGES,
@@ -50,37 +51,51 @@ GIVE_UP_S = 30.0
 MACHINE = ["--machine", "kvm", "--memory", "256MiB", "--vcpus", "1", "--workload", "dirty", "--max-bandwidth", "2MiB/s"]
 
 
-async def recovery_times_ms(cuts: int, seed: int) -> list[float]:
+async def recovery_times_ms(
+    cuts: int, seed: int, options: Sequence[str] = (), before_pages_bytes: int = BEFORE_PAGES_BYTES
+) -> list[float]:
     """From a cable that is whole again to the first page that came over it, for each of so many cuts of a running
-    machine. All connections, and new ones too, are reset for 0.1 to 1 s.
+    machine. All connections, and new ones too, are reset for 0.1 to 1 s. `options`: of both sides."""
+    generator = random.Random(seed)
+    times_ms = []
+    async with open_running_machine(ChaosPlan(seed=seed), options) as proxy:
+        for _ in range(cuts):
+            proxy.refuse()
+            proxy.cut("reset")
+            await trio.sleep(generator.uniform(0.1, 1.0))
+            times_ms.append(await first_page_ms(proxy, proxy.heal, before_pages_bytes))
+            await trio.sleep(generator.uniform(0.1, 0.3))
+    return times_ms
+
+
+@asynccontextmanager
+async def open_running_machine(plan: ChaosPlan, options: Sequence[str]) -> AsyncIterator[ChaosProxy]:
+    """The cable of a machine that runs at its destination, and most of whose memory is still at its source."""
+    async with trio.open_nursery() as nursery, _side("dest", *options, "--listen", "127.0.0.1:0") as dest:
+        address = await _said(nursery, dest, "listening", "address")
+        async with (
+            open_chaos_proxy(address, plan) as proxy,
+            _side("source", *MACHINE, *options, "--connect", str(proxy.address)) as source,
+        ):
+            await _said(nursery, source, "progress", "status", "postcopy-active")
+            yield proxy
+            nursery.cancel_scope.cancel()
+
+
+async def first_page_ms(proxy: ChaosProxy, begin: Callable[[], None], before_pages_bytes: int) -> float:
+    """From `begin` to the first page that comes.
 
     A page has come when more bytes have gone from the source to the destination than everything takes that is said
     before pages: the clock of this measurement is the proxy's, as both sides live in other processes.
     """
-    generator = random.Random(seed)
-    times_ms = []
-    async with trio.open_nursery() as nursery, _side("dest", "--listen", "127.0.0.1:0") as dest:
-        address = await _said(nursery, dest, "listening", "address")
-        async with (
-            open_chaos_proxy(address, ChaosPlan(seed=seed)) as proxy,
-            _side("source", *MACHINE, "--connect", str(proxy.address)) as source,
-        ):
-            await _said(nursery, source, "progress", "status", "postcopy-active")
-            for _ in range(cuts):
-                proxy.refuse()
-                proxy.cut("reset")
-                await trio.sleep(generator.uniform(0.1, 1.0))
-                before = proxy.statistics.bytes_out
-                proxy.heal()
-                began_s = time.perf_counter()
-                while proxy.statistics.bytes_out - before < BEFORE_PAGES_BYTES:
-                    await trio.sleep(0.001)
-                    if time.perf_counter() - began_s > GIVE_UP_S:
-                        raise MigrationError(f"no page came within {GIVE_UP_S:g} s of the network's return")
-                times_ms.append((time.perf_counter() - began_s) * 1e3)
-                await trio.sleep(generator.uniform(0.1, 0.3))
-            nursery.cancel_scope.cancel()
-    return times_ms
+    before = proxy.statistics.bytes_out
+    begin()
+    began_s = time.perf_counter()
+    while proxy.statistics.bytes_out - before < before_pages_bytes:
+        await trio.sleep(0.001)
+        if time.perf_counter() - began_s > GIVE_UP_S:
+            raise MigrationError(f"no page came within {GIVE_UP_S:g} s of the network's return")
+    return (time.perf_counter() - began_s) * 1e3
 
 
 def _side(*arguments: str) -> AbstractAsyncContextManager[Child]:

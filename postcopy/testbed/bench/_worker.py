@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import time
 from typing import Any
@@ -25,9 +26,11 @@ from postcopy.dataplane.pager_process import ProcessPager
 from postcopy.dataplane.pageserver import PageServer
 from postcopy.errors import check
 from postcopy.memory import Memory
+from postcopy.tls import Credentials, TlsStream
 from postcopy.uffd import How
 
 SEED = 20141001
+ADDRESS = "127.0.0.1"
 # A read that took less found its page there: an order of magnitude below any fault, and above any cache miss.
 HIT_NS = 5_000
 
@@ -43,6 +46,19 @@ class Job(msgspec.Struct, frozen=True):
     busy_poll_us: int = 0  # the floor polls without end where this is not 0
     pager_process: bool = False  # engine-dest: the pager apart from the thread that touches
     cpus: tuple[int, ...] = ()  # the host's processors; any where empty
+    tls: str = ""  # engine-*: the directory of the certificates for ADDRESS
+
+
+async def channel(fd: int, tls: str, *, listens: bool) -> tuple[int, Any]:
+    """What `attach_urgent` and `attach_bulk` take of a connected socket: over TLS where `tls` is the directory of its
+    certificates. The other end does the same meanwhile."""
+    if not tls:
+        return fd, None
+    credentials = await Credentials.load(tls, listens=listens, connects=not listens)
+    connected = trio.socket.from_stdlib_socket(socket.socket(fileno=fd))
+    stream = TlsStream(connected, await credentials.context(server=listens), "" if listens else ADDRESS)
+    await stream.handshake()
+    return stream.detach().detach()
 
 
 def _ready() -> None:
@@ -106,9 +122,11 @@ async def _engine_source(job: Job) -> dict[str, Any]:
     memory = _filled(job)
     async with PageServer() as server:
         server.add_block(memory)
-        server.attach_urgent(0, job.urgent_fd, job.busy_poll_us)
-        for index, fd in enumerate(job.bulk_fds):
-            server.attach_bulk(index, fd)
+        fd, tls = await channel(job.urgent_fd, job.tls, listens=False)
+        server.attach_urgent(0, fd, job.busy_poll_us, tls=tls)
+        for index, bulk_fd in enumerate(job.bulk_fds):
+            fd, tls = await channel(bulk_fd, job.tls, listens=False)
+            server.attach_bulk(index, fd, tls=tls)
         _ready()
         server.start()
         await trio.to_thread.run_sync(sys.stdin.read)
@@ -121,9 +139,11 @@ async def _engine_dest(job: Job) -> dict[str, Any]:
         pager.add_block(memory)
         pager.add_shard(How.ANY, job.busy_poll_us)
         pager.arm(0, 0, 0, memory.pages)
-        pager.attach_urgent(0, job.urgent_fd)
-        for index, fd in enumerate(job.bulk_fds):
-            pager.attach_bulk(index, fd)
+        fd, tls = await channel(job.urgent_fd, job.tls, listens=True)
+        pager.attach_urgent(0, fd, tls=tls)
+        for index, bulk_fd in enumerate(job.bulk_fds):
+            fd, tls = await channel(bulk_fd, job.tls, listens=True)
+            pager.attach_bulk(index, fd, tls=tls)
         await pager.confirm()
         _ready()
         begin_s = time.perf_counter()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import trio
 
 from postcopy.errors import PeerError, ResourceError
-from postcopy.net import Address, listening_addresses, open_listeners, open_stream, parse_address
+from postcopy.net import Address, Protection, listening_addresses, open_listeners, open_stream, parse_address
 from postcopy.records import Record
 from postcopy.records.commands import Cut, Unreachable
 from postcopy.testbed.chaos._plan import ChaosPlan
@@ -21,7 +21,10 @@ from postcopy.testbed.chaos._plan import ChaosPlan
 CHUNK_BYTES = 64 * 1024
 QUEUED_CHUNKS = 16
 CONNECT_TIMEOUT_S = 10.0
+_AS_IT_IS = Protection(insecure=True)  # what goes through is protected by its ends, or not
 Log = Callable[[str, Record], None]
+See = Callable[[int, bool, bytes], None]
+"""Is called with the number of a connection, whether to its target, and what has come there."""
 
 
 @dataclass
@@ -44,6 +47,7 @@ class _Direction:
         self._proxy = proxy
         self._source = source
         self._sink = sink
+        self._number = number
         self._out = out
         self._random = random.Random(f"{proxy.plan.seed}/{number}/{'out' if out else 'back'}")
         self._due_s = 0.0
@@ -57,6 +61,7 @@ class _Direction:
             nursery.start_soon(self._write, receive)
             async with send:
                 while data := await self._source.receive_some(CHUNK_BYTES):
+                    self._proxy.see(self._number, self._out, data)
                     await send.send((self._when(len(data)), self._changed(bytes(data))))
 
     async def _write(self, receive: trio.MemoryReceiveChannel[tuple[float, bytes]]) -> None:
@@ -119,9 +124,16 @@ class ChaosProxy:
     """Made by `open_chaos_proxy`. `address` is where to connect. Used from the Trio thread that made it."""
 
     def __init__(
-        self, listeners: list[trio.SocketListener], target: Address, plan: ChaosPlan, begin: trio.Event | None, log: Log
+        self,
+        listeners: list[trio.SocketListener],
+        target: Address,
+        plan: ChaosPlan,
+        begin: trio.Event | None,
+        log: Log,
+        see: See,
     ) -> None:
         self.plan = plan
+        self.see = see
         self.statistics = Statistics()
         self._listeners = listeners
         self._target = target
@@ -215,7 +227,7 @@ class ChaosProxy:
                 return
             await self._thaw.wait()
             try:
-                far = await open_stream(self._target, CONNECT_TIMEOUT_S)
+                far = await open_stream(self._target, CONNECT_TIMEOUT_S, _AS_IT_IS)
             except (PeerError, ResourceError) as error:
                 self._log("unreachable", Unreachable(connection=number, error=str(error)))
                 return
@@ -258,16 +270,17 @@ async def open_chaos_proxy(
     listen: Address | str = "127.0.0.1:0",
     begin: trio.Event | None = None,
     log: Log = lambda event, fields: None,
+    see: See = lambda connection, out, data: None,
 ) -> AsyncIterator[ChaosProxy]:
     """A proxy to `target` that serves as long as the block lasts; `ResourceError` when it cannot listen there.
 
     It cuts nothing by itself before `begin` is set, where one is given. `log` is called with what it does: a word, and
-    fields.
+    fields; `see` with all that comes, before anything is done to it.
     """
     where = parse_address(listen, listening=True) if isinstance(listen, str) else listen
     there = parse_address(target) if isinstance(target, str) else target
-    listeners = await open_listeners(where)
-    proxy = ChaosProxy(listeners, there, plan or ChaosPlan(), begin, log)
+    listeners = await open_listeners(where, _AS_IT_IS)
+    proxy = ChaosProxy(listeners, there, plan or ChaosPlan(), begin, log, see)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(proxy.serve)

@@ -26,7 +26,7 @@ from postcopy.output import Output
 from postcopy.output.tables import make_console
 from postcopy.output.words import format_count, format_duration
 from postcopy.records import Json
-from postcopy.records.commands import Chaos, ChaosResult, DemoLab, DemoResult, LabCut, LabHost, Pings
+from postcopy.records.commands import Chaos, ChaosResult, DemoLab, DemoResult, LabCut, LabHost, Pings, Stranger
 from postcopy.records.events import DestResult, Progress, SourceResult
 from postcopy.service import options
 from postcopy.service.options import Group, Option
@@ -35,6 +35,7 @@ from postcopy.testbed.chaos.command import parse_plan
 from postcopy.testbed.demo._qemu import QemuDemo
 from postcopy.testbed.demo._result import check, merge, show
 from postcopy.testbed.demo._side import Side
+from postcopy.testbed.demo._tls import Watch, as_record, checks, make_certificates, refuse_strangers
 from postcopy.testbed.pinger import open_ping_process
 from postcopy.uffd import explain_unavailable
 from postcopy.units import format_size
@@ -71,6 +72,9 @@ OPTIONS = (
                  " cut:every=0.1..0.5,down=0.2 (docs/chaos.md); --seed repeats it", "PLAN"),
           options.flag("lab", "run each side in a host of a laboratory (docs/lab.md), and cut the cable between them in"
                        " the middle of postcopy"),
+          options.flag("tls", "encrypt all connections, with certificates that the demo makes; try to get in as a"
+                       " stranger, and look at what goes over the network (--lab does it unless --insecure)"),
+          replace(options.INSECURE, help="with --lab: no TLS"),
           options.seconds("deadline", "give up after SECONDS, or later where the push takes longer")),
     options.OUTPUT,
 )
@@ -96,6 +100,13 @@ class DemoCommand:
         values = self._values = DEFAULTS | given
         self._output = output
         self._lab = "lab" in values
+        self._tls = "tls" in values or (self._lab and "insecure" not in values)
+        values.pop("tls", None)
+        if "insecure" in values and (self._tls or not self._lab):
+            raise ConfigurationError("--insecure: it is for --lab without --tls; leave it out")
+        self._directory = Path()  # of this run
+        self._certificates: dict[str, str] = {}  # by side
+        self._watch = Watch()
         self._qemu: QemuDemo | None = None
         if "kind" not in values:
             values["kind"] = self._usable_machine()
@@ -218,6 +229,7 @@ class DemoCommand:
 
     async def _both(self, directory: str) -> DemoResult:
         values = self._values
+        self._directory = Path(directory)
         self._output.view.subject = self._subject()
         if values.get("workload") == "disk":
             values.setdefault("disk", os.path.join(directory, "disk.img"))
@@ -228,11 +240,13 @@ class DemoCommand:
 
             async def move(here: str, there: str) -> DemoResult:
                 values["qmp"] = here
+                await self._certify()
                 dest = Side("dest", DestResult, self._dest_arguments("127.0.0.1", qmp=there))
                 return await self._run(Side("source", SourceResult, []), dest)
 
             return await self._qemu.both(Path(directory), move, values["max_bandwidth_bytes_per_s"], self._chaos)
         if not self._lab:
+            await self._certify()
             dest = Side("dest", DestResult, self._dest_arguments("127.0.0.1"))
             return await self._run(Side("source", SourceResult, []), dest)
         from postcopy.testbed.lab._lab import open_lab
@@ -243,11 +257,16 @@ class DemoCommand:
         rate = min(LAB_HEADROOM * values["max_bandwidth_bytes_per_s"], MAX_RATE)
         async with open_lab(LabPlan(f"demo-{os.getpid()}", hosts=2 + self._echo, rate=rate)) as lab:
             here, there, *others = lab.hosts.values()
+            await self._certify(here, there)
             source = Side("source", SourceResult, [], here)
             dest = Side("dest", DestResult, self._dest_arguments(there.ipv4), there)
             if not self._echo:
                 return await self._run(source, dest)
             return await self._watched(source, dest, others[0])
+
+    async def _certify(self, source: Host | None = None, dest: Host | None = None) -> None:
+        if self._tls:
+            self._certificates = await run_sync(make_certificates, self._directory, source, dest)
 
     async def _watched(self, source: Side[SourceResult], dest: Side[DestResult], observer: Host) -> DemoResult:
         """The machine is on the laboratory's network, and a third host asks it all the time."""
@@ -287,12 +306,15 @@ class DemoCommand:
 
     async def _run(self, source: Side[SourceResult], dest: Side[DestResult]) -> DemoResult:
         seen: list[DemoLab] = []
+        strangers: list[Stranger] = []
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._output.follow, lambda: self._progress(source, dest))
             nursery.start_soon(dest.run, self._output)
             await dest.address_known.wait()
             if dest.listening is None:
                 raise MigrationError(f"the destination did not start: {dest.last_error}")
+            if self._tls:
+                strangers = await refuse_strangers(self._directory, dest.listening, source.host, self._output)
             async with self._cable(dest.listening, source) as (address, chaos):
                 source.arguments = self._source_arguments(address)
                 nursery.start_soon(source.run, self._output)
@@ -305,6 +327,11 @@ class DemoCommand:
             nursery.cancel_scope.cancel()
         result = merge(await source.good_end(), await dest.good_end())
         result.chaos = chaos
+        if self._tls:
+            result.demo_tls = as_record(strangers, self._watch if source.host is None else None)
+            found = list(checks(result.demo_tls))
+            result.verification += found
+            result.verified = result.verified if all(item.ok for item in found) else False
         for lab in seen:
             result.lab = lab
             count = result.recoveries.count if result.recoveries is not None else 0
@@ -319,6 +346,10 @@ class DemoCommand:
     @asynccontextmanager
     async def _cable(self, address: str, source: Side[SourceResult]) -> AsyncIterator[tuple[str, Chaos | None]]:
         """Where the source is to connect, and what there will be to say about the network afterwards."""
+        if self._chaos is None and source.host is None and self._tls:
+            async with open_chaos_proxy(address, see=self._watch.see) as proxy:
+                yield str(proxy.address), None
+            return
         if self._chaos is None:
             yield address, None
             return
@@ -338,7 +369,7 @@ class DemoCommand:
             return
         # By itself nothing is cut before the point of no return: that would only keep the machine where it is.
         async with (
-            open_chaos_proxy(address, self._chaos, begin=source.committed) as proxy,
+            open_chaos_proxy(address, self._chaos, begin=source.committed, see=self._watch.see) as proxy,
             trio.open_nursery() as nursery,
         ):
             if self._chaos.cut_every_s is not None:
@@ -380,6 +411,8 @@ class DemoCommand:
 
     def _arguments(self, command: str, **more: Any) -> list[str]:
         values = {name: value for name, value in self._values.items() if name != "log_json"}
+        if self._tls:
+            more |= {"tls": self._certificates.get(command, str(self._directory))}
         return [command, *options.to_arguments(options.COMMANDS[command], values | {"json": True} | more)]
 
 

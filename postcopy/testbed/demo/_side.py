@@ -45,8 +45,8 @@ class Side(Generic[R]):
         self._stderr: deque[str] = deque(maxlen=50)
         self._child: Child | None = None
 
-    async def run(self, output: Output) -> None:
-        """From its start to its end; cancelled, it is ended."""
+    async def run(self, output: Output | None) -> None:
+        """From its start to its end; cancelled, it is ended. `output` tells how far it is."""
         command = python("-m", "postcopy", *self.arguments)
         if self.host is not None:
             command = self.host.command(*command)
@@ -96,7 +96,7 @@ class Side(Generic[R]):
             await self._news.wait()
         return True
 
-    def _take(self, message: Json, output: Output) -> None:
+    def _take(self, message: Json, output: Output | None) -> None:
         event = message.pop("event", None)
         for key in ("schema", "elapsed-ms"):
             message.pop(key, None)
@@ -109,8 +109,10 @@ class Side(Generic[R]):
             self.progress = convert(message, Progress)
             if self.progress.status.startswith("postcopy"):
                 self.committed.set()
-            output.emit("progress", self.progress)
-        output.kick()
+            if output is not None:
+                output.emit("progress", self.progress)
+        if output is not None:
+            output.kick()
         self._news.set()
 
     async def _read_errors(self, process: trio.Process) -> None:

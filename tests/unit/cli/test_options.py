@@ -39,6 +39,9 @@ from postcopy.testbed.demo import DemoCommand
 WRITTEN: dict[str, tuple[str, Any]] = {
     "allow-uid": ("4,65534", (4, 65534)),
     "api-socket": ("fc.sock", "fc.sock"),
+    "allow": ("/srv/vms/,tap:vm*", "/srv/vms/,tap:vm*"),
+    "max-machines-per-peer": ("3", 3),
+    "max-memory-per-peer": ("2GiB", 2 << 30),
     "drive": ("root=/a,b=/c", "root=/a,b=/c"),
     "firecracker": (sys.executable, sys.executable),
     "backing": ("anon", "anon"),
@@ -95,6 +98,9 @@ WRITTEN: dict[str, tuple[str, Any]] = {
     "seed": ("18446744073709551615", 2**64 - 1),
     "serve": ("forever", math.inf),
     "socket": ("s.sock", "s.sock"),
+    "tls": ("certificates", "certificates"),
+    "tls-authz": ("send:*.example.org", "send:*.example.org"),
+    "tls-hostname": ("host-b.example.org", "host-b.example.org"),
     "to": ("host:7", None),
     "user": ("nobody:users", "nobody:users"),
     "vcpus": ("2", 2),
@@ -191,9 +197,10 @@ def test_what_is_written_is_read(command: str, option: Option) -> None:
     text, value = WRITTEN_OF.get((command, option.name)) or WRITTEN[option.name]
     read = option.parse(text)
     assert value is None or read == pytest.approx(value)
-    name, again = option.to_arguments(read)
+    name, again, *more = option.to_arguments((read, read) if option.repeats else read)
     assert name == f"--{option.name}"
     assert option.parse(again) == read
+    assert more == ([name, again] if option.repeats else [])
 
 
 def test_a_table_is_in_the_parser() -> None:
@@ -227,7 +234,18 @@ def test_every_option_is_of_a_record(command: str) -> None:
     """Or of the command line itself: a misspelt field would be an option that does nothing."""
     known = {item.name for kind in RECORDS[command] for item in fields(kind)}
     own = {"json", "log_level", "log_json", "user", "peer_file", "hold", "path", "reclaim", "force"}
+    own |= {"tls", "tls_hostname", "tls_authz", "insecure"}  # of which `Protection` and `Route` are made
     assert {option.key for option in all_options(command)} <= known | own
+
+
+def test_an_option_that_repeats() -> None:
+    """A tuple of all values, also as JSON."""
+    given = parsed("daemon", "--tls-authz", "send:a", "--tls-authz", "b")
+    assert given["tls_authz"] == ("send:a", "b")
+    assert options.TLS_AUTHZ.from_json(options.TLS_AUTHZ.to_json(("send:a", "b"))) == ("send:a", "b")
+    for wrong in ("a", [1], [[]], ["send:"], ["a"] * 257):
+        with pytest.raises(ConfigurationError):
+            options.TLS_AUTHZ.from_json(wrong)
 
 
 # ---- The control socket
@@ -300,7 +318,7 @@ def demo(*arguments: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def test_the_demo_passes_on_what_a_side_has() -> None:
     """All that was said, to each side that has such an option; but how the demo itself writes its log."""
-    own = {"chaos", "lab", "deadline", "image", "machine", "json", "log-json"}
+    own = {"chaos", "lab", "tls", "insecure", "deadline", "image", "machine", "json", "log-json"}
     given = [option for option in all_options("demo") if option.name not in own]
     written = to_arguments(
         table("demo"), {option.key: True if option.flag else option.parse(WRITTEN[option.name][0]) for option in given}
@@ -324,6 +342,13 @@ def test_what_the_demo_chooses() -> None:
     assert (source["migrate_after_s"], dest["run_for_s"]) == (1.0, 2.0)
     source, _ = demo("--machine", "image", "--image", "x", "--backing", "anon", "--chaos", "none", "--seed", "3")
     assert source.keys() & {"memory_bytes", "vcpus", "workload", "seed"} == set()
+    protected = {"--tls": {"tls"}, "--lab": {"tls"}, "--lab --insecure": {"insecure"}, "--chaos none": set()}
+    for words, options_of_it in protected.items():
+        for side in demo("--machine", "rv64", *words.split()):
+            assert side.keys() & {"tls", "insecure"} == options_of_it
+    for wrong in ("--insecure", "--lab --tls --insecure"):
+        with pytest.raises(ConfigurationError, match="for --lab without --tls"):
+            demo("--machine", "rv64", *wrong.split())
 
 
 def test_groups_have_titles_of_their_own() -> None:

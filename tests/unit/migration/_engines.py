@@ -26,6 +26,7 @@ from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.net import Address, ChannelKey, Link, OpenChannels, Reconnector, Session
+from postcopy.tls import DataChannel
 from postcopy.wire import State
 
 M = TypeVar("M", bound=p.Message)
@@ -154,15 +155,15 @@ class FakeEngine:
     """What pager and page server have in common."""
 
     def __init__(self) -> None:
-        self.fds: dict[ChannelKey, FdHolder] = {}
+        self.fds: dict[ChannelKey, DataChannel] = {}
         self.channel = FakeEvents()
         self.log: list[str] = []
 
-    def attach_urgent(self, shard: int, fd: int, busy_poll_us: int = 0) -> None:
-        self.fds["urgent", shard] = FdHolder(fd)
+    def attach_urgent(self, shard: int, fd: int, busy_poll_us: int = 0, *, tls: Any = None) -> None:
+        self.fds["urgent", shard] = DataChannel(FdHolder(fd), tls)
 
-    def attach_bulk(self, channel: int, fd: int) -> None:
-        self.fds["bulk", channel] = FdHolder(fd)
+    def attach_bulk(self, channel: int, fd: int, *, tls: Any = None) -> None:
+        self.fds["bulk", channel] = DataChannel(FdHolder(fd), tls)
 
     def events(self) -> AsyncIterator[Event]:
         return self.channel.receive.__aiter__()
@@ -411,14 +412,14 @@ class FakeLink(Link):
         self.session = session
         yield self.open_channels
 
-    async def open_channels(self, shards: int, bulk_channels: int) -> dict[ChannelKey, FdHolder]:
+    async def open_channels(self, shards: int, bulk_channels: int) -> dict[ChannelKey, DataChannel]:
         await trio.lowlevel.checkpoint()
         assert (shards, bulk_channels) == (2, 1)
         result = {}
         for key in (("urgent", 0), ("urgent", 1), ("bulk", 0)):
             here, there = socket.socketpair()
             there.close()
-            result[key] = FdHolder(here.detach())
+            result[key] = DataChannel(FdHolder(here.detach()))
         return result
 
 

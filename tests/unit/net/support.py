@@ -13,19 +13,20 @@ from postcopy import net as c
 from postcopy import wire as p
 
 SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
+INSECURE = c.Protection(insecure=True)
 OFFER = p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, (p.Block("ram", 4096, 4096),), 1, 0)
 
 
 @asynccontextmanager
 async def open_acceptor(
     side: str = "source",
-    why_refused: Callable[[int], str] = lambda waiting: "",
+    why_refused: Callable[[c.Asking], str] = lambda asking: "",
     *,
     host: str = "127.0.0.1",
     endings: c.Endings | None = None,
     instance: bytes = b"",
 ) -> AsyncIterator[c.Acceptor]:
-    acceptor = await c.Acceptor.open(c.Address(host, 0), side, why_refused, endings, instance)
+    acceptor = await c.Acceptor.open(c.Address(host, 0), side, why_refused, endings, instance, INSECURE)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(acceptor.serve)

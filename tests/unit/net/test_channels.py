@@ -19,11 +19,11 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from postcopy import net as c
 from postcopy import wire as p
-from postcopy._fd import FdHolder
 from postcopy.errors import ConfigurationError, PeerError, PostcopyError, ProtocolError, ResourceError
 from postcopy.net import calling, connecting
+from postcopy.tls import DataChannel, detach
 from tests.unit.net import support
-from tests.unit.net.support import SESSION
+from tests.unit.net.support import INSECURE, SESSION
 
 
 @asynccontextmanager
@@ -101,7 +101,7 @@ async def test_all_channels(host: str) -> None:
             link = await c.CallingLink.open(c.Address(host, address.port), "dest")
             seen = await acceptor.next_link()
             with link.channel_set(SESSION) as mine, seen.channel_set(SESSION) as theirs:
-                results: dict[str, dict[c.ChannelKey, FdHolder]] = {}
+                results: dict[str, dict[c.ChannelKey, DataChannel]] = {}
 
                 async def collect(name: str, open_channels: c.OpenChannels) -> None:
                     results[name] = await open_channels(2, 1)
@@ -112,10 +112,10 @@ async def test_all_channels(host: str) -> None:
                 assert set(results["mine"]) == set(results["theirs"]) == {("urgent", 0), ("urgent", 1), ("bulk", 0)}
                 for key, fd in results["mine"].items():
                     other = results["theirs"][key]
-                    assert os.get_blocking(fd.fd)
-                    assert os.get_blocking(other.fd)
-                    os.write(fd.fd, repr(key).encode())  # the right one is at the other end, from the first byte on
-                    assert os.read(other.fd, 100) == repr(key).encode()
+                    assert os.get_blocking(fd.fd.fd)
+                    assert os.get_blocking(other.fd.fd)
+                    os.write(fd.fd.fd, repr(key).encode())  # the right one is at the other end, from the first byte on
+                    assert os.read(other.fd.fd, 100) == repr(key).encode()
                     fd.close()
                     other.close()
             await link.control.aclose()
@@ -151,8 +151,8 @@ async def test_frames_right_behind_the_welcome_belong_to_the_core() -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(eager)
         hello = p.Hello("bulk", "source", 0, b"m" * 16, 0)
-        fd = connecting.detach((await c.connect(c.Address("127.0.0.1", port), hello))[0])
-    assert os.read(fd.fd, 100) == b"FRAME"
+        fd = detach((await c.connect(c.Address("127.0.0.1", port), hello))[0])
+    assert os.read(fd.fd.fd, 100) == b"FRAME"
     fd.close()
     await listener.aclose()
 
@@ -218,7 +218,7 @@ async def test_address_in_use() -> None:
 
 async def test_address_of_another_host() -> None:
     with pytest.raises(ResourceError, match="name an address of this host"):
-        await c.Acceptor.open(c.Address("192.0.2.1", 0), "source", lambda waiting: "")
+        await c.Acceptor.open(c.Address("192.0.2.1", 0), "source", lambda waiting: "", protection=INSECURE)
 
 
 @pytest.mark.parametrize(
@@ -453,10 +453,10 @@ async def test_looked_for_at_a_new_address() -> None:
                     link.channel_set(session) as mine,
                     there.channel_set(seen) as theirs,
                 ):  # data channels go there as well
-                    got: list[dict[c.ChannelKey, FdHolder]] = []
+                    got: list[dict[c.ChannelKey, DataChannel]] = []
 
                     async def collect(
-                        open_channels: c.OpenChannels, got: list[dict[c.ChannelKey, FdHolder]] = got
+                        open_channels: c.OpenChannels, got: list[dict[c.ChannelKey, DataChannel]] = got
                     ) -> None:
                         got.append(await open_channels(1, 1))
 
@@ -598,11 +598,11 @@ async def test_paused_while_it_connects(monkeypatch: pytest.MonkeyPatch) -> None
         link = await c.CallingLink.open(address, "dest")
         seen = await acceptor.next_link()
         with link.reconnector(SESSION) as caller, seen.reconnector(SESSION) as called:
-            connect = c.connect
-            streams: list[trio.SocketStream] = []
+            connect = connecting.Caller.connect
+            streams: list[trio.abc.AsyncResource] = []
             held = trio.Event()
 
-            async def slow(*arguments: Any, **options: Any) -> tuple[trio.SocketStream, int]:
+            async def slow(*arguments: Any, **options: Any) -> tuple[Any, int]:
                 stream, version = await connect(*arguments, **options)
                 if not streams:
                     caller.pause()
@@ -610,7 +610,7 @@ async def test_paused_while_it_connects(monkeypatch: pytest.MonkeyPatch) -> None
                 streams.append(stream)
                 return stream, version
 
-            monkeypatch.setattr(calling, "connect", slow)
+            monkeypatch.setattr(connecting.Caller, "connect", slow)
             async with trio.open_nursery() as nursery:
 
                 async def recover() -> None:

@@ -363,7 +363,7 @@ async def test_a_call_to_itself() -> None:
         address = acceptor.addresses[0]
         with pytest.raises(ConfigurationError, match=rf"^{re.escape(str(address))}: .* this daemon itself; name"):
             await c.CallingLink.open(address, "source", mine)
-        assert acceptor._waiting == 0
+        assert not acceptor._waiting
         for instance in (b"j" * 16, b""):
             other = await c.CallingLink.open(address, "source", instance)
             await other.control.send_all(p.encode(OFFER))

@@ -23,7 +23,7 @@ from trio.testing import MockClock
 from postcopy import net as c
 from postcopy.errors import PeerError, ResourceError
 from postcopy.testbed import _linux
-from tests.unit.net.support import open_acceptor
+from tests.unit.net.support import INSECURE, open_acceptor
 
 EVERYWHERE = ["", "::"]  # :PORT and [::]:PORT
 
@@ -74,7 +74,7 @@ async def test_a_port_that_has_an_owner_in_one_family(host: str) -> None:
     with socket.create_server(("0.0.0.0", 0)) as owner:
         address = c.Address(host, owner.getsockname()[1])
         with pytest.raises(ResourceError, match=r"\(IPv4 and IPv6\): Address already in use.*choose another port"):
-            await c.open_listeners(address)
+            await c.open_listeners(address, INSECURE)
 
 
 async def test_a_port_of_the_system_that_is_taken_in_the_other_family(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,12 +112,12 @@ async def test_nothing_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(trio.socket, "getaddrinfo", resolve)
         hosts = ["127.0.0.1", "127.0.0.2"]
         with pytest.raises(PeerError) as caught:
-            await c.CallingLink.open(c.Address("there", port), "dest")
+            await c.CallingLink.open(c.Address("there", port), "dest", protection=INSECURE)
     start = "; start the other side first, with --listen"
     assert str(caught.value) == f"there:{port}: connection refused (tried 127.0.0.1 and 127.0.0.2){start}"
     hosts = ["127.0.0.1", "255.255.255.255"]
     with pytest.raises(PeerError) as caught:
-        await c.CallingLink.open(c.Address("there", port), "dest")
+        await c.CallingLink.open(c.Address("there", port), "dest", protection=INSECURE)
     assert str(caught.value) == (
         f"there:{port}: connection refused (127.0.0.1), Network is unreachable (255.255.255.255){start}"
     )
@@ -242,10 +242,10 @@ async def _without_the_family() -> None:
         socket.create_server(("0.0.0.0", 0)) as owner,
         pytest.raises(ResourceError, match=r"\*:\d+ \(IPv4\): Address alr"),
     ):
-        await c.open_listeners(c.Address("", owner.getsockname()[1]))
+        await c.open_listeners(c.Address("", owner.getsockname()[1]), INSECURE)
     for host in ("::", "::1"):
         with pytest.raises(ResourceError, match=r"cannot listen on \[\S*\]:7: this host has no IPv6 .*: :7, or"):
-            await c.open_listeners(c.Address(host, 7))
+            await c.open_listeners(c.Address(host, 7), INSECURE)
     with pytest.raises(PeerError, match=r"^\[::1\]:7: Address family not supported by protocol$"):
         await c.CallingLink.open(c.Address("::1", 7), "dest")
 

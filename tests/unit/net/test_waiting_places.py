@@ -22,12 +22,14 @@ HELLO = p.Hello("control", "source", 0, b"", 0)
 destination = partial(open_acceptor, "dest")
 
 
-def one_place(waiting: int) -> str:
-    return "busy with another source" if waiting else ""
+def one_place(asking: c.Asking) -> str:
+    return "busy with another source" if asking.waiting else ""
 
 
 async def hello(acceptor: c.Acceptor) -> trio.SocketStream:
-    return (await c.connect(acceptor.addresses[0], HELLO))[0]
+    stream, _ = await c.connect(acceptor.addresses[0], HELLO)
+    assert isinstance(stream, trio.SocketStream)
+    return stream
 
 
 async def nobody_comes(acceptor: c.Acceptor) -> None:
@@ -106,11 +108,11 @@ async def test_any_number_of_silent_ones() -> None:
 async def test_more_than_anybody_takes() -> None:
     """Whoever comes when too many wait already is refused by name, before it is welcome."""
     async with destination() as acceptor:
-        streams = []
+        streams: list[trio.abc.HalfCloseableStream] = []
         for _ in range(c.MAX_WAITING):
             streams.append(await hello(acceptor))
             await streams[-1].send_all(p.encode(OFFER))
-        while acceptor._waiting < c.MAX_WAITING:  # noqa: ASYNC110  (a counter)
+        while len(acceptor._waiting) < c.MAX_WAITING:  # noqa: ASYNC110  (a counter)
             await trio.sleep(0.001)
         with pytest.raises(PeerError, match="too many are waiting"):
             await hello(acceptor)
@@ -162,7 +164,7 @@ async def test_a_mistake_of_ours_ends_one_greeting(caplog: pytest.LogCaptureFixt
     """Logged with its traceback; the listener goes on."""
     broken = True
 
-    def why_refused(waiting: int) -> str:
+    def why_refused(asking: c.Asking) -> str:
         if broken:
             raise KeyError("a mistake")
         return ""

@@ -15,6 +15,7 @@ from postcopy.machines import BlockLayout, Machine, MachineState
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.precopy import Mode
 from postcopy.migration.source import SourceMigration, SourceOptions
+from postcopy.net import Asking
 from postcopy.output import Output
 from postcopy.records.control import AllSteered, Settings, Steered
 from postcopy.service._attempts import Attempts
@@ -84,7 +85,7 @@ async def test_between_two_attempts() -> None:
     job = _move(daemon, "a", State.ABORTED)
     [owned] = daemon.machines
     job.failure, job.may_try_again, job.connecting, job.migration_id = ConnectionLost("cut"), True, False, "ff"
-    job.cancelled = False
+    job.cancelled, job.paused_ns = False, 0
     owned.sending, owned.attempts = SourceOptions(), Attempts(1.0)
     assert owned.is_begun_again
     control = ControlHandler(daemon)
@@ -178,7 +179,7 @@ async def test_quit_loses_no_machine_unasked() -> None:
     assert daemon.stop.is_set()
     with pytest.raises(ControlError, match="about to end"):
         await ControlHandler(daemon).execute(Request("start", {"kind": "rv64"}))
-    assert daemon._why_refused(0)
+    assert daemon._why_refused(Asking("host", []))
 
 
 async def test_a_process_of_its_own_is_ended_by_force_only() -> None:

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A directory of certificates, as QEMU and libvirt have them, and what OpenSSL makes of it.
+
+``ca-cert.pem``: who signs peers. ``server-cert.pem`` and ``server-key.pem``: of a host that listens.
+``client-cert.pem`` and ``client-key.pem``: of one that connects. Only the files of a role that is taken are needed.
+
+Before each connection the files are looked at (device, inode, size, time of the last change), and read again when they
+are others: certificates can be renewed while a migration is paused. Those that cannot be used, as in the middle of a
+renewal, are logged, and the ones that were read last stay in use; at the start they are an error.
+
+A private key must belong to this user or to root, and nobody else may read it, but for a group that root lets.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import stat
+from collections.abc import Sequence
+
+import trio
+
+from postcopy._blocking import run_sync
+from postcopy._files import open_regular
+from postcopy.errors import ConfigurationError, PostcopyError
+from postcopy.tls._connection import Context, TlsStream
+from postcopy.tls._names import Authorisation
+
+CA = "ca-cert.pem"
+ROLES = {True: "server", False: "client"}  # by whether it listens
+HOW_TO_ISSUE = "`postcopy tls new-ca CA` and `postcopy tls issue CA --host NAME --out DIR` make what is needed"
+MAX_FILE_BYTES = 1 << 20  # the certificates that a distribution trusts are a fourth of it
+
+log = logging.getLogger(__name__)
+
+Identity = tuple[tuple[int, ...], ...]
+
+
+class Credentials:
+    """Trio thread only."""
+
+    def __init__(self, directory: str | os.PathLike[str], authz: Sequence[str] = ()) -> None:
+        """Nothing is read yet: see `load`."""
+        self.directory = os.path.abspath(directory)
+        self.authorisation = Authorisation(authz)
+        self._read: dict[bool, tuple[Context, Identity]] = {}  # by role
+        self._problems: dict[bool, str] = {}  # that were logged
+        self._reading = trio.Lock()
+
+    @classmethod
+    async def load(
+        cls, directory: str | os.PathLike[str], *, listens: bool, connects: bool, authz: Sequence[str] = ()
+    ) -> Credentials:
+        """Reads what these roles need; another one is read when it is taken. `ConfigurationError` for files that are
+        not there or cannot be used, and for a pattern of `authz` that makes no sense; `ResourceError` for a host
+        without OpenSSL."""
+        credentials = cls(directory, authz)
+        for server, wanted in ((True, listens), (False, connects)):
+            if wanted:
+                await credentials._renewed(server)
+        return credentials
+
+    def not_after_s(self, *, server: bool) -> int | None:
+        """When the certificate of this role ends, in seconds since 1970; None for a role that has not been taken."""
+        return self._read[server][0].not_after_s if server in self._read else None
+
+    async def reload(self) -> None:
+        """Reads again what is in use, as after SIGHUP. Errors as `load` when that cannot be used: connections are then
+        made with what was read before."""
+        for server in list(self._read):
+            await self._renewed(server)
+
+    async def context(self, *, server: bool) -> Context:
+        """For the next connection; `server`: of the side that listens. Errors as `load`, but none where there are
+        certificates that were good before."""
+        try:
+            context = await self._renewed(server)
+        except PostcopyError as error:
+            if server not in self._read:
+                raise
+            if self._problems.get(server) != str(error):
+                log.warning("%s; the certificates that were read before stay in use", error)
+            self._problems[server] = str(error)
+            return self._read[server][0]
+        self._problems.pop(server, None)
+        return context
+
+    async def accept(self, stream: trio.SocketStream) -> TlsStream:
+        """A connection that was accepted, with its handshake done. `TlsError`, `trio.BrokenResourceError`; those of
+        `load`. Unless it succeeds the stream is the caller's to close. Cancellable; wants a deadline."""
+        tls = TlsStream(stream.socket, await self.context(server=True))
+        await tls.handshake()
+        return tls
+
+    async def connect(self, stream: trio.SocketStream, name: str, session: bytes = b"") -> TlsStream:
+        """The same for a connection that was made: `name` is what the peer's certificate must have."""
+        tls = TlsStream(stream.socket, await self.context(server=False), name, session)
+        await tls.handshake()
+        return tls
+
+    async def _renewed(self, server: bool) -> Context:
+        async with self._reading:
+            context, known = self._read.get(server, (None, None))
+            fresh = await run_sync(_read, self.directory, server, known)
+            if fresh is not None:
+                self._read[server] = fresh
+                if context is not None:
+                    log.info("%s: the %s's certificate was renewed", self.directory, ROLES[server])
+            return self._read[server][0]
+
+
+def _read(directory: str, server: bool, known: Identity | None) -> tuple[Context, Identity] | None:
+    """In a worker thread. None where the files are those that are known."""
+    role = ROLES[server]
+    paths = [os.path.join(directory, name) for name in (CA, f"{role}-cert.pem", f"{role}-key.pem")]
+    ca, certificate, key = paths
+    identity = tuple(map(_identity, paths))
+    if identity == known:
+        return None
+    pem = [_read_file(ca), _read_file(certificate), _read_file(key, private=True)]
+    if b"ENCRYPTED" in pem[2]:
+        raise ConfigurationError(
+            f"{key}: the key is encrypted, and nobody is here who could type its passphrase; decrypt it: openssl pkey"
+            f" -in {shlex.quote(key)} -out NEW"
+        )
+    # (of a file that was replaced since, the next connection reads again)
+    return Context(server, *pem, where=directory), identity
+
+
+def _identity(path: str) -> tuple[int, ...]:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()  # reading it says why
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_mode, found.st_uid
+
+
+def _read_file(path: str, *, private: bool = False) -> bytes:
+    try:
+        fd = open_regular(path)
+        with os.fdopen(fd, "rb") as file:
+            if private:
+                _check_private(path, os.fstat(fd))
+            data = file.read(MAX_FILE_BYTES + 1)
+    except FileNotFoundError as error:
+        raise ConfigurationError(f"{path} is not there; {HOW_TO_ISSUE}") from error
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigurationError(f"{path}: more than {MAX_FILE_BYTES} bytes are no certificate")
+    return data
+
+
+def _check_private(path: str, found: os.stat_result) -> None:
+    user, name = os.geteuid(), shlex.quote(path)
+    if found.st_uid not in (0, user):
+        raise ConfigurationError(
+            f"{path}: the key belongs to user {found.st_uid}, who can change it: chown {user} {name}"
+        )
+    allowed, mode = (0o640, "0640") if found.st_uid == 0 else (0o600, "0600")
+    if extra := stat.S_IMODE(found.st_mode) & 0o177 & ~allowed:
+        why = "others can read the key" if extra & 0o044 else "others can use the key's file"
+        raise ConfigurationError(f"{path}: {why}: chmod {mode} {name}")

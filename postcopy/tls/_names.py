@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who is at the other end, by its certificate, and what it may do here.
+
+A *pattern* is one that an operator writes: ``[send:|take:]PATTERN``, without a prefix for both. With a ``=`` in it, it
+is matched against the certificate's subject (RFC 2253: ``CN=host1,O=Example``); ``*`` alone is anybody; any other one
+is matched against its names (subject alternative names: DNS, IP address, URI). ``*`` stands for any characters, in a
+name for any but ``.`` and ``/``. Where there is any pattern, what none allows is refused.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from postcopy._patterns import matches
+from postcopy.errors import ConfigurationError
+
+Action = Literal["send", "take"]
+"""What the peer does: it sends a machine to here, or takes one from here."""
+ACTIONS: tuple[Action, ...] = ("send", "take")
+MAX_PATTERN = 1024
+
+
+@dataclass(frozen=True)
+class PeerCertificate:
+    """Of the other end of a connection; a certificate authority of ours has signed it."""
+
+    subject: str  # RFC 2253
+    names: tuple[tuple[str, str], ...]  # kind (``dns``, ``ip``, ``uri``) and text, in the certificate's order
+    not_after_s: int  # when it ends, in seconds since 1970
+    fingerprint: str = ""  # SHA-256, hexadecimal
+    cipher: str = ""  # of the connection
+    resumed: bool = False  # the connection is that of an earlier session: no certificate was sent for it
+
+    @property
+    def name(self) -> str:
+        """What to call the peer: its first name, else its subject."""
+        for wanted in ("dns", "uri", "ip"):
+            for kind, text in self.names:
+                if kind == wanted and text:
+                    return text
+        return self.subject
+
+    @property
+    def known_as(self) -> str:
+        """All its names, for messages."""
+        return ", ".join([*(text for _, text in self.names), self.subject])
+
+
+@dataclass(frozen=True)
+class Pattern:
+    actions: tuple[Action, ...]
+    text: str
+
+    def allows(self, action: Action, peer: PeerCertificate) -> bool:
+        return action in self.actions and (
+            self.text == "*" or (self._is_subject(peer) if "=" in self.text else self._is_name(peer))
+        )
+
+    def _is_subject(self, peer: PeerCertificate) -> bool:
+        return matches(self.text, peer.subject, ".")
+
+    def _is_name(self, peer: PeerCertificate) -> bool:
+        folded = self.text.lower().removesuffix(".")
+        for kind, name in peer.names:
+            if kind == "ip":
+                if _address(name) is not None and _address(name) == _address(self.text):
+                    return True
+            elif kind == "dns":  # (whose case means nothing)
+                if matches(folded, name.lower().removesuffix("."), "[^./]"):
+                    return True
+            elif matches(self.text, name, "[^./]"):
+                return True
+        return False
+
+
+def parse_pattern(text: str) -> Pattern:
+    """``[send:|take:]PATTERN``; `ConfigurationError` for what is none."""
+    actions, pattern = ACTIONS, text
+    for action in ACTIONS:
+        if text.startswith(f"{action}:"):
+            actions, pattern = (action,), text[len(action) + 1 :]
+    if not pattern.strip() or len(pattern) > MAX_PATTERN or not pattern.isprintable():
+        raise ConfigurationError(
+            f"{text[:80]!r} names no peer: write [send:|take:]PATTERN, as in send:*.example.org or CN=host1,O=Example"
+        )
+    return Pattern(actions, pattern)
+
+
+class Authorisation:
+    """Which peers may do what."""
+
+    def __init__(self, patterns: Sequence[str] = ()) -> None:
+        """`ConfigurationError` for one that makes no sense."""
+        self._patterns = [parse_pattern(text) for text in patterns]
+
+    def allows(self, action: Action, peer: PeerCertificate) -> bool:
+        """Without any pattern: whoever has a certificate that is good here."""
+        return not self._patterns or any(pattern.allows(action, peer) for pattern in self._patterns)
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        return None

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who comes in over TLS and who does not, with processes as a user starts them; each refusal says at both ends what is
+wrong, and harms nobody else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tls
+import warm
+
+Start = Callable[..., Any]
+MIB = 1 << 20
+DEADLINE_S = 60.0
+
+pytestmark = pytest.mark.needs("uffd-user")
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "image"
+    path.write_bytes(os.urandom(MIB))
+    return path
+
+
+def source_of(image: Path, *arguments: object) -> list[str]:
+    return [
+        str(one)
+        for one in ("source", "--json", "--machine", "image", "--image", image, "--on-failure", "exit", *arguments)
+    ]
+
+
+def refused(arguments: list[str]) -> str:
+    """What a source says that does not get its machine away."""
+    done = warm.run(arguments, deadline_s=DEADLINE_S)
+    assert done.returncode != 0, done.stdout
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def expired(name: str) -> Path:
+    return tls.site().issue(name, days=1, now=datetime.now(UTC) - timedelta(days=2))
+
+
+def named(name: str, *hosts: str) -> Path:
+    return tls.site().issue(name, *hosts)
+
+
+@pytest.mark.parametrize("listens", ["dest", "source"])
+def test_both_ends_know_each_other(side: Start, image: Path, listens: str) -> None:
+    """Nothing depends on which end listens: who sends is authorised to send, who takes to take."""
+    copy = image.with_name("copy")
+    secured = ("--tls", named("both", "127.0.0.1", "vm1.example"))
+    arguments = {
+        "dest": ("dest", "--json", "--dump", copy, *secured, "--tls-authz", "send:vm1.example"),
+        "source": (*source_of(image), *secured, "--tls-authz", "take:vm?.example", "--tls-authz", "take:vm1.*"),
+    }
+    listener = side(*arguments[listens], "--listen", "127.0.0.1:0")
+    caller = side(*arguments["source" if listens == "dest" else "dest"], "--connect", listener.address)
+    for one in (caller, listener):
+        status, result, errors = one.end()
+        assert status == 0, errors
+        assert result["status"] == "completed"
+    assert copy.read_bytes() == image.read_bytes()
+
+
+# What a source has that comes to a destination with TLS: what it says, and what the destination says.
+CALLERS: dict[str, tuple[Callable[[], tuple[object, ...]], str, str]] = {
+    "plain": (lambda: (), "--tls", "--tls"),
+    "another CA, at both": (lambda: ("--tls", tls.other_site().issue("stranger")), "authority", "authority"),
+    "expired": (lambda: ("--tls", expired("expired-client")), "expired", "expired"),
+    "another name": (lambda: ("--tls", named("unknown", "unknown.example")), "unauthorised", "unknown.example"),
+}
+
+
+def test_who_may_not_come_in(side: Start, image: Path) -> None:
+    """One after the other at one destination, which then takes the machine of one that may."""
+    copy = image.with_name("copy")
+    authorised = ("--tls-authz", "send:127.0.0.1", "--tls", tls.directory())
+    dest = side("dest", "--json", "--dump", copy, "--listen", "127.0.0.1:0", *authorised)
+    for name, (arguments, at_source, at_dest) in CALLERS.items():
+        said = refused(source_of(image, "--connect", dest.address, *arguments()))
+        assert at_source in said, name
+        dest.wait_for_errors(at_dest)
+    good = side(*source_of(image, "--connect", dest.address, "--tls", tls.directory()))
+    for one in (good, dest):
+        assert one.end()[0] == 0
+    assert copy.read_bytes() == image.read_bytes()
+
+
+# ---- a program of others
+
+
+def s_client(address: str, *arguments: object, says: bytes = b"GET / HTTP/1.0\r\n\r\n") -> tuple[bytes, str]:
+    """What it gets from the peer, and what it says of the connection."""
+    command = ["openssl", "s_client", "-brief", "-ign_eof", "-connect", address, *map(str, arguments)]
+    done = subprocess.run(command, input=says, capture_output=True, timeout=DEADLINE_S, check=False)
+    return done.stdout, done.stderr.decode()
+
+
+def as_client(directory: Path) -> tuple[object, ...]:
+    return ("-cert", directory / "client-cert.pem", "-key", directory / "client-key.pem")
+
+
+@pytest.mark.needs("openssl")
+def test_openssl_gets_in_with_a_certificate_only(side: Start) -> None:
+    """Nothing of ours is said to who has not shown one: no preamble, no name of a machine."""
+    dest = side("dest", "--json", "--listen", "127.0.0.1:0", "--tls", tls.directory())
+    trusting = ("-verify_return_error", "-verify_ip", "127.0.0.1", "-CAfile", tls.directory() / "ca-cert.pem")
+    for arguments, reason in (
+        (trusting, "certificate required"),
+        ((*trusting, *as_client(tls.other_site().issue("stranger"))), "unknown ca"),
+        ((*trusting, *as_client(expired("expired-client"))), "certificate expired"),
+        ((*trusting, *as_client(tls.directory()), "-tls1_2"), "protocol version"),
+    ):
+        got, said = s_client(dest.address, *arguments)
+        assert got == b"", reason
+        assert reason in said
+    got, said = s_client(dest.address, *trusting, *as_client(tls.directory()))
+    assert "Protocol version: TLSv1.3" in said
+    assert "Verification: OK" in said
+    assert got.startswith(b"postcpy")

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections over TLS that are cut where it hurts most, and certificates that change meanwhile: the migration goes on,
+and no page is wrong."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tls
+
+Start = Callable[..., Any]
+MIB = 1 << 20
+
+pytestmark = pytest.mark.needs("uffd-user")
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "image"
+    path.write_bytes(os.urandom(6 * MIB))
+    return path
+
+
+def start(side: Start, image: Path, relay: tls.Relay, dest: Any, secured: Path, bandwidth: str) -> Any:
+    """The source of a migration through the relay."""
+    slowly = ("--max-bandwidth", bandwidth, "--control", image.with_name("source"))
+    arguments = ("source", "--json", "--machine", "image", "--image", image, "--tls", secured, *slowly)
+    return side(*arguments, "--connect", relay.address)
+
+
+def dest_of(side: Start, image: Path, secured: Path) -> Any:
+    return side("dest", "--json", "--dump", image.with_name("copy"), "--tls", secured, "--listen", "127.0.0.1:0")
+
+
+def completes(image: Path, *both: Any) -> list[dict[str, Any]]:
+    results = []
+    for one in both:
+        status, result, errors = one.end()
+        assert status == 0, errors
+        assert result["status"] == "completed"
+        results.append(result)
+    assert image.with_name("copy").read_bytes() == image.read_bytes()
+    return results
+
+
+def test_inside_a_handshake(side: Start, operator: Callable[[str], Any], image: Path) -> None:
+    """Of a recovery: each connection is cut a little later than the last, at either end, until nothing more is."""
+    dest = dest_of(side, image, tls.directory())
+    with tls.Relay(dest.address) as relay:
+        source = start(side, image, relay, dest, tls.directory(), "64KiB/s")
+        for one in (source, dest):
+            one.wait_status("postcopy-active")
+        relay.down()
+        for one in (source, dest):
+            one.wait_status("postcopy-paused")
+        for count, way in itertools.product((0, 1, 5, 100, 400, 1000), ("reset", "close")):
+            relay.cuts += [(tls.after(count), None, way), (None, tls.after(count), way)]
+        cuts = len(relay.cuts)
+        relay.up()
+        operator("source").ask("set", "--max-bandwidth", "none")
+        completes(image, source, dest)
+        assert relay.cut >= cuts
+
+
+def test_inside_a_record(side: Start, image: Path) -> None:
+    """Of a bulk connection: in the head, in the middle and before the last byte of a record."""
+    dest = dest_of(side, image, tls.directory())
+    with tls.Relay(dest.address) as relay:
+        places = [(3, 0), (4, 2), (5, 5), (6, 700), (7, -1), (8, -16)]
+        for number, at in places:
+            way = "close" if number % 2 else "reset"
+            relay.cuts += [(None, None, ""), (tls.inside_record(number, at), None, way)]
+            relay.cuts += [(None, None, ""), (None, tls.inside_record(number, at), way)]
+        source = start(side, image, relay, dest, tls.directory(), "2MiB/s")
+        results = completes(image, source, dest)
+        assert relay.cut >= len(places)
+    assert all(result["recoveries"]["count"] for result in results)
+
+
+@pytest.mark.parametrize("by", ["the same CA", "another CA"])
+def test_certificates_that_change_while_it_is_paused(
+    side: Start, operator: Callable[[str], Any], image: Path, tmp_path: Path, by: str
+) -> None:
+    """Nobody says anything to either process. While the two trust different authorities, they do not come together."""
+    first, second = tls.Site(tmp_path / "first"), tls.Site(tmp_path / "second", "the next CA")
+    source_files, dest_files = first.issue("source"), first.issue("dest")
+    dest = dest_of(side, image, dest_files)
+    with tls.Relay(dest.address) as relay:
+        source = start(side, image, relay, dest, source_files, "64KiB/s")
+        for one in (source, dest):
+            one.wait_status("postcopy-active")
+        relay.down()
+        for one in (source, dest):
+            one.wait_status("postcopy-paused")
+        if by == "the same CA":
+            for name in ("source", "dest"):
+                first.issue(name, days=2)
+            relay.up()
+        else:
+            shutil.copytree(second.issue("dest"), dest_files, dirs_exist_ok=True)
+            relay.up()
+            source.wait_for_errors("authority")
+            assert source.lines[-1]["status"] == "postcopy-paused"
+            shutil.copytree(second.issue("source"), source_files, dirs_exist_ok=True)
+        operator("source").ask("set", "--max-bandwidth", "none")
+        completes(image, source, dest)
