@@ -290,6 +290,7 @@ class Service(abc.ABC):
         self.instance = secrets.token_bytes(ID_BYTES)  # by which it knows itself at an address that it calls
         self.failure: PostcopyError | None = None
         self.changes = trio.Event()  # replaced at each change
+        self._acceptor: Acceptor | None = None  # the one that it has, or has had
         self._overhead_bytes = 0
 
     @abc.abstractmethod
@@ -305,6 +306,11 @@ class Service(abc.ABC):
     def all_rows(self) -> list[Row]:
         """`rows`, and those that have left lately, for metrics."""
         return self.rows()
+
+    @property
+    def unauthorised(self) -> int:
+        """How many connections were refused since `--tls-authz` does not allow their peers."""
+        return self._acceptor.unauthorised if self._acceptor is not None else 0
 
     def requests(self) -> Mapping[str, Request]:
         """What may be asked of this policy only, by the request's name."""
@@ -421,6 +427,7 @@ class Service(abc.ABC):
     ) -> AsyncIterator[Acceptor]:
         """Open for as long as the block lasts; its `serve` is the caller's to run. `why_refused` as for `Acceptor`."""
         acceptor = await Acceptor.open(address, side, why_refused, instance=self.instance, protection=self.protection)
+        self._acceptor = acceptor
         self.listening = list(acceptor.addresses)
         try:
             yield acceptor
