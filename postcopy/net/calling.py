@@ -68,7 +68,6 @@ class CallingLink(Link):
         self._side = side
         self._replaceable = replaceable
         self._caller = caller or Caller()
-        self._name = route.tls_name
         route.answered(asked, self.peer)
 
     @classmethod
@@ -130,7 +129,7 @@ class CallingLink(Link):
                     hello = Hello(kind, self._side, index, session.migration, session.epoch)
                     begun = early.pop(0) if early else None
                     stream = await caller.connect_data(
-                        self.peer, hello, name=self._name, token=session.token, version=self.version, early=begun
+                        self.peer, hello, token=session.token, version=self.version, early=begun
                     )
                     opened[kind, index] = detach(stream)
             except Exception as error:  # noqa: BLE001  # raised outside of the nursery, which would wrap it
