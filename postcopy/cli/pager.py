@@ -12,6 +12,7 @@ from typing import Any
 from postcopy._child import python
 from postcopy._stop import Stop
 from postcopy.handler import RECORD_VERSION, Handler, in_keeper, keep, open_store
+from postcopy.net import check_reachable
 from postcopy.output import Output
 from postcopy.service.config import OperatingOptions, PagerConfig
 from postcopy.service.operation import Operation
@@ -42,8 +43,7 @@ async def _run(config: PagerConfig, operating: OperatingOptions, output: Output,
     async with open_store(formats=formats, log_json=log_json, burst=config.restart_burst) as store:
         handler = Handler(config, output, store)
         patient = bool(store.deaths or store.taken)
-        if (
-            not patient
-        ):  # else virtual machines wait already: what is wrong with the certificates is said when they call
-            await config.protection.load(connects=config.connect is not None)
+        if config.connect is not None and not patient:  # else virtual machines wait already, whatever is wrong
+            await config.protection.load(connects=True)
+            await check_reachable(config.connect.address, config.protection)
         return await Operation(handler, operating, output, patient=patient).run(stop)

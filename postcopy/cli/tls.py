@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         [("", "postcopy tls new-ca ca")],
     )
     new_ca.add_argument("directory", metavar="CA-DIR", help="directory to make")
-    new_ca.add_argument("--name", metavar="NAME", help="its name (default: made of this host's name and the date)")
+    new_ca.add_argument(
+        "--name", metavar="NAME", help="its name (default: of this host's name, the date and a random number)"
+    )
     add_days(new_ca, 365)
 
     issue = add_command(

@@ -86,6 +86,12 @@ class PagerChild:
             os.close(memory_fd)
         return result
 
+    def _attach_urgent(self, fds: list[int], shard: int) -> int:
+        return lib.pc_pager_attach_urgent(self._pager, shard, fds.pop(), ffi.NULL)  # TLS stays where its state is
+
+    def _attach_bulk(self, fds: list[int], channel: int) -> int:
+        return lib.pc_pager_attach_bulk(self._pager, channel, fds.pop(), ffi.NULL)
+
     def _set_zero(self, fds: list[int], block: int, words: int) -> int:
         return lib.pc_pager_set_zero(self._pager, block, _map(fds[0], words))
 

@@ -236,20 +236,21 @@ class Engine(abc.ABC, Generic[P, D]):
         `MigrationError` where the migration could not continue later."""
         self._steered().pause()
 
-    def recover(self, address: Address | None = None) -> None:
+    def recover(self, address: Address | None = None, tls_hostname: str | None = None) -> None:
         """Looks for the peer (again), at this address where one is given (see `reconnect_to`), also when it was given
         up: for as long as one that has just been lost. `MigrationError` where that would be in vain."""
         reconnector = self._steered()
         if address is not None:
-            self.reconnect_to(address)
+            self.reconnect_to(address, tls_hostname)
         self._search_again(reconnector)
 
-    def reconnect_to(self, address: Address) -> None:
+    def reconnect_to(self, address: Address, tls_hostname: str | None = None) -> None:
         """The peer is looked for there when the connection is lost, or at once when it has been. A connection that
-        works is left alone. `ConfigurationError` on the side that listens."""
+        works is left alone. `tls_hostname`: what its certificate must name from then on. `ConfigurationError` on the
+        side that listens."""
         if self._link is None:
             raise ConfigurationError("there has been no connection yet: cancel it, and migrate to the other address")
-        self._link.reconnect_to(address)
+        self._link.reconnect_to(address, tls_hostname)
 
     def _search_again(self, reconnector: Reconnector) -> None:
         self._searching_since_s = None

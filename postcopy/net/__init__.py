@@ -22,12 +22,13 @@ from postcopy.net.connecting import HANDSHAKE_TIMEOUT_S, client_handshake, conne
 from postcopy.net.endings import Code, Endings, Session
 from postcopy.net.link import ChannelKey, Link, OpenChannels, PAUSED_BY_OPERATOR, Reconnector
 from postcopy.net.protection import LOCAL, Protection, is_loopback
-from postcopy.net.sockets import accept_from, address_of, everywhere, listening_addresses, open_listeners, open_stream
+from postcopy.net.sockets import accept_from, address_of, check_reachable, everywhere, listening_addresses
+from postcopy.net.sockets import open_listeners, open_stream
 
 __all__ = [
     "HANDSHAKE_TIMEOUT_S", "LOCAL", "MAX_HALF_OPEN", "MAX_WAITING", "OFFER_TIMEOUT_S", "PAUSED_BY_OPERATOR",
     "Acceptor", "Address", "Asking", "CallingLink", "ChannelKey", "Code", "Endings", "Link", "LogLimit",
     "OpenChannels", "Protection", "Reconnector", "Route", "Session", "accept_from", "address_of",
-    "client_handshake", "connect", "everywhere", "is_loopback", "keep_alive", "listening_addresses",
+    "check_reachable", "client_handshake", "connect", "everywhere", "is_loopback", "keep_alive", "listening_addresses",
     "open_listeners", "open_stream", "parse_address", "read_peer_file",
 ]

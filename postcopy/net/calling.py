@@ -98,8 +98,8 @@ class CallingLink(Link):
             raise
         return cls(stream, route, asked, side, version, replaceable, caller)
 
-    def reconnect_to(self, address: Address) -> None:
-        self._route.change(address)
+    def reconnect_to(self, address: Address, tls_hostname: str | None = None) -> None:
+        self._route.change(address, tls_hostname)
 
     @contextlib.contextmanager
     def channel_set(self, session: Session) -> Iterator[OpenChannels]:

@@ -115,8 +115,9 @@ class Link(abc.ABC):
         """Who the peer is: the name in its certificate; without TLS the address of its host."""
         return identity(self.certificate, self.peer)
 
-    def reconnect_to(self, address: Address) -> None:
-        """When the connection is lost (or has been), the peer is looked for there. `ConfigurationError` on the side
+    def reconnect_to(self, address: Address, tls_hostname: str | None = None) -> None:
+        """When the connection is lost (or has been), the peer is looked for there, under another name in its
+        certificate where one is given. `ConfigurationError` on the side
         that listens: it takes the peer from wherever it comes."""
         raise ConfigurationError(
             f"this side listens, and takes its peer from any address: {address} can only be named at the other side"

@@ -17,8 +17,8 @@ from postcopy.net.addresses import Address
 from postcopy.tls import Credentials
 
 HOW_TO_PROTECT = (
-    "make certificates with `postcopy tls new-ca CA` and `postcopy tls issue CA --host NAME --out DIR`, and say --tls"
-    " DIR on both hosts (in Python tls=DIR); or --insecure (insecure=True) on a network that you trust"
+    "make certificates with `postcopy tls new-ca CA`, and for each host `postcopy tls issue CA --host NAME --out DIR`,"
+    " then say --tls DIR on both hosts (in Python: tls=DIR); or --insecure (insecure=True) on a network that you trust"
 )
 
 
@@ -66,8 +66,8 @@ class Protection:
         if beyond := [host for host in hosts if not is_loopback(host)]:
             meant = f" ({beyond[0]})" if beyond[0] != address.host and address.host else ""
             raise ConfigurationError(
-                f"{address}{meant}: refused without TLS, since whoever is on the network could read and change what"
-                f" goes over it: {HOW_TO_PROTECT}"
+                f"{address}{meant}: refused without TLS: whoever is on the network could read the memory, change it,"
+                f" and send machines; {HOW_TO_PROTECT}"
             )
 
 

@@ -7,6 +7,7 @@ the same one for both. Peers of IPv4 are shown with their IPv4 address there.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import logging
@@ -185,8 +186,7 @@ async def open_stream(address: Address, timeout_s: float, protection: Protection
     tried: dict[str, OSError | None] = {}
     try:
         with trio.fail_after(timeout_s):
-            found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-            hosts = [_numeric(name) for *_, name in found]
+            hosts = await _resolve(address)
             protection.check(address, hosts)
             stream = await _first_stream(hosts, address.port, tried)
     except trio.TooSlowError:
@@ -201,6 +201,18 @@ async def open_stream(address: Address, timeout_s: float, protection: Protection
     if stream is None:
         raise _none_answers(address, tried)
     return stream
+
+
+async def check_reachable(address: Address, protection: Protection) -> None:
+    """`ConfigurationError` for an address to connect to that `protection` does not allow. Whether anything answers
+    there, and what is wrong with its name, is seen when it is called."""
+    with contextlib.suppress(OSError, UnicodeError, ValueError):
+        protection.check(address, await _resolve(address))
+
+
+async def _resolve(address: Address) -> list[str]:
+    found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    return [_numeric(name) for *_, name in found]
 
 
 async def _first_stream(hosts: list[str], port: int, tried: dict[str, OSError | None]) -> trio.SocketStream | None:

@@ -33,6 +33,7 @@ class Listening(Record, kw_only=True):
 
     side: Process
     address: Annotated[str, doc("As HOST:PORT, with the port that the system chose.")]
+    encrypted: Annotated[bool, doc("Whether connections are under TLS.")]
 
 
 class MetricsAddress(Record, kw_only=True):
@@ -40,6 +41,7 @@ class MetricsAddress(Record, kw_only=True):
 
     side: Process
     address: Annotated[str, doc("As HOST:PORT, with the port that the system chose.")]
+    encrypted: Annotated[bool, doc("Whether it is https, and a client needs a certificate.")]
 
 
 class OutputDropped(Record, kw_only=True):

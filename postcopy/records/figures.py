@@ -65,7 +65,7 @@ OF_PROCESS = (
         {"direction": "DIRECTION", "status": "STATUS"},
     ),
     Metric(
-        "postcopy_certificate_expiry_seconds",
+        "postcopy_certificate_expiry_timestamp_seconds",
         "When a certificate of this process ends (`--tls`), since the beginning of 1970, UTC.",
         {"role": "ROLE"},
     ),

@@ -195,7 +195,7 @@ class Tls(Record, kw_only=True):
     expires_at: Annotated[
         int,
         doc("When its certificate ends, counted from the beginning of 1970, UTC.", "s",
-            metric="postcopy_migration_peer_certificate_expiry_seconds"),
+            metric="postcopy_migration_peer_certificate_expiry_timestamp_seconds"),
     ]  # fmt: skip
 
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import trio
 
-from postcopy.errors import MigrationError, PostcopyError
+from postcopy.errors import ConfigurationError, MigrationError, PostcopyError
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net import parse_address
+from postcopy.net import check_reachable, parse_address
 from postcopy.records import Record
 from postcopy.records.control import (
     AllSteered,
@@ -85,8 +85,16 @@ class ControlHandler:
         if "to" in arguments and len(undecided) > 1:
             names = ", ".join(owned.name for owned, _ in undecided)
             raise ControlError("BadArguments", f"several migrations: {names}; choose with --machine NAME")
-        address = parse_address(arguments["to"]) if "to" in arguments else None
-        return _all_that_can(undecided, lambda migration: migration.recover(address))
+        address, hostname = None, arguments.get("tls-hostname")
+        if "to" in arguments:
+            address = parse_address(arguments["to"])
+            try:
+                await check_reachable(address, self._service.protection)
+            except ConfigurationError as error:
+                raise ControlError("BadArguments", str(error)) from error
+        elif hostname is not None:
+            raise ControlError("BadArguments", "tls-hostname goes with a new address")
+        return _all_that_can(undecided, lambda migration: migration.recover(address, hostname))
 
     async def _set(self, arguments: Json) -> Settings:
         given = given_by_key(SETTINGS, arguments)

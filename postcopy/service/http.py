@@ -100,8 +100,8 @@ class HttpServer:
         return cls(listeners, path, content_type, body, protection.credentials)
 
     @property
-    def scheme(self) -> str:
-        return "http" if self._credentials is None else "https"
+    def encrypted(self) -> bool:
+        return self._credentials is not None
 
     async def serve(self) -> None:
         """Until cancelled; closes the listeners then."""

@@ -156,11 +156,13 @@ class Operation:
             service.protection,
         )
         for address in server.addresses:
-            self._output.emit("metrics", MetricsAddress(side=self._side, address=str(address)))
+            self._output.emit(
+                "metrics", MetricsAddress(side=self._side, address=str(address), encrypted=server.encrypted)
+            )
         families = everywhere(server.addresses)
         where = f"HOST:{server.addresses[0].port}" if families else server.addresses[0]
         note = f", on every address of this host ({families})" if families else ""
-        self._output.say(f"{self._side}: metrics at {server.scheme}://{where}/metrics{note}")
+        self._output.say(f"{self._side}: metrics at http{'s' * server.encrypted}://{where}/metrics{note}")
         return [*tasks, server.serve]
 
     async def _say_stopping(self, stop: Stop) -> None:

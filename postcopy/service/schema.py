@@ -143,7 +143,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "migrate-recover": Command(
         "resume a paused migration: connect again",
-        (_MACHINE, _TO_NOW),
+        (_MACHINE, _TO_NOW, replace(_TLS_HOSTNAME, help="name that the certificate of the other side must have there")),
         bare="to",
         example="postcopy ctl migrate-recover host-c:7777",
     ),

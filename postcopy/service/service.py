@@ -420,12 +420,14 @@ class Service(abc.ABC):
                 await contained("the end of listening", acceptor.close)
 
     def announce_listening(self) -> None:
+        encrypted = self.protection.credentials is not None
         for address in self.listening:
-            self.output.emit("listening", Listening(side=self.side, address=str(address)))
+            self.output.emit("listening", Listening(side=self.side, address=str(address), encrypted=encrypted))
         where = ", ".join(map(str, self.listening))
         if families := everywhere(self.listening):  # to which one cannot connect
             where = f"port {self.listening[0].port} of every address of this host ({families})"
-        self.output.say(f"{self.side}: listening on {where}")
+        how = ", with TLS" if encrypted else ", without TLS" if self.protection.insecure else ""
+        self.output.say(f"{self.side}: listening on {where}{how}")
 
     # ---- migrations
 

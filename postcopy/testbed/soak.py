@@ -42,7 +42,9 @@ def _check_plan(text: str) -> str:
     return text
 
 
-def command(workload: str, memory_bytes: int, seed: int, plan: str, pager: str, release: bool) -> list[str]:
+def command(
+    workload: str, memory_bytes: int, seed: int, plan: str, pager: str, release: bool, tls: bool = False
+) -> list[str]:
     machine = [
         "--machine",
         "kvm",
@@ -57,7 +59,8 @@ def command(workload: str, memory_bytes: int, seed: int, plan: str, pager: str, 
     ]
     network = ["--migrate-after", "0.2", "--chaos", plan, "--seed", str(seed)]
     network += ["--mode", MODES[seed % len(MODES)]]
-    return ["demo", "--json", *machine, *network, "--pager", pager, *(["--release-ram"] if release else [])]
+    more = [*(["--release-ram"] if release else []), *(["--tls"] if tls else [])]
+    return ["demo", "--json", *machine, *network, "--pager", pager, *more]
 
 
 async def run_one(arguments: list[str], seed: int) -> tuple[Json | None, str]:
@@ -104,6 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         default=PLAN,
         help=f"what the network does, see docs/chaos.md (default: {PLAN})",
     )
+    parser.add_argument("--tls", action="store_true", help="under TLS, all of them")
     args = parser.parse_args(argv)
     seed = args.seed if args.seed is not None else secrets.randbits(31)
     began_s = time.monotonic()
@@ -113,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     while time.monotonic() - began_s < args.seconds:
         workload, pager = WORKLOADS[migrations % 2], PAGERS[migrations // 2 % 2]
         release = migrations // 4 % 2 == 1
-        arguments = command(workload, args.memory, seed + migrations, args.plan, pager, release)
+        arguments = command(workload, args.memory, seed + migrations, args.plan, pager, release, args.tls)
         result, reason = _processes.run(run_one, arguments, seed + migrations)
         if result is None:
             print(f"soak: FAILED: {reason}\nsoak: again with: postcopy {' '.join(arguments)}", file=sys.stderr)

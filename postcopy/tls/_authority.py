@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,8 +28,10 @@ from pathlib import Path
 from socket import gethostname
 from typing import Final
 
-from postcopy._files import explain_unwritable, new_directory, read_regular, replacing, write_all, write_new
-from postcopy.errors import ConfigurationError, naming_missing_packages
+from postcopy._files import explain_unwritable, new_directory, replacing, write_all, write_new
+from postcopy.errors import ConfigurationError, PostcopyError, naming_missing_packages
+from postcopy.tls._credentials import CA as CA_CERT
+from postcopy.tls._credentials import _read, _read_file
 
 with naming_missing_packages("to make or read certificates"):
     from cryptography import x509
@@ -48,7 +51,6 @@ with naming_missing_packages("to make or read certificates"):
     )
     from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-CA_CERT: Final = "ca-cert.pem"
 CA_KEY: Final = "ca-key.pem"
 ROLES: Final = {"server": ExtendedKeyUsageOID.SERVER_AUTH, "client": ExtendedKeyUsageOID.CLIENT_AUTH}
 
@@ -58,7 +60,6 @@ MAX_DAYS: Final = 3650
 CLOCK_SKEW: Final = timedelta(minutes=10)
 """A certificate is valid from so long before it was made, for hosts whose clocks are slow."""
 
-_MAX_FILE_BYTES = 1 << 20
 _MAX_COMMON_NAME = 64  # ub-common-name of RFC 5280
 _MAX_HOSTS = 100
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
@@ -114,8 +115,8 @@ def new_authority(
     """Makes an authority in a new directory, from `now` on. `ConfigurationError`: it is there already, or cannot be
     made."""
     now = _whole_seconds(now)
-    if name is None:
-        name = f"postcopy CA {gethostname()[:40]} {now:%Y-%m-%d}"
+    if name is None:  # of which there is no second one: a chain is followed by names
+        name = f"postcopy CA {gethostname()[:30]} {now:%Y-%m-%d} {secrets.token_hex(3)}"
     if not (name.isprintable() and 0 < len(name) <= _MAX_COMMON_NAME):
         raise ConfigurationError(f"the name of an authority has 1 to {_MAX_COMMON_NAME} characters: {name[:80]!r}")
     key = ec.generate_private_key(ec.SECP256R1())
@@ -225,8 +226,6 @@ def show(directory: str | Path, *, now: datetime | None = None) -> tuple[list[Ce
 
 
 def _problems(directory: Path, loaded: dict[str, list[x509.Certificate]], now: datetime) -> Iterator[str]:
-    if "ca" not in loaded:
-        yield f"{CA_CERT} is missing: it says which peers are trusted"
     if loaded.keys() == {"ca"} and not (directory / CA_KEY).exists():
         yield "there is no certificate for a host: server-cert.pem to listen, client-cert.pem to connect"
     for name, chain in loaded.items():
@@ -237,12 +236,13 @@ def _problems(directory: Path, loaded: dict[str, list[x509.Certificate]], now: d
             elif now < one.not_valid_before_utc:
                 begins = f"{one.not_valid_before_utc:%Y-%m-%d %H:%M} UTC"
                 yield f"{file}: not valid before {begins}; look at this host's clock"
-        key = directory / f"{name}-key.pem"
-        if name != "ca" or os.path.lexists(key):
-            try:
-                _load_key(key, chain[0])
-            except ConfigurationError as error:
-                yield str(error)
+        try:
+            if name in ROLES:
+                _read(str(directory), name == "server", None)  # as a process does that is given them
+            elif os.path.lexists(directory / CA_KEY):
+                _load_key(directory / CA_KEY, chain[0])
+        except PostcopyError as error:
+            yield str(error)
         if name in ROLES:
             yield from _problems_of_host(file, name, chain, loaded.get("ca", []))
 
@@ -322,7 +322,7 @@ def _load_authority(directory: Path, now: datetime) -> tuple[x509.Certificate, C
 
 
 def _load_certificates(path: Path) -> list[x509.Certificate]:
-    data = _read(path)
+    data = _read_file(str(path))
     try:
         return x509.load_pem_x509_certificates(data)
     except ValueError as error:
@@ -331,10 +331,7 @@ def _load_certificates(path: Path) -> list[x509.Certificate]:
 
 def _load_key(path: Path, certificate: x509.Certificate) -> CertificateIssuerPrivateKeyTypes:
     """The key of a certificate, which nobody else can read."""
-    data = _read(path)
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & (0o037 if path.stat().st_uid == 0 else 0o077):
-        raise ConfigurationError(f"{path}: others can read this private key (mode {mode:04o}); chmod 600 {path}")
+    data = _read_file(str(path), private=True)
     try:
         key = load_pem_private_key(data, None)
     except TypeError as error:
@@ -347,13 +344,6 @@ def _load_key(path: Path, certificate: x509.Certificate) -> CertificateIssuerPri
             f"{path} is not the key of the certificate beside it, {certificate.subject.rfc4514_string()}"
         )
     return key  # type: ignore[return-value]  # one that cannot sign (X25519) is no certificate's
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return read_regular(path, _MAX_FILE_BYTES)
-    except OSError as error:
-        raise ConfigurationError(f"{path}: {error.strerror}") from error
 
 
 def _trusts(path: Path, ca: x509.Certificate) -> bool:

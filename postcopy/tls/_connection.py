@@ -43,7 +43,7 @@ class Context:
         self.server = server
         pointer: Any = ffi.new("struct pc_tls_context **")
         line = ErrorLine()
-        given = [argument for pem in (ca, certificate, key) for argument in (pem, len(pem))]
+        given: list[Any] = [argument for pem in (ca, certificate, key) for argument in (pem, len(pem))]
         result = lib.pc_tls_context_new(server, *given, pointer, line.buffer, line.size)
         if result == -errno.ENOENT:
             raise ResourceError(str(line))

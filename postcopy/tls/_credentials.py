@@ -89,6 +89,12 @@ class Credentials:
         await tls.handshake()
         return tls
 
+    async def connect(self, stream: trio.SocketStream, name: str, session: bytes = b"") -> TlsStream:
+        """The same for a connection that was made: `name` is what the peer's certificate must have."""
+        tls = TlsStream(stream.socket, await self.context(server=False), name, session)
+        await tls.handshake()
+        return tls
+
     async def _renewed(self, server: bool) -> Context:
         async with self._reading:
             context, known = self._read.get(server, (None, None))

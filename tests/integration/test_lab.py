@@ -215,9 +215,10 @@ def test_hosts_know_each_other_by_name(prefix: tuple[str, ...], require: Callabl
         {postcopy_} lab exec h2 -- hostname
         {postcopy_} lab exec h1 -- {sys.executable} -c "$ANSWER" >/dev/null &
         {postcopy_} lab exec h2 -- {sys.executable} -c "$ASK" h1 {MANY} 64
-        {postcopy_} lab exec h2 -- {postcopy_} dest --listen :7777 --run-for 0 --json >dest.out &
+        {postcopy_} tls new-ca ca && for host in h1 h2; do {postcopy_} tls issue ca --host $host --out $host.tls; done
+        {postcopy_} lab exec h2 -- {postcopy_} dest --listen :7777 --tls h2.tls --run-for 0 --json >dest.out &
         until grep -q listening dest.out; do sleep 0.05; done
-        {postcopy_} lab exec h1 -- {postcopy_} source --machine rv64 --memory 16MiB --connect h2:7777
+        {postcopy_} lab exec h1 -- {postcopy_} source --machine rv64 --memory 16MiB --connect h2:7777 --tls h1.tls
         wait $!
         cat dest.out
         """
@@ -443,6 +444,7 @@ def shown(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     assert result["verified"] is True
     assert result["recoveries"]["count"] > 0
     assert all(item["ok"] for item in result["verification"])
+    assert [one["let-in"] for one in result["demo-tls"]["strangers"]] == [False, False]
     assert 0 < result["lab"]["cut"]["noticed-ms"] <= result["lab"]["cut"]["healed-ms"]
     return result
 

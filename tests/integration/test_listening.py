@@ -190,7 +190,7 @@ def test_both_families_in_words(spawn_child: Start) -> None:
 
     every = r"every address of this host \(IPv4 and IPv6\)"
     metrics = int(wait_for(rf"metrics at http://HOST:(\d+)/metrics, on {every}\n"))
-    port = int(wait_for(rf"listening on port (\d+) of {every}\n"))
+    port = int(wait_for(rf"listening on port (\d+) of {every}, without TLS\n"))
     for host in ("127.0.0.1", "::1"):
         for there in (metrics, port):
             with socket.create_connection((host, there), 30) as browser:

@@ -100,7 +100,7 @@ def make_certificates(directory: Path, source: Host | None, dest: Host | None) -
     from postcopy.tls._authority import issue, new_authority
 
     for authority, sides in (("ca", {"source": source, "dest": dest}), ("other-ca", {"stranger": None})):
-        new_authority(directory / authority)
+        new_authority(directory / authority, days=1)
         for side, host in sides.items():
             names = [LOOPBACK, *((host.name, host.ipv4) if host is not None else ())]
             issue(directory / authority, names, directory / f"{side}.tls", days=1)
@@ -111,21 +111,23 @@ async def refuse_strangers(directory: Path, address: str, host: Host | None, out
     """Tries to send an image to the destination, which waits for its source, with what a stranger has."""
     image = directory / "stranger.img"
     await trio.to_thread.run_sync(image.write_bytes, os.urandom(1 << 16))
-    tried = []
-    for how, protection in STRANGERS.items():
-        words = [str(directory / word) if word.endswith(".tls") else word for word in protection]
-        arguments = ["source", "--json", "--machine", "image", "--image", str(image), "--connect", address, *words]
-        stranger = Side("stranger", SourceResult, arguments, host)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(stranger.run, None)
-            try:
-                await stranger.good_end()
-                said = ""
-            except PostcopyError as error:
-                said = str(error).removeprefix("stranger: ")
-        tried.append(Stranger(how=how, let_in=not said, said=said))
+    tried = {}
+    async with trio.open_nursery() as nursery:
+        for how, protection in STRANGERS.items():
+            words = [str(directory / word) if word.endswith(".tls") else word for word in protection]
+            arguments = ["source", "--json", "--machine", "image", "--image", str(image), "--connect", address, *words]
+            tried[how] = Side("stranger", SourceResult, arguments, host)
+            nursery.start_soon(tried[how].run, None)
+    found = []
+    for how, stranger in tried.items():
+        try:
+            await stranger.good_end()
+            said = ""
+        except PostcopyError as error:
+            said = str(error).removeprefix("stranger: ")
+        found.append(Stranger(how=how, let_in=not said, said=said))
         output.say(f"demo: a stranger {how}: {said or 'NOT REFUSED'}")
-    return tried
+    return found
 
 
 def as_record(strangers: list[Stranger], watch: Watch | None) -> DemoTls:

@@ -81,6 +81,7 @@ def test_unit(unit: Path) -> None:
     assert Path(program).name == "postcopy"
     args = make_parser(arguments).parse_args(arguments)
     assert args.log_json
+    assert getattr(args, "tls", None) == ("/etc/postcopy/tls" if "listen" in args else None)
     # The control socket is in the unit's own directory, which systemd makes and removes.
     (directory,) = [value.replace("%i", "7777") for name, value in settings if name == "RuntimeDirectory"]
     assert args.control.startswith(f"/run/{directory}/")

@@ -226,7 +226,7 @@ class TestAuthority:
                 issue(authority, ["host-a"], tmp_path / "out", now=now)
             assert not (tmp_path / "out").exists()
 
-        refused("No such file", tmp_path)
+        refused("is not there", tmp_path)
         refused("has expired", now=datetime.now(UTC) + timedelta(days=366))
         with pytest.raises(ConfigurationError, match="no host needs"):
             issue(ca, ["host-a"], ca)
@@ -244,7 +244,7 @@ class TestAuthority:
         refused("no private key in PEM")
         key.write_bytes(good)
         key.chmod(0o644)
-        refused(f"others can read this private key .*chmod 600 {key}")
+        refused(f"others can read the key: chmod 0640 {key}")
         shutil.copy(host / "server-cert.pem", host / "server-ca")
         for kind in ("cert", "key"):
             shutil.copy(host / f"server-{kind}.pem", host / f"ca-{kind}.pem")
@@ -292,12 +292,18 @@ class TestShow:
         (host / "client-key.pem").chmod(0o604)
         said = problems(host)
         assert "server-cert.pem: signed by CN=postcopy CA" in said
-        assert f"{host}/server-key.pem: No such file" in said
-        assert "client-key.pem: others can read this private key (mode 0604); chmod 600" in said
+        assert f"{host}/server-key.pem is not there" in said
+        assert "client-key.pem: others can read the key: chmod 0640" in said
         (host / "ca-cert.pem").unlink()
-        assert "ca-cert.pem is missing" in problems(host)
+        assert "ca-cert.pem is not there" in problems(host)
         with pytest.raises(ConfigurationError, match="has no certificate"):
             show(tmp_path)
+
+    def test_half_of_a_pair(self, ca: Path, host: Path) -> None:
+        key = (host / "server-key.pem").read_bytes()
+        issue(ca, HOSTS, host)
+        (host / "server-key.pem").write_bytes(key)
+        assert problems(host).startswith(f"{host}: the private key ")
 
 
 class TestCommand:
@@ -322,7 +328,7 @@ class TestCommand:
             (("new-ca", "{}/ca", "--days", "0"), 2, "--days"),
             (("new-ca", "{}/ca", "--name", ""), 2, "1 to 64 characters"),
             (("issue", "{}", "--out", "{}/tls"), 2, "--host"),
-            (("issue", "{}", "--host", "a", "--out", "{}/tls"), 2, "ca-cert.pem: No such file"),
+            (("issue", "{}", "--host", "a", "--out", "{}/tls"), 2, "ca-cert.pem is not there"),
             (("show", "{}"), 2, "has no certificate"),
             (("shwo", "{}"), 2, "did you mean show?"),
         ],
