@@ -43,8 +43,8 @@ class Context:
         self.server = server
         pointer: Any = ffi.new("struct pc_tls_context **")
         line = ErrorLine()
-        given: list[Any] = [argument for pem in (ca, certificate, key) for argument in (pem, len(pem))]
-        result = lib.pc_tls_context_new(server, *given, pointer, line.buffer, line.size)
+        pem = (ca, len(ca), certificate, len(certificate), key, len(key))
+        result = lib.pc_tls_context_new(server, *pem, pointer, line.buffer, line.size)
         if result == -errno.ENOENT:
             raise ResourceError(str(line))
         if result == -errno.EINVAL:

@@ -25,6 +25,7 @@ from postcopy.wire.messages import (
 )
 
 _HTTP_CLIENT: Final = "an HTTP client"
+_TLS: Final = "; if that is postcopy, give --tls DIR on both hosts"
 _OTHERS: Final = {  # what may be at the other end by mistake, by what it says first
     b"HTTP/": "an HTTP server",
     **dict.fromkeys((b"GET ", b"HEAD ", b"POST ", b"PUT ", b"OPTIONS ", b"CONNECT ", b"PRI * HT"), _HTTP_CLIENT),
@@ -117,7 +118,7 @@ class _Handshake:
         if not MAGIC.startswith(got[: len(MAGIC)]):
             for beginning, who in _OTHERS.items():
                 if got.startswith(beginning):
-                    raise ProtocolError(f"this is {who}, not a postcopy peer")
+                    raise ProtocolError(f"this is {who}, not a postcopy peer{_TLS * ('a TLS' in who)}")
                 if beginning.startswith(got):
                     return  # it may be: the rest will say
             raise ProtocolError(f"this is not a postcopy peer: it began with {shown(got)}")

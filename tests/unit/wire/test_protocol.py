@@ -250,8 +250,9 @@ class TestHandshake:
         ],
     )
     def test_something_else_is_there(self, data: bytes, who: str, size: int) -> None:
+        hint = "; if that is postcopy, give --tls DIR on both hosts" * ("TLS" in who)
         for handshake in (p.ServerHandshake(), p.ClientHandshake(HELLO)):
-            with pytest.raises(ProtocolError, match=f"^this is {who}, not a postcopy peer$"):
+            with pytest.raises(ProtocolError, match=f"^this is {who}, not a postcopy peer{hint}$"):
                 feed(handshake, data, size)
 
     def test_bad_server(self) -> None:

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One connection under TLS, over a socket pair: as a stream, in place, and as it is given to the core."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from postcopy.tls import Credentials, TlsError, TlsStream, detach, in_place, stream_of
+from postcopy.tls._authority import issue, new_authority
+
+MUCH = 8 << 20  # more than any two socket buffers hold
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = tmp_path_factory.mktemp("tls")
+    new_authority(where / "ca")
+    issue(where / "ca", ["host-a", "127.0.0.1"], where / "host")
+    return where / "host"
+
+
+def plain_pair() -> tuple[trio.SocketStream, trio.SocketStream]:
+    here, there = socket.socketpair()
+    return tuple(trio.SocketStream(trio.socket.from_stdlib_socket(end)) for end in (here, there))  # type: ignore[return-value]
+
+
+@asynccontextmanager
+async def pair(host: Path, session: bytes = b"") -> AsyncIterator[tuple[TlsStream, TlsStream]]:
+    """Client and server, with their handshake done."""
+    credentials = await Credentials.load(host, listens=True, connects=True)
+    async with connected(credentials, session) as both:
+        yield both
+
+
+@asynccontextmanager
+async def connected(credentials: Credentials, session: bytes = b"") -> AsyncIterator[tuple[TlsStream, TlsStream]]:
+    here, there = plain_pair()
+    server: list[TlsStream] = []
+
+    async def accept() -> None:
+        server.append(await credentials.accept(there))
+
+    with trio.fail_after(60):
+        async with here, there:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(accept)
+                client = await credentials.connect(here, "host-a", session)
+            yield client, server[0]
+
+
+async def receive_all(stream: trio.abc.ReceiveStream) -> bytes:
+    received = bytearray()
+    async for data in stream:
+        received += data
+    return bytes(received)
+
+
+async def test_both_ways_and_an_orderly_end(host: Path) -> None:
+    async with pair(host) as (client, server):
+        assert (client.peer.name, client.peer.resumed) == ("host-a", False)
+        assert server.peer.names == (("dns", "host-a"), ("ip", "127.0.0.1"))
+        assert server.peer.subject == "CN=host-a"
+        assert client.peer.fingerprint != server.peer.fingerprint
+        sent = os.urandom(MUCH)
+        got: list[bytes] = []
+
+        async def receive(stream: TlsStream) -> None:
+            got.append(await receive_all(stream))
+
+        async def send(stream: TlsStream) -> None:
+            await stream.send_all(sent)
+            await stream.send_eof()
+
+        async with trio.open_nursery() as nursery:  # all four at the same time
+            for stream in (client, server):
+                nursery.start_soon(receive, stream)
+                nursery.start_soon(send, stream)
+        assert got == [sent, sent]
+
+
+async def test_a_cut_is_no_end(host: Path) -> None:
+    async with pair(host) as (client, server):
+        assert client.read_now() is None  # (unread sessions would make a reset of the end)
+        await client.send_all(b"the last words")
+        client.socket.close()
+        assert await server.receive_some() == b"the last words"
+        with pytest.raises(trio.BrokenResourceError, match="cut") as caught:
+            await server.receive_some()
+        assert isinstance(caught.value.__cause__, OSError)
+        assert caught.value.__cause__.errno == errno.EPIPE
+
+
+async def test_closing_says_so(host: Path) -> None:
+    async with pair(host) as (client, server):
+        await client.aclose()
+        assert await server.receive_some() == b""
+        assert await server.receive_some() == b""
+
+
+async def test_a_closed_stream(host: Path) -> None:
+    """Its number may be another file's: nothing is done with it."""
+    async with pair(host) as (client, _):
+        await client.aclose()
+        await client.aclose()
+        for use in (client.receive_some, client.handshake, client.send_eof, client.wait_send_all_might_not_block):
+            with pytest.raises(trio.ClosedResourceError):
+                await use()
+        with pytest.raises(trio.ClosedResourceError):
+            await client.send_all(b"x")
+        assert client.session == b""
+
+
+async def test_a_send_that_was_cancelled_has_broken_the_stream(host: Path) -> None:
+    async with pair(host) as (client, server):
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(client.send_all, bytes(MUCH))
+                await wait_all_tasks_blocked()
+                scope.cancel()
+        assert scope.cancelled_caught
+        with pytest.raises(trio.BrokenResourceError, match="in part"):
+            await client.send_all(b"more")
+        await client.aclose()
+        with pytest.raises(trio.BrokenResourceError):  # what came is no message's end
+            await receive_all(server)
+
+
+async def test_a_read_that_was_cancelled_has_lost_nothing(host: Path) -> None:
+    async with pair(host) as (client, server):
+        with trio.move_on_after(0.01):
+            await server.receive_some()
+        await client.send_all(b"here")
+        assert await server.receive_some() == b"here"
+
+
+async def test_a_handshake_that_was_cancelled_goes_on(host: Path) -> None:
+    credentials = await Credentials.load(host, listens=True, connects=True)
+    here, there = plain_pair()
+    async with here, there:
+        client = TlsStream(here.socket, await credentials.context(server=False), "host-a")
+        server = TlsStream(there.socket, await credentials.context(server=True))
+        with trio.fail_after(60):
+            for stream in (client, server) * 3:
+                with trio.move_on_after(0.01):
+                    await stream.handshake()
+            await server.handshake()
+            await client.handshake()
+        assert server.peer.name == "host-a"
+
+
+async def test_in_place(host: Path) -> None:
+    """Nothing is left in the library when there is nothing to read, and a piece of a record is nothing yet."""
+    async with pair(host) as (client, server):
+        assert in_place(client) is client
+        assert client.read_now() is None
+        assert not client.pending
+        sent = bytes(range(256)) * 100
+        assert server.write_now(sent) == len(sent)
+        got = bytearray()
+        with trio.fail_after(60):
+            while len(got) < len(sent):
+                if data := client.read_now(1000):
+                    got += data
+                    assert len(data) <= 1000
+                    continue
+                assert not client.pending
+                await trio.lowlevel.wait_readable(client.socket)
+        assert bytes(got) == sent
+        assert client.read_now() is None
+
+
+async def test_in_place_until_the_peer_takes_nothing(host: Path) -> None:
+    """What was not taken is given again, and nothing is sent twice."""
+    async with pair(host) as (client, server):
+        block = os.urandom(MUCH)
+        sent = 0
+        while more := client.write_now(memoryview(block)[sent:]):
+            sent += more
+        assert 0 < sent < MUCH
+        received: list[bytes] = []
+
+        async def receive() -> None:
+            received.append(await receive_all(server))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive)
+            await client.send_all(block[sent:])
+            await client.send_eof()
+        assert received == [block]
+
+
+async def test_without_tls_in_place() -> None:
+    here, there = plain_pair()
+    one, other = in_place(here), in_place(there)
+    assert one is not None
+    assert other is not None
+    assert one.read_now() is None
+    assert not one.pending
+    assert other.write_now(b"here") == 4
+    assert one.read_now() == b"here"
+    await there.aclose()
+    assert one.read_now() == b""
+    with pytest.raises(trio.BrokenResourceError):
+        one.write_now(b"x")
+    await here.aclose()
+    with pytest.raises(trio.ClosedResourceError):
+        one.read_now()
+    assert in_place(trio.testing.memory_stream_pair()[0]) is None
+
+
+async def test_to_the_core_and_back(host: Path) -> None:
+    """What has arrived meanwhile is still there; who has it next owns socket and TLS."""
+    async with pair(host) as (client, server):
+        await server.send_all(b"before")
+        channel = detach(client)
+        assert os.get_blocking(channel.fd.fd)
+        with pytest.raises(trio.ClosedResourceError):
+            await client.receive_some()
+        fd, tls = channel.detach()
+        assert tls is not None
+        again = stream_of(fd, tls)
+        assert isinstance(again, TlsStream)
+        assert await again.receive_some() == b"before"
+        await again.send_all(b"after")
+        assert await server.receive_some() == b"after"
+        channel = detach(again)
+        channel.close()
+        channel.close()
+        with pytest.raises(trio.BrokenResourceError):
+            await server.receive_some()
+
+
+async def test_the_next_connection_resumes_the_session(host: Path) -> None:
+    """Any number of them; not with other credentials, of which the old session knows nothing."""
+    credentials = await Credentials.load(host, listens=True, connects=True)
+    async with connected(credentials) as (client, server):
+        assert client.session == b""  # it comes behind the handshake
+        await server.send_all(b"welcome")
+        assert await client.receive_some() == b"welcome"
+        session = client.session
+        assert server.session == b""
+    for _ in range(2):
+        async with connected(credentials, session) as (client, server):
+            assert client.peer.resumed
+            assert server.peer.resumed
+            assert server.peer.name == "host-a"
+            assert server.peer.fingerprint != client.peer.fingerprint
+    async with pair(host, session) as (client, server):  # another process at the other end
+        assert not client.peer.resumed
+
+
+async def test_what_is_no_session_is_no_harm(host: Path) -> None:
+    async with pair(host, b"\xff" * 300) as (client, _):
+        assert not client.peer.resumed
+
+
+async def test_the_name_that_was_called(host: Path) -> None:
+    credentials = await Credentials.load(host, listens=True, connects=True)
+    for name, good in (("127.0.0.1", True), ("HOST-A", True), ("host-b", False), ("127.0.0.2", False)):
+        here, there = plain_pair()
+        async with here, there, trio.open_nursery() as nursery:
+
+            async def accept(end: trio.SocketStream = there, good: bool = good) -> None:
+                if good:
+                    await credentials.accept(end)
+                    return
+                with pytest.raises(TlsError, match="the peer has ended the TLS connection"):
+                    await credentials.accept(end)
+
+            nursery.start_soon(accept)
+            if good:
+                await credentials.connect(here, name)
+            else:
+                with pytest.raises(TlsError, match=f"not for {name}, but for .*host-a.* --tls-hostname"):
+                    await credentials.connect(here, name)
