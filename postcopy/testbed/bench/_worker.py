@@ -26,7 +26,7 @@ from postcopy.dataplane.pager_process import ProcessPager
 from postcopy.dataplane.pageserver import PageServer
 from postcopy.errors import check
 from postcopy.memory import Memory
-from postcopy.tls import Credentials, accept_tls, connect_tls
+from postcopy.tls import Credentials, TlsStream
 from postcopy.uffd import How
 
 SEED = 20141001
@@ -54,10 +54,11 @@ async def channel(fd: int, tls: str, *, listens: bool) -> tuple[int, Any]:
     certificates. The other end does the same meanwhile."""
     if not tls:
         return fd, None
-    stream = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
     credentials = await Credentials.load(tls, listens=listens, connects=not listens)
-    secured = await (accept_tls(stream, credentials) if listens else connect_tls(stream, credentials, ADDRESS))
-    return secured.detach().detach()
+    connected = trio.socket.from_stdlib_socket(socket.socket(fileno=fd))
+    stream = TlsStream(connected, await credentials.context(server=listens), "" if listens else ADDRESS)
+    await stream.handshake()
+    return stream.detach().detach()
 
 
 def _ready() -> None:
