@@ -25,13 +25,17 @@ COMMANDS: Mapping[str, Command] = {
         (
             (
                 "Run a machine for 5 seconds, then migrate it to host-b:",
-                "postcopy source --machine kvm --memory 1GiB --connect host-b:7777 \\\n  --tls host-a.tls --migrate-after 5",
+                "postcopy source --machine kvm --memory 1GiB --migrate-after 5 \\\n"
+                "  --connect host-b:7777 --tls host-a.tls",
             ),
             (
                 "Serve a memory image to one destination:",
                 "postcopy source --machine image --image a.img --listen :7777 \\\n  --tls host-a.tls",
             ),
-            ("Run a machine until `postcopy ctl migrate host-b:7777`:", "postcopy source --machine rv64 --hold"),
+            (
+                "Run a machine until `postcopy ctl migrate host-b:7777`:",
+                "postcopy source --machine rv64 --hold --tls host-a.tls",
+            ),
         ),
     ),
     "dest": Command(
@@ -74,7 +78,7 @@ COMMANDS: Mapping[str, Command] = {
             ),
             (
                 "From a process on another host:",
-                "postcopy pager --socket vm.sock --connect host-a:7777 --tls host-b.tls",
+                "postcopy pager --socket vm.sock --connect host-a:7777 \\\n  --tls host-b.tls",
             ),
         ),
     ),

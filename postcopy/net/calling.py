@@ -35,7 +35,7 @@ from postcopy.net.link import (
 )
 from postcopy.net.protection import LOCAL, Protection
 from postcopy.net.sockets import address_of
-from postcopy.tls import DataChannel, detach
+from postcopy.tls import DataChannel, TlsError, detach
 from postcopy.wire import Ended, EndedElsewhere, Hello, RefusedError
 
 log = logging.getLogger(__name__)
@@ -262,7 +262,8 @@ class CallingReconnector(Reconnector):
                 self.answered.set()
             wrong = error.reason != PAUSED_BY_OPERATOR
         if self._log_limit.due():
-            level = logging.WARNING if wrong else logging.INFO
+            # (what only an operator can mend is told one who looks at warnings)
+            level = logging.WARNING if wrong or isinstance(error, TlsError | ConfigurationError) else logging.INFO
             log.log(level, "not connected again yet: %s%s", error, "; is that the right address?" * wrong)
 
     def _lengthen_pause(self, cap_s: float) -> None:
