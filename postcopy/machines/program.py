@@ -38,7 +38,7 @@ from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
 from postcopy.errors import BusyError, ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
 from postcopy.machines._guarded import GuardedProcess
-from postcopy.machines._memory_files import check_nobody_else_has, empty, promise_room
+from postcopy.machines._memory_files import boot_id, check_nobody_else_has, empty, promise_room
 from postcopy.machines.base import BlockLayout, MachineState, RamBlock
 from postcopy.machines.preload.client import Mapping as Mapped
 from postcopy.machines.preload.client import Preload, State, process_at
@@ -100,7 +100,7 @@ class ProgramMachine(ProcessMachine):
             _check(mappings, self._name)
             files = [(one.device, one.inode) for one in mappings]
             await check_nobody_else_has(self._name, self._pid, files)
-            self._config = Config(await run_sync(_boot_id), files)
+            self._config = Config(await run_sync(boot_id), files)
             self._addresses = tuple(one.address for one in mappings)
             for number, one in enumerate(mappings):
                 memory = Memory.from_shared_file(one.fd.fileno(), one.size_bytes, one.page_bytes)
@@ -328,7 +328,3 @@ def _stands(pid: int) -> bool:
 
 def _state_of(task: Path) -> str:
     return (task / "stat").read_text(errors="replace").rpartition(")")[2].split()[0]
-
-
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

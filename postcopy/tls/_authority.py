@@ -28,35 +28,33 @@ from pathlib import Path
 from socket import gethostname
 from typing import Final
 
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import dsa, ec, rsa
+from cryptography.hazmat.primitives.asymmetric.types import (
+    CertificateIssuerPrivateKeyTypes,
+    CertificateIssuerPublicKeyTypes,
+)
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
 from postcopy._files import explain_unwritable, locked_directory, new_directory, replacing, write_all, write_new
-from postcopy.errors import ConfigurationError, PostcopyError, naming_missing_packages
+from postcopy.errors import ConfigurationError, PostcopyError
 from postcopy.tls._credentials import CA as CA_CERT
 from postcopy.tls._credentials import _read, _read_file
-
-with naming_missing_packages("to make or read certificates"):
-    from cryptography import x509
-    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.asymmetric import dsa, ec, rsa
-    from cryptography.hazmat.primitives.asymmetric.types import (
-        CertificateIssuerPrivateKeyTypes,
-        CertificateIssuerPublicKeyTypes,
-    )
-    from cryptography.hazmat.primitives.hashes import SHA256
-    from cryptography.hazmat.primitives.serialization import (
-        Encoding,
-        NoEncryption,
-        PrivateFormat,
-        PublicFormat,
-        load_pem_private_key,
-    )
-    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 CA_KEY: Final = "ca-key.pem"
 ROLES: Final = {"server": ExtendedKeyUsageOID.SERVER_AUTH, "client": ExtendedKeyUsageOID.CLIENT_AUTH}
 
 CA_DAYS: Final = 365
 HOST_DAYS: Final = 30
-MAX_DAYS: Final = 3650
 CLOCK_SKEW: Final = timedelta(minutes=10)
 """A certificate is valid from so long before it was made, for hosts whose clocks are slow."""
 SOON: Final = 0.2

@@ -28,6 +28,7 @@ from postcopy._fd import FdHolder
 from postcopy._native import lib
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ResourceError
 from postcopy.machines._maps import Area, areas
+from postcopy.machines._memory_files import boot_id
 from postcopy.machines._peer import Process, one_line
 from postcopy.machines.preload.client import is_in_memory
 from postcopy.machines.qemu.qmp import Monitor, QemuAnswer
@@ -139,7 +140,7 @@ async def look(monitor: Monitor, process: Process) -> Look:
         "kvm" if kvm.enabled else "tcg",
         cpu,
         len(threads),
-        await run_sync(_boot_id),
+        await run_sync(boot_id),
         [backend.identity for backend in backends],
     )
     return Look(config, backends, threads, blocks, has_disks, pins)
@@ -196,11 +197,6 @@ def _text(said: object) -> str:
 
 def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
-
-
-def _boot_id() -> str:
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        return file.read().strip()
 
 
 # ---- what QEMU says
