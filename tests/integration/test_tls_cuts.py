@@ -69,18 +69,17 @@ def test_inside_a_handshake(side: Start, operator: Callable[[str], Any], image: 
 
 
 def test_inside_a_record(side: Start, image: Path) -> None:
-    """Of a bulk connection: in the head, in the middle and before the last byte of a record."""
+    """Of pages on their way: in the head, in the middle and before the last byte of a record."""
+    places = [(3, 0), (4, 2), (5, 5), (6, 700), (7, -1), (8, -16)]
     dest = dest_of(side, image, tls.directory())
     with tls.Relay(dest.address) as relay:
-        places = [(3, 0), (4, 2), (5, 5), (6, 700), (7, -1), (8, -16)]
         for number, at in places:
-            way = "close" if number % 2 else "reset"
-            relay.cuts += [(None, None, ""), (tls.inside_record(number, at), None, way)]
-            relay.cuts += [(None, None, ""), (None, tls.inside_record(number, at), way)]
+            # Of the four connections that are made each time those of the push come first to so many records.
+            relay.cuts += [(tls.inside_record(number, at), None, "close" if number % 2 else "reset") for _ in range(4)]
         source = start(side, image, relay, dest, tls.directory(), "2MiB/s")
         results = completes(image, source, dest)
         assert relay.cut >= len(places)
-    assert all(result["recoveries"]["count"] for result in results)
+    assert all(result["recoveries"]["count"] >= 3 for result in results)
 
 
 @pytest.mark.parametrize("by", ["the same CA", "another CA"])
