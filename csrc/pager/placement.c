@@ -347,7 +347,7 @@ int pc_decode_header(struct pc_pager *pager, const uint8_t *header, struct pc_fr
 
 int pc_check_payload(const struct pc_frame *frame, const uint8_t *payload, struct progress *progress)
 {
-    if (frame->payload_bytes && pc_crc32c(0, payload, frame->payload_bytes) != frame->payload_crc)
+    if (frame->payload_crc && pc_crc32c(0, payload, frame->payload_bytes) != frame->payload_crc)
         REFUSE("the content of a frame of %u pages is damaged (CRC32C differs)", frame->pages);
     return 0;
 }

@@ -11,7 +11,7 @@ void pc_batch_add(struct batch *batch, struct pc_frame frame, const void *payloa
     uint8_t *header = batch->headers[batch->frame_count++];
 
     frame.payload_bytes = (uint32_t)bytes;
-    frame.payload_crc = bytes ? pc_crc32c(0, payload, bytes) : 0;
+    frame.payload_crc = bytes && !batch->authenticated ? pc_crc32c(0, payload, bytes) : 0;
     pc_frame_encode(&frame, header);
     batch->parts[batch->part_count++] = (struct iovec){.iov_base = header, .iov_len = PC_FRAME_HEADER_BYTES};
     if (bytes)

@@ -371,6 +371,7 @@ static int start(struct channel *channel)
     channel->batch = calloc(1, sizeof(*channel->batch));
     if (!channel->staging || !channel->batch)
         return -ENOMEM;
+    channel->batch->authenticated = channel->stream.layer != NULL;
     error = channel->kind == PC_CHANNEL_BULK ? join_push(channel) : 0;
     if (error)
         return error;

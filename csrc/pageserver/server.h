@@ -161,6 +161,7 @@ struct batch {
     int frame_count, part_count;
     uint64_t bytes;
     size_t staged;
+    bool authenticated; /* the connection finds every damage itself: no checksum */
 };
 
 /* compress.c: the bulk channel's thread. A run: begun, each frame of content added, sent, and then accounted. */

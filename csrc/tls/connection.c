@@ -44,25 +44,34 @@ static int broken(struct pc_tls *tls, int error)
 
 /* ---- the socket ---- */
 
-/* 0; -EAGAIN when not all was taken; -errno. */
-static int flush(struct pc_tls *tls, bool wait)
+/* How many bytes the socket has taken; 0: none now; -errno. */
+static ssize_t send_some(struct pc_tls *tls, const void *data, size_t bytes, bool wait)
 {
-    while (tls->out_start < tls->out_end) {
-        ssize_t sent;
-        int error;
+    ssize_t sent;
+    int error;
 
+    do {
         /* Either this sees `interrupted`, or pc_tls_interrupt sees `writing`. */
         __atomic_store_n(&tls->writing, true, __ATOMIC_SEQ_CST);
         if (__atomic_load_n(&tls->interrupted, __ATOMIC_SEQ_CST))
             wait = false;
         /* MSG_NOSIGNAL: the peer's death is a result, not a SIGPIPE for a process that may be a VMM. */
-        sent = send(tls->fd, tls->out + tls->out_start, tls->out_end - tls->out_start, MSG_NOSIGNAL | (wait ? 0 : MSG_DONTWAIT));
+        sent = send(tls->fd, data, bytes, MSG_NOSIGNAL | (wait ? 0 : MSG_DONTWAIT));
         error = errno;
         __atomic_store_n(&tls->writing, false, __ATOMIC_SEQ_CST);
-        if (sent >= 0)
-            tls->out_start += (size_t)sent;
-        else if (error != EINTR)
-            return error == EAGAIN ? -EAGAIN : broken(tls, -error);
+    } while (sent < 0 && error == EINTR);
+    return sent >= 0 ? sent : error == EAGAIN ? 0 : broken(tls, -error);
+}
+
+/* 0; -EAGAIN when not all was taken; -errno. */
+static int flush(struct pc_tls *tls, bool wait)
+{
+    while (tls->out_start < tls->out_end) {
+        ssize_t sent = send_some(tls, tls->out + tls->out_start, tls->out_end - tls->out_start, wait);
+
+        if (sent <= 0)
+            return sent ? (int)sent : -EAGAIN;
+        tls->out_start += (size_t)sent;
     }
     tls->out_start = tls->out_end = 0;
     return 0;
@@ -73,6 +82,19 @@ static int bio_write(BIO *bio, const char *data, size_t bytes, size_t *written)
     struct pc_tls *tls = pc_openssl.BIO_get_data(bio);
 
     pc_openssl.BIO_clear_flags(bio, BIO_FLAGS_RWS | BIO_FLAGS_SHOULD_RETRY);
+    *written = bytes;
+    if (tls->last && !tls->out_end) {
+        ssize_t sent = send_some(tls, data, bytes, tls->wait);
+
+        if (sent < 0) {
+            tls->socket_error = -tls->broken;
+            return 0;
+        }
+        data += sent;
+        bytes -= (size_t)sent;
+        if (!bytes)
+            return 1;
+    }
     if (bytes > OUT_BYTES - tls->out_end && tls->wait)
         (void)flush(tls, true);
     /* A call that does not wait never makes more than there is room for; what OpenSSL adds of its own is little. */
@@ -82,7 +104,6 @@ static int bio_write(BIO *bio, const char *data, size_t bytes, size_t *written)
     }
     memcpy(tls->out + tls->out_end, data, bytes);
     tls->out_end += bytes;
-    *written = bytes;
     return 1;
 }
 
@@ -152,21 +173,23 @@ void pc_tls_interrupt(struct pc_tls *tls)
 
 void pc_tls_count_message(int sent, int version, int type, const void *data, size_t bytes, SSL *openssl, void *argument)
 {
-    struct pc_tls *tls = pc_openssl.SSL_get_ex_data(openssl, 0);
+    struct pc_tls *tls;
 
     (void)version;
     (void)data;
     (void)bytes;
     (void)argument;
+    if (sent || type != SSL3_RT_HANDSHAKE)
+        return;
+    tls = pc_openssl.SSL_get_ex_data(openssl, 0);
     /* As if the connection had ended: with the next record OpenSSL returns, whatever else it has read. */
-    if (!sent && type == SSL3_RT_HANDSHAKE && tls->established && ++tls->messages > MESSAGES_MAX)
+    if (tls->established && ++tls->messages > MESSAGES_MAX)
         pc_openssl.SSL_set_shutdown(openssl, SSL_RECEIVED_SHUTDOWN);
 }
 
 enum { AGAIN = 1 };
 
-/* Why a call of OpenSSL has failed: AGAIN, when it wants to be called again at once; 0 for an orderly end; else -errno. */
-static int why_not(struct pc_tls *tls)
+static int judge(struct pc_tls *tls)
 {
     unsigned long queued = pc_openssl.ERR_peek_error();
     bool of_openssl = queued && ERR_GET_REASON(queued) != SSL_R_UNEXPECTED_EOF_WHILE_READING;
@@ -197,11 +220,20 @@ static int why_not(struct pc_tls *tls)
                                                 : "the connection ended during the TLS handshake"));
 }
 
+/* Why a call of OpenSSL has failed: AGAIN, when it wants to be called again at once; 0 for an orderly end; else -errno. OpenSSL's queue
+ * of errors is the thread's, and empty whenever none of its calls has just failed. */
+static int why_not(struct pc_tls *tls)
+{
+    int result = judge(tls);
+
+    pc_openssl.ERR_clear_error();
+    return result;
+}
+
 static void begin(struct pc_tls *tls, bool wait)
 {
     tls->wait = wait;
     tls->socket_error = 0;
-    pc_openssl.ERR_clear_error(); /* what others left in this thread */
 }
 
 /* ---- the calls ---- */
@@ -210,6 +242,7 @@ int pc_tls_handshake(struct pc_tls *tls)
 {
     int error = tls->broken;
 
+    pc_openssl.ERR_clear_error(); /* what others left in a thread that is not the data plane's */
     while (!error && !tls->established) {
         begin(tls, false);
         if (pc_openssl.SSL_do_handshake(tls->openssl) == 1) {
@@ -309,7 +342,7 @@ ssize_t pc_tls_send(struct pc_tls *tls, const struct iovec *parts, int count, bo
 {
     struct place place = {.parts = parts, .count = count};
     uint8_t record[RECORD_BYTES];
-    size_t done = tls->owed;
+    size_t done = tls->owed, all = 0;
     int error = tls->broken ? tls->broken : tls->established ? flush(tls, wait) : -ENOTCONN;
 
     if (error)
@@ -318,6 +351,8 @@ ssize_t pc_tls_send(struct pc_tls *tls, const struct iovec *parts, int count, bo
     if (done)
         return (ssize_t)done; /* what was owed has gone */
     begin(tls, wait);
+    for (int i = 0; i < count; i++)
+        all += parts[i].iov_len;
     move_on(&place, 0); /* past parts that are empty */
     while (place.count && (wait || done < SEND_AT_ONCE)) {
         size_t bytes, sent;
@@ -325,6 +360,7 @@ ssize_t pc_tls_send(struct pc_tls *tls, const struct iovec *parts, int count, bo
 
         if (!wait && bytes > SEND_AT_ONCE - done)
             bytes = SEND_AT_ONCE - done;
+        tls->last = done + bytes == all && bytes <= RECORD_BYTES;
         if (!pc_openssl.SSL_write_ex(tls->openssl, data, bytes, &sent)) {
             error = why_not(tls);
             return tls->broken ? tls->broken : broken(tls, error < 0 ? error : -EPIPE);
@@ -332,6 +368,7 @@ ssize_t pc_tls_send(struct pc_tls *tls, const struct iovec *parts, int count, bo
         done += sent;
         move_on(&place, sent);
     }
+    tls->last = false;
     error = flush(tls, wait);
     if (error == -EAGAIN) {
         if (wait) /* it was interrupted */
@@ -343,6 +380,7 @@ ssize_t pc_tls_send(struct pc_tls *tls, const struct iovec *parts, int count, bo
 
 int64_t pc_tls_read(struct pc_tls *tls, void *buffer, size_t bytes)
 {
+    pc_openssl.ERR_clear_error();
     return pc_tls_receive(tls, buffer, bytes, false);
 }
 
@@ -350,6 +388,7 @@ int64_t pc_tls_write(struct pc_tls *tls, const void *data, size_t bytes)
 {
     struct iovec part = {.iov_base = (void *)(uintptr_t)data, .iov_len = bytes};
 
+    pc_openssl.ERR_clear_error();
     return pc_tls_send(tls, &part, 1, false);
 }
 
@@ -366,9 +405,10 @@ int pc_tls_close_notify(struct pc_tls *tls)
         return error;
     if (!tls->notified) {
         begin(tls, false);
-        if (pc_openssl.SSL_shutdown(tls->openssl) < 0)
+        tls->notified = pc_openssl.SSL_shutdown(tls->openssl) >= 0;
+        pc_openssl.ERR_clear_error();
+        if (!tls->notified)
             return broken(tls, -EPIPE);
-        tls->notified = true;
     }
     return flush(tls, false);
 }
@@ -450,7 +490,7 @@ int pc_tls_new(struct pc_tls_context *context, int fd, const char *hostname, con
     tls->context = context;
     tls->fd = fd;
     memcpy(tls->hostname, hostname ? hostname : "", length);
-    begin(tls, false);
+    pc_openssl.ERR_clear_error();
     tls->out = pc_buffer_new(OUT_BYTES);
     tls->openssl = pc_openssl.SSL_new(context->openssl);
     bio = pc_openssl.BIO_new(pc_tls_bio_method);
@@ -471,6 +511,7 @@ int pc_tls_new(struct pc_tls_context *context, int fd, const char *hostname, con
     else
         pc_openssl.SSL_set_connect_state(tls->openssl);
     offer_session(tls, session, session_bytes);
+    pc_openssl.ERR_clear_error();
     *out = tls;
     return 0;
 }
@@ -479,6 +520,7 @@ void pc_tls_free(struct pc_tls *tls)
 {
     if (tls->openssl)
         pc_openssl.SSL_free(tls->openssl);
+    pc_openssl.ERR_clear_error();
     pc_buffer_free(tls->out, OUT_BYTES);
     free(tls->session);
     pc_tls_context_free(tls->context);

@@ -19,6 +19,7 @@ struct pc_tls {
     SSL *openssl;
     int fd;
     bool wait;        /* whether the present call may wait for the socket */
+    bool last;        /* what OpenSSL writes is the last record of a call: it goes straight to the socket */
     bool dry;         /* the last look at the socket found nothing: what OpenSSL holds is no whole record */
     bool ended;       /* the socket has */
     bool established, closed, notified; /* the handshake is done; the peer has said that nothing follows; we have */

@@ -233,3 +233,10 @@ int pc_tls_peer(const struct pc_tls *tls, struct pc_tls_peer *peer)
     pc_openssl.ERR_clear_error();
     return 0;
 }
+
+int64_t pc_tls_context_not_after(const struct pc_tls_context *context)
+{
+    const X509 *own = pc_openssl.SSL_CTX_get0_certificate(context->openssl);
+
+    return own ? seconds(pc_openssl.X509_get0_notAfter(own)) : 0;
+}

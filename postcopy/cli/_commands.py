@@ -25,13 +25,17 @@ COMMANDS: Mapping[str, Command] = {
         (
             (
                 "Run a machine for 5 seconds, then migrate it to host-b:",
-                "postcopy source --machine kvm --memory 1GiB --connect host-b:7777 \\\n  --migrate-after 5",
+                "postcopy source --machine kvm --memory 1GiB --migrate-after 5 \\\n"
+                "  --connect host-b:7777 --tls host-a.tls",
             ),
             (
                 "Serve a memory image to one destination:",
-                "postcopy source --machine image --image a.img --listen :7777",
+                "postcopy source --machine image --image a.img --listen :7777 \\\n  --tls host-a.tls",
             ),
-            ("Run a machine until `postcopy ctl migrate host-b:7777`:", "postcopy source --machine rv64 --hold"),
+            (
+                "Run a machine until `postcopy ctl migrate host-b:7777`:",
+                "postcopy source --machine rv64 --hold --tls host-a.tls",
+            ),
         ),
     ),
     "dest": Command(
@@ -40,8 +44,11 @@ COMMANDS: Mapping[str, Command] = {
         "Receives a machine from a source and runs it. A page that it touches before the page has arrived is fetched at"
         " that moment; all other pages arrive meanwhile.",
         (
-            ("Receive a machine, run it until interrupted:", "postcopy dest --listen :7777"),
-            ("Receive a memory image into a file:", "postcopy dest --connect host-a:7777 --dump copy.img"),
+            ("Receive a machine, run it until interrupted:", "postcopy dest --listen :7777 --tls host-b.tls"),
+            (
+                "Receive a memory image into a file:",
+                "postcopy dest --connect host-a:7777 --tls host-b.tls \\\n  --dump copy.img",
+            ),
         ),
     ),
     "daemon": Command(
@@ -52,9 +59,9 @@ COMMANDS: Mapping[str, Command] = {
         (
             (
                 "Run a machine that can be migrated away and back:",
-                "postcopy daemon --listen :7777 --machine kvm --memory 1GiB --name vm1",
+                "postcopy daemon --listen :7777 --tls host-a.tls \\\n  --machine kvm --memory 1GiB --name vm1",
             ),
-            ("Wait for machines of other hosts:", "postcopy daemon --listen :7777"),
+            ("Wait for machines of other hosts:", "postcopy daemon --listen :7777 --tls host-b.tls"),
         ),
     ),
     "pager": Command(
@@ -69,7 +76,10 @@ COMMANDS: Mapping[str, Command] = {
                 "Place what an earlier run has touched first, and kill what cannot be served:",
                 "postcopy pager --socket vm.sock --image vm.mem --working-set vm.ws \\\n  --on-lost kill",
             ),
-            ("From a process on another host:", "postcopy pager --socket vm.sock --connect host-a:7777"),
+            (
+                "From a process on another host:",
+                "postcopy pager --socket vm.sock --connect host-a:7777 --tls host-b.tls",
+            ),
         ),
     ),
     "run": Command(

@@ -38,7 +38,7 @@ from typing import Any
 
 import trio
 
-from postcopy._blocking import END_TIMEOUT_S
+from postcopy._blocking import END_TIMEOUT_S, no_thread
 from postcopy._child import python
 from postcopy._fd import FdHolder
 from postcopy._native import ffi, lib
@@ -583,7 +583,10 @@ class ProcessPager(PagerCounters):
             if tls is not None:  # which another process cannot have: a thread here carries what goes over it
                 relayed, fd, tls = (fd, tls), -1, None
                 what = f"relaying {name} channel {index}"
-                fd = check(int(lib.pc_tls_relay(*relayed, kind is ChannelKind.URGENT)), what)
+                result = int(lib.pc_tls_relay(*relayed, kind is ChannelKind.URGENT))
+                if result == -errno.EAGAIN:
+                    raise no_thread(what)
+                fd = check(result, what)
             call = _Call(f"attaching {name} channel {index}", f"attach_{name}", (index,), (fd,))
             call.channel = (kind, index)
             self._process.post(call)

@@ -205,6 +205,7 @@ class ConnectSource(Source):
             if migration.running_ns and migration.state is State.POSTCOPY:
                 self._lost_at = math.inf
                 vm.recoveries = self._recoveries + migration.recoveries.count
+                vm.encrypted = migration.certificate is not None
                 vm.found_again()
             else:
                 self._note_loss()

@@ -76,5 +76,6 @@ def vm_record(vm: Vm, deaths: int) -> records.Vm:
         },
         working_set=replayed,
         recoveries_of_source=vm.recoveries,
+        encrypted=vm.encrypted,
         engine_deaths=deaths,
     )

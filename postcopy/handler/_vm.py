@@ -230,6 +230,7 @@ class Vm:
         self.lost = trio.Event()  # replaced when it can be served again
         self.served = trio.Event()  # its faults are answered, from now on
         self.recoveries: int | None = None
+        self.encrypted: bool | None = None  # the connection to its source
         self.source = source
         self.limiter = trio.CapacityLimiter(2)  # of threads that may wait for its disk, beside those of its pager
         self._options = options

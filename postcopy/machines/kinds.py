@@ -49,6 +49,7 @@ class HostOptions:
     api_socket: str | None = None  # firecracker: path, of one that was told nothing yet
     firecracker: str | None = None  # path of the binary, which is started for each machine
     drive: str | None = None  # firecracker: ID=PATH,...
+    allow: str | None = None  # firecracker: PATTERN,...: what may be used under the name that it has at the source
     qmp: str | None = None  # qemu: path of the monitor of one that waits for a machine
     qemu: tuple[str, ...] | None = None  # qemu: the command line with which one is started for each machine
     preload: str | None = None  # qemu, program: path of the preload library's socket
@@ -87,10 +88,13 @@ def _firecracker_source(options: FirecrackerOptions) -> Machine:
 
 def _firecracker_destination(config: Mapping[str, Any], layout: Sequence[BlockLayout], host: HostOptions) -> Machine:
     from postcopy.machines.firecracker.destination import ArrivingFirecracker, FirecrackerHost
+    from postcopy.machines.firecracker.opened import parse_allowed
 
     drives, nets = parse_pairs(host.drive or "", "--drive ID=PATH"), parse_pairs(host.net or "", "--net IFACE=TAP")
     return ArrivingFirecracker.for_destination(
-        config, layout, FirecrackerHost(host.api_socket, host.firecracker, drives, nets)
+        config,
+        layout,
+        FirecrackerHost(host.api_socket, host.firecracker, drives, nets, parse_allowed(host.allow or "")),
     )
 
 

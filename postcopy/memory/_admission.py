@@ -109,7 +109,7 @@ def overhead_bytes(size_bytes: int) -> int:
 
 def find_rooms() -> Iterator[Room]:
     """What limits this process, as things are now."""
-    numbers = _numbers(Path("/proc/meminfo"))
+    numbers = proc_numbers(Path("/proc/meminfo"))
     swap_bytes = numbers.get("SwapFree", 0) * 1024
     if "MemAvailable" in numbers:
         yield Room("this host", numbers["MemAvailable"] * 1024 + swap_bytes, "or use a host with more memory")
@@ -140,7 +140,7 @@ def _groups(root: str, path: str, names: type[_Version1 | _Version2], swap_bytes
     while group.startswith(root):
         limit, used = (_number(Path(group, name)) for name in (names.limit, names.used))
         if limit is not None and used is not None:  # "max" is no number
-            statistics = _numbers(Path(group, "memory.stat"))
+            statistics = proc_numbers(Path(group, "memory.stat"))
             available = limit - used + sum(statistics.get(name, 0) for name in names.files)
             if names.swap_limit:
                 swap_limit, swap_used = (_number(Path(group, name)) for name in (names.swap_limit, names.swap_used))
@@ -162,7 +162,7 @@ def _number(path: Path) -> int | None:
     return int(text) if text.isascii() and text.isdigit() else None
 
 
-def _numbers(path: Path) -> dict[str, int]:
+def proc_numbers(path: Path) -> dict[str, int]:
     """Of lines such as ``MemAvailable:   123 kB`` and ``inactive_file 123``."""
     words = (line.replace(":", " ").split() for line in _text(path).splitlines())
     return {word[0]: int(word[1]) for word in words if len(word) >= 2 and word[1].isdigit()}

@@ -7,10 +7,12 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from postcopy._native import ffi, lib
 from postcopy.errors import ErrorLine, MigrationError, ResourceError, check
+from postcopy.memory._admission import proc_numbers
 from postcopy.memory._dirty import DirtyLog
 from postcopy.memory._memory import CORE_KINDS, Memory, MemoryKind, checked_size
 from postcopy.memory.bitmap import Bitmap
@@ -38,6 +40,7 @@ class RemoteMemory(Memory):
         kind = MemoryKind.ANON if page_bytes == int(lib.pc_page_bytes()) else MemoryKind.HUGETLB
         self._remote: Any = ffi.NULL
         self._incomplete = False
+        self._pid = 0  # of whose memory it is; 0: not known yet
         struct = ffi.new("struct pc_memory *", [ffi.NULL, checked_size(size_bytes), page_bytes, CORE_KINDS[kind], -1])
         super().__init__(struct, kind, size_bytes, mapped=False)
 
@@ -63,6 +66,7 @@ class RemoteMemory(Memory):
             lib.pc_remote_free(pointer[0])
             raise ValueError("the extents are not as large as the memory")
         self._remote = self.struct.remote = pointer[0]
+        self._pid = pid
         self.incomplete = self._incomplete
 
     @property
@@ -89,7 +93,15 @@ class RemoteMemory(Memory):
         return super().present(page_bytes, known)
 
     def unpopulated_bytes(self) -> int:
-        return 0
+        """Of a process that has ended nothing. (Its page tables would say it to the page, in a time that grows with
+        them.)"""
+        if self._kind is MemoryKind.HUGETLB:
+            return 0
+        if not self._pid:
+            return self.size_bytes
+        numbers = proc_numbers(Path(f"/proc/{self._pid}/status"))
+        given_kib = numbers.get("RssAnon", 0) + numbers.get("VmSwap", 0)
+        return max(0, self.size_bytes - given_kib * 1024) if numbers else 0
 
     def close(self) -> None:
         super().close()

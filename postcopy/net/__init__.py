@@ -3,9 +3,9 @@
 """The connections between two hosts: who may open one, what becomes of it, and the way back after it was lost.
 
 One host listens (`acceptor`, `listening`), the other one connects (`calling`, `connecting`), both by `sockets`; which
-is the source does not matter. Every connection begins with the handshake of `postcopy.wire`. Then a control connection
-stays a Trio stream of its `Link`, while the descriptor of a data connection is detached, made blocking and given to the
-core.
+is the source does not matter. Every connection begins with TLS, unless it is plain (`protection`), and then with the
+handshake of `postcopy.wire`. A control connection stays a Trio stream of its `Link`, while a data connection is
+detached, made blocking and given to the core.
 
 The room owns listeners, and connections until they are taken. A `Link` lives until its stream is closed, a
 channel set or reconnector as long as its `with` block, an `Acceptor` until `close`.

@@ -190,8 +190,9 @@ class Acceptor:
             self.bad_handshakes += 1
             if self._log_limit.due():
                 log.warning("%s: %s", peer, broken(error) if isinstance(error, trio.BrokenResourceError) else error)
-        except PostcopyError as error:  # of this host: its certificates, for instance
-            log.error("%s: cannot be greeted: %s", peer, error)
+        except PostcopyError as error:  # of this host: it has no memory, for instance
+            if self._log_limit.due():
+                log.error("%s: cannot be greeted: %s", peer, error)
         except Exception:  # a mistake of ours, which must not end other connections
             log.exception("%s: cannot be greeted", peer)
         finally:

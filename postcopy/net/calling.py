@@ -35,7 +35,7 @@ from postcopy.net.link import (
 )
 from postcopy.net.protection import LOCAL, Protection
 from postcopy.net.sockets import address_of
-from postcopy.tls import DataChannel, detach
+from postcopy.tls import DataChannel, TlsError, detach
 from postcopy.wire import Ended, EndedElsewhere, Hello, RefusedError
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,6 @@ class CallingLink(Link):
         self._side = side
         self._replaceable = replaceable
         self._caller = caller or Caller()
-        self._name = route.tls_name
         route.answered(asked, self.peer)
 
     @classmethod
@@ -130,7 +129,7 @@ class CallingLink(Link):
                     hello = Hello(kind, self._side, index, session.migration, session.epoch)
                     begun = early.pop(0) if early else None
                     stream = await caller.connect_data(
-                        self.peer, hello, name=self._name, token=session.token, version=self.version, early=begun
+                        self.peer, hello, token=session.token, version=self.version, early=begun
                     )
                     opened[kind, index] = detach(stream)
             except Exception as error:  # noqa: BLE001  # raised outside of the nursery, which would wrap it
@@ -263,7 +262,8 @@ class CallingReconnector(Reconnector):
                 self.answered.set()
             wrong = error.reason != PAUSED_BY_OPERATOR
         if self._log_limit.due():
-            level = logging.WARNING if wrong else logging.INFO
+            # (what only an operator can mend is told one who looks at warnings)
+            level = logging.WARNING if wrong or isinstance(error, TlsError | ConfigurationError) else logging.INFO
             log.log(level, "not connected again yet: %s%s", error, "; is that the right address?" * wrong)
 
     def _lengthen_pause(self, cap_s: float) -> None:

@@ -98,6 +98,7 @@ class Caller:
         self.protection = protection
         self.early = 0  # how many data connections there were last time
         self.answered = False  # something was at the other end, the last time
+        self._name = ""  # of the peer, as it was called last
         self._last: _Secured | None = None
         self._early: list[Opening] = []
 
@@ -124,8 +125,9 @@ class Caller:
         """
         self.close_early()
         self.answered = False
+        self._name = name or address.host.partition("%")[0]
         while True:
-            secured = await self._secured(name or address.host.partition("%")[0])
+            secured = await self._secured()
             plain = await open_stream(address, timeout_s, self.protection)
             self.answered = True
             try:
@@ -145,10 +147,10 @@ class Caller:
             return stream, version
 
     async def connect_data(
-        self, address: Address, hello: Hello, *, name: str, token: bytes, version: int, early: Opening | None = None
+        self, address: Address, hello: Hello, *, token: bytes, version: int, early: Opening | None = None
     ) -> Stream:
-        """The same for a data connection, to an address that has answered already. `early`: one that was begun, which
-        is taken over. Bounded by the caller."""
+        """The same for a data connection, to where `connect` has found the peer. `early`: one that was begun, which is
+        taken over. Bounded by the caller."""
         if early is not None:
             try:
                 return await self._open_data(early, hello, token, version)
@@ -156,7 +158,7 @@ class Caller:
                 raise _named(error, address) from error
             except PeerError:
                 pass  # the peer may have closed it, which has waited: another one
-        opening = Opening(address, await self._secured(name))
+        opening = Opening(address, await self._secured())
         try:
             return await self._open_data(opening, hello, token, version)
         except (PeerError, ProtocolError) as error:
@@ -216,13 +218,14 @@ class Caller:
 
     # ---- the handshakes
 
-    async def _secured(self, name: str) -> _Secured:
-        credentials = self.protection.credentials
+    async def _secured(self) -> _Secured:
+        credentials, name = self.protection.credentials, self._name
         if credentials is None:
             return _Secured(None, name)
         context, last = await credentials.context(server=False), self._last
-        good = last is not None and last.context is context and last.name == name
-        return last if good and last is not None else _Secured(context, name)
+        if last is not None and last.context is context and last.name == name:
+            return last
+        return _Secured(context, name)
 
     async def _greet(self, stream: Stream, secured: _Secured, hello: Hello, token: bytes, version: int) -> None:
         """`PeerError`, `ProtocolError`."""

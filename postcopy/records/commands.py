@@ -119,7 +119,7 @@ class DemoTls(Record, kw_only=True):
     connections: Annotated[
         int | None, doc("That a relay between both sides has carried; null: there was none.", "connections")
     ] = None
-    encrypted: Annotated[int | None, doc("In encrypted records of TLS.", "bytes")] = None
+    ciphertext: Annotated[int | None, doc("In encrypted records of TLS.", "bytes")] = None
     opening: Annotated[int | None, doc("In records of TLS that open a connection or end one.", "bytes")] = None
     readable: Annotated[int | None, doc("All the rest: in clear.", "bytes")] = None
 

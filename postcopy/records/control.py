@@ -52,7 +52,7 @@ class ProcessStatus(Record, kw_only=True):
     pid: Annotated[int, doc("Of the process.")]
     listening: Annotated[list[str], doc("Addresses, as HOST:PORT.")]
     settings: Annotated[Settings, doc("What `set` can change.")]
-    certificates: Annotated[list[Certificate], doc("Those that are in use; none without `--tls`.")]
+    certificates: Annotated[list[Certificate] | None, doc("Those that are in use; only with `--tls`.")] = None
     machines: Annotated[list[Machine], doc("Those that are here, on their way to here, or on their way from here.")]
 
 

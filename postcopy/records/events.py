@@ -33,7 +33,7 @@ class Listening(Record, kw_only=True):
 
     side: Process
     address: Annotated[str, doc("As HOST:PORT, with the port that the system chose.")]
-    encrypted: Annotated[bool, doc("Whether connections are under TLS.")]
+    encrypted: Annotated[bool | None, doc("Whether connections are under TLS.")] = None
 
 
 class MetricsAddress(Record, kw_only=True):
@@ -41,7 +41,7 @@ class MetricsAddress(Record, kw_only=True):
 
     side: Process
     address: Annotated[str, doc("As HOST:PORT, with the port that the system chose.")]
-    encrypted: Annotated[bool, doc("Whether it is https, and a client needs a certificate.")]
+    encrypted: Annotated[bool | None, doc("Whether it is https, and a client needs a certificate.")] = None
 
 
 class OutputDropped(Record, kw_only=True):

@@ -69,6 +69,9 @@ OF_PROCESS = (
         "When a certificate of this process ends (`--tls`), since the beginning of 1970, UTC.",
         {"role": "ROLE"},
     ),
+    Metric(
+        "postcopy_unauthorised_total", "Connections that were refused since `--tls-authz` does not allow the peer.", {}
+    ),
 )
 """Those that no record has."""
 

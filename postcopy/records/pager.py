@@ -116,6 +116,11 @@ class Vm(Record, kw_only=True):
         doc("Connections to the source that were lost and replaced.", "recoveries", label="Recoveries",
             metric="postcopy_vm_recoveries_total"),
     ] = None  # fmt: skip
+    encrypted: Annotated[
+        bool | None,
+        doc("Whether the connection to its source is under TLS; only with `--connect`.", label="Encrypted",
+            metric="postcopy_vm_encrypted"),
+    ] = None  # fmt: skip
     engine_deaths: Annotated[
         int,
         doc("How often the process that served it has died, and another one went on.", "processes",

@@ -5,6 +5,9 @@ has stayed where it was. So it is begun again, from the offer on, by the side th
 What the peer says is final: a refusal, an abort, a named error; so is what this host lacks, and what the user says. But
 a peer that has not noticed the loss yet may refuse since it is busy with the very migration that was lost: until it
 must have noticed, that is tried again, too.
+
+Each attempt may have paused the machine before it was lost. A destination that lets that happen again and again, out of
+malice or since it is ill, would keep it from its work: so there is a limit to how long it was paused in vain.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from postcopy.wire import RefusedError
 
 END_S = 5.0
 """How long a peer may need for the end of a migration whose loss it has noticed."""
+IN_VAIN_S, IN_VAIN_ATTEMPTS = 30.0, 3
+"""How long all attempts together may have paused the machine, after so many of them."""
 
 
 class Attempts:
@@ -28,6 +33,7 @@ class Attempts:
 
     def __init__(self, heartbeat_s: float) -> None:
         self.count = 1
+        self.paused_s = 0.0  # for so long attempts that are over had paused the machine
         self.said = backoff.LogLimit()  # of what is said of each
         self._notices_s = MISSED_HEARTBEATS * heartbeat_s + LAST_LOOK_S + END_S
         self._lost_s = math.inf  # when
@@ -44,6 +50,10 @@ class Attempts:
             return 0.0
         refused = connected or isinstance(failure, RefusedError)
         return self._lost_s + (min(recover_for_s, self._notices_s) if refused else recover_for_s) - now_s
+
+    def in_vain(self, paused_s: float) -> bool:
+        """Whether the machine was paused for too long, `paused_s` by the present attempt."""
+        return self.count >= IN_VAIN_ATTEMPTS and self.paused_s + paused_s > IN_VAIN_S
 
     def again(self, lost: bool) -> float:
         """Begins the next one; returns the pause before it."""

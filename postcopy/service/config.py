@@ -34,6 +34,7 @@ class ArrivalOptions:
     api_socket: str | None = None  # where a microVM is loaded: that of a Firecracker which was told nothing yet,
     firecracker: str | None = None  # or the binary, which is started
     drive: str | None = None  # ID=PATH,...
+    allow: str | None = None  # PATTERN,...: what else it may use under the name that its source gives
     qmp: str | None = None  # where a QEMU's state is loaded: the monitor of one that waits for it,
     qemu: tuple[str, ...] | None = None  # or the command line with which one is started
     preload: str | None = None  # the preload library's socket of that QEMU, or of a program
@@ -83,6 +84,8 @@ class DaemonConfig:
     kind: str | None = None  # of a machine to begin with, and its options and name
     machine: MachineOptions | None = None
     name: str | None = None
+    max_machines_per_peer: int = 128  # that it has sent here, of MAX_MACHINES
+    max_memory_per_peer_bytes: int | None = None  # of these
     side: str = "daemon"  # what it is called; `source --hold` is one that takes no machines
     protection: Protection = LOCAL
 

@@ -179,7 +179,7 @@ def process_status(service: Service, name: str | None = None) -> ProcessStatus:
         pid=os.getpid(),
         listening=[str(address) for address in service.listening],
         settings=settings(service),
-        certificates=report.certificates(service.protection),
+        certificates=report.certificates(service.protection) or None,
         machines=machines,
     )
 

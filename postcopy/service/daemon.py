@@ -17,6 +17,8 @@ whose name is taken here is refused, and so goes on where it is.
 one whose source is gone after its commit waits for it and moves nothing. Memory is promised once (`_admission`), and
 some descriptors are there for each before it is let in: what PREPARED promises must be possible.
 
+**Peers.** None can take all of that: each has a share of the places (`_peers`).
+
 **Failures.** Each migration, and each machine's end, is contained (`contain`): whatever goes wrong in one, also a
 mistake of ours, is logged and ends that one. A machine that is this host's is never ended by it: it stays as it is, to
 be looked at, until an operator ends it.
@@ -35,16 +37,18 @@ import os
 import resource
 import secrets
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
 
 import trio
 
+from postcopy import machines
 from postcopy._blocking import keep_reserve
 from postcopy._stop import Stop
 from postcopy.errors import ConfigurationError, PostcopyError
+from postcopy.machines import BlockLayout
 from postcopy.machines.kinds import MachineOptions, create_source, is_live
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration
@@ -62,6 +66,7 @@ from postcopy.records.events import (
 from postcopy.records.migration import Machine
 from postcopy.service import report
 from postcopy.service._contain import contained, contained_call
+from postcopy.service._peers import Shares
 from postcopy.service.config import DaemonConfig
 from postcopy.service.control import find, given_by_key, no_machine, process_status
 from postcopy.service.options import ONE_WAY, check_sending, is_name, record, sending
@@ -70,7 +75,9 @@ from postcopy.service.schema import COMMANDS, ControlError
 from postcopy.service.service import Owned, Phase, Request, Row, Service
 from postcopy.wire import State, one_line
 
-MAX_INCOMING = 16
+MAX_INCOMING = 32
+MAX_INCOMING_OF_ONE = 16
+"""Of one peer: it cannot take the places of all others."""
 MAX_MACHINES = 256
 MAX_LEFT = 16
 """Machines that have left of which the last numbers are kept for metrics."""
@@ -100,6 +107,7 @@ class Daemon(Service):
         self._nursery: trio.Nursery | None = None
         self._left: OrderedDict[str, Owned] = OrderedDict()
         self._sent = self._received = 0
+        self._shares = Shares(MAX_INCOMING_OF_ONE, config.max_machines_per_peer, config.max_memory_per_peer_bytes)
 
     # ---- running
 
@@ -293,6 +301,9 @@ class Daemon(Service):
             return "too many machines are on their way to here"
         if len(self.machines) + waiting >= MAX_MACHINES:
             return f"there are {MAX_MACHINES} machines here already"
+        of_it = asking.waiting.count(asking.identity)
+        if reason := self._shares.why_refused(asking.identity, of_it, self.machines, active):
+            return reason
         undecided = waiting + sum(not owned.decided for owned in arriving)
         if _free_descriptors() < DESCRIPTORS * (undecided + 1):
             return "this daemon has too few file descriptors left (ulimit -n, LimitNOFILE= of the unit)"
@@ -308,6 +319,7 @@ class Daemon(Service):
                 log.error("%s: %s", link.peer, error)
                 link.control.socket.close()
                 continue
+            owned.peer = link.identity
             nursery.start_soon(self._receive, owned, link)
 
     async def _receive(self, owned: Owned, link: Link) -> None:
@@ -327,6 +339,7 @@ class Daemon(Service):
                         await contained(f"the end of what came from {link.peer}", migration.close)
                     link.control.socket.close()  # where the migration has not come to it
                     self._forget(owned)
+                    self._shares.came_to_nothing(owned.peer)
                 else:
                     owned.phase = Phase.HERE
                     self.changed()
@@ -346,6 +359,12 @@ class Daemon(Service):
             await migration.hand_over()
         except PostcopyError as error:
             log.error("%s: the machine runs on, what is stuck of its pager is kept: %s", owned.name, error)
+
+    def make_arriving(
+        self, owned: Owned, kind: str, config: Mapping[str, Any], layout: Sequence[BlockLayout]
+    ) -> machines.Machine:
+        self._shares.check_memory(owned.peer, sum(block.size_bytes for block in layout), self.machines)
+        return super().make_arriving(owned, kind, config, layout)
 
     def name_arriving(self, owned: Owned, kind: str, config: Mapping[str, Any]) -> str:
         """The name that its source says."""

@@ -50,10 +50,16 @@ Machines = Callable[[], Iterable[tuple[str, AnyMachine | None, Migration | None]
 class Metrics(Collector):
     """Looks at the machines whenever it is asked."""
 
-    def __init__(self, machines: Machines, certificates: Callable[[], Iterable[Certificate]] = tuple) -> None:
-        """`certificates`: those of this process."""
+    def __init__(
+        self,
+        machines: Machines,
+        certificates: Callable[[], Iterable[Certificate]] = tuple,
+        unauthorised: Callable[[], int] = int,
+    ) -> None:
+        """`certificates`: those of this process; `unauthorised`: how many connections it has refused for that."""
         self._machines = machines
         self._certificates = certificates
+        self._unauthorised = unauthorised
         self._ended: Counter[tuple[str, str]] = Counter()
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
@@ -69,7 +75,8 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Family | HistogramMetricFamily]:
         """For the registry."""
-        info, ended, expiry = map(family_of, OF_PROCESS)
+        info, ended, expiry, unauthorised = map(family_of, OF_PROCESS)
+        unauthorised.add_metric([], self._unauthorised())
         info.add_metric([__version__], 1)
         for direction in ("incoming", "outgoing"):
             for status in ENDS:
@@ -79,7 +86,7 @@ class Metrics(Collector):
         families = _Families()
         for row in self._machines():
             families.fill(*row)
-        yield from (info, ended, expiry, *families)
+        yield from (info, ended, expiry, unauthorised, *families)
 
 
 class _Families:

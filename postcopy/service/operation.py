@@ -139,7 +139,8 @@ class Operation:
 
         service = self._service
         if isinstance(service, Service):
-            self._metrics = Metrics(service.all_rows, lambda: report.certificates(service.protection))
+            certificates = partial(report.certificates, service.protection)
+            self._metrics = Metrics(service.all_rows, certificates, lambda: service.unauthorised)
         else:
             self._metrics = service.make_metrics()
         tasks: list[Task] = []

@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 
 from postcopy._files import absolute, explain_bad_name
 from postcopy.errors import ConfigurationError
+from postcopy.machines.firecracker.opened import parse_allowed
 from postcopy.machines.kinds import BACKINGS, KINDS, is_live, parse_pairs
 from postcopy.machines.toy.machine import WORKLOADS, ToyOptions
 from postcopy.machines.toy.tap import format_ipv4, format_mac, parse_ipv4, parse_mac, parse_net
@@ -278,6 +279,11 @@ def _check_drives(text: str) -> str:
     return text
 
 
+def _check_allowed(text: str) -> str:
+    parse_allowed(text)
+    return text
+
+
 def check_address(text: str, *, listening: bool = False) -> str:
     """It is looked up when it is needed."""
     parse_address(text, listening=listening)
@@ -405,6 +411,12 @@ QEMU = Option("qemu", "qemu: start it for a machine that comes, with this comman
               " a monitor, -incoming and the preload library are added", "COMMAND", _parse_command, shlex.join)
 DRIVE = Option("drive", "firecracker: where a disk is on this host, if not under the name that it has at the source",
                "ID=PATH[,...]", _check_drives)
+ALLOW = Option("allow", "firecracker: what a machine that comes may use here under the name that its source gives: an"
+               " absolute path, DIRECTORY/ for all below it, or tap:NAME; * stands for any characters but /",
+               "PATTERN[,...]", _check_allowed)
+MACHINES_OF_ONE = whole("max-machines-per-peer", "number of machines that one peer (the name in its certificate, or its"
+                        " host without TLS) may have sent here", 1, 256)
+MEMORY_OF_ONE = size("max-memory-per-peer", "memory of these machines together (default: no limit)")
 NAME = Option("name", "name of that machine (default: its kind and random digits)", "NAME", parse_name)
 FROM = path("from", "start the machine that DIR holds, which --salvage or `postcopy merge --into` has written", "DIR",
             "path")
@@ -560,7 +572,7 @@ COMMANDS: Mapping[str, tuple[Group, ...]] = {
               replace(DISK, help="workload disk: file of the guest's disk on this host"),
               _NETS,
               replace(API_SOCKET, help="firecracker: API socket of one that was started and told nothing yet"),
-              FIRECRACKER, DRIVE,
+              FIRECRACKER, DRIVE, ALLOW,
               replace(QMP, help="qemu: a QMP monitor of one that `postcopy run` has started with -incoming defer -S"),
               QEMU, PRELOAD, RUN_FOR, DUMP, VERIFY),
         Group("migration", BACKING, BUSY_POLL, PAGER),
@@ -572,7 +584,7 @@ COMMANDS: Mapping[str, tuple[Group, ...]] = {
                                      " address of this host; port 0: any free port")),
         Group("TLS", TLS, TLS_AUTHZ, INSECURE),
         Group("machine to begin with", LIVE_KIND, NAME, *(_NETS if each is NET else each for each in LIVE_MACHINE)),
-        Group("machines that come", FIRECRACKER, DRIVE, QEMU),
+        Group("machines that come", FIRECRACKER, DRIVE, ALLOW, QEMU, MACHINES_OF_ONE, MEMORY_OF_ONE),
         Group("migration", BACKING, BUSY_POLL, PAGER, *SENDING),
         Group("when the network fails", HEARTBEAT, RECOVER_FOR),
         _operating(DEFAULT_CONTROL), OUTPUT,

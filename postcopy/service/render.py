@@ -181,6 +181,8 @@ def _peer(job: Json) -> str:
 def _number(unit: str, value: Any) -> str:
     if unit == "ms":
         return format_duration(value / 1e3)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return _size(value) if unit == "bytes" else str(value)
 
 

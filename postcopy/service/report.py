@@ -93,7 +93,7 @@ def tls(certificate: PeerCertificate | None) -> Tls | None:
 
 def certificates(protection: Protection) -> list[Certificate]:
     """Those that this process has read."""
-    if (credentials := protection.credentials) is None or not hasattr(credentials, "not_after_s"):
+    if (credentials := protection.credentials) is None:
         return []
     return [
         Certificate(role=role, file=os.path.join(credentials.directory, f"{role}-cert.pem"), expires_at=not_after_s)

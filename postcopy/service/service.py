@@ -51,7 +51,7 @@ from postcopy.migration import salvage
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.precopy import Mode
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.migration.tasks import Interrupted, first_of
+from postcopy.migration.tasks import Interrupted, first_of, now_ns
 from postcopy.net import LOCAL, Acceptor, Address, Asking, CallingLink, Link, Protection, Route, everywhere
 from postcopy.output import Output
 from postcopy.output.words import format_count
@@ -97,6 +97,7 @@ class Owned:
         self.name = name
         self.phase = phase
         self.machine = machine  # once it is this process's
+        self.peer = ""  # who has connected for it (`Link.identity`)
         self.migration: Migration | None = None  # the present one, or the last
         self.sending: SourceOptions | None = None  # how it was sent away last
         self.attempts: Attempts | None = None  # of a migration that calls its destination
@@ -183,6 +184,8 @@ class Owned:
             return 0.0
         if self.phase is not Phase.LEAVING or job.state is not State.ABORTED or job.cancelled:
             return 0.0
+        if attempts.in_vain(_paused_s(job)):
+            return 0.0
         return attempts.left_s(job.failure, job.may_try_again, not job.connecting, self.sending.recover_for_s)
 
     @property
@@ -217,6 +220,12 @@ class Owned:
         if machine is None or not machine.outlives or self.has_left or _is_dead(machine):
             return ""
         return machine.statistics().state.value
+
+
+def _paused_s(job: Migration) -> float:
+    """For how long an attempt to send a machine away, which has ended, had paused it."""
+    paused_ns = job.paused_ns if isinstance(job, SourceMigration) and job.state is State.ABORTED else 0
+    return ((job.ended_ns or now_ns()) - paused_ns) / 1e9 if paused_ns else 0.0
 
 
 def _is_dead(machine: Machine) -> bool:
@@ -281,6 +290,7 @@ class Service(abc.ABC):
         self.instance = secrets.token_bytes(ID_BYTES)  # by which it knows itself at an address that it calls
         self.failure: PostcopyError | None = None
         self.changes = trio.Event()  # replaced at each change
+        self._acceptor: Acceptor | None = None  # the one that it has, or has had
         self._overhead_bytes = 0
 
     @abc.abstractmethod
@@ -296,6 +306,11 @@ class Service(abc.ABC):
     def all_rows(self) -> list[Row]:
         """`rows`, and those that have left lately, for metrics."""
         return self.rows()
+
+    @property
+    def unauthorised(self) -> int:
+        """How many connections were refused since `--tls-authz` does not allow their peers."""
+        return self._acceptor.unauthorised if self._acceptor is not None else 0
 
     def requests(self) -> Mapping[str, Request]:
         """What may be asked of this policy only, by the request's name."""
@@ -412,6 +427,7 @@ class Service(abc.ABC):
     ) -> AsyncIterator[Acceptor]:
         """Open for as long as the block lasts; its `serve` is the caller's to run. `why_refused` as for `Acceptor`."""
         acceptor = await Acceptor.open(address, side, why_refused, instance=self.instance, protection=self.protection)
+        self._acceptor = acceptor
         self.listening = list(acceptor.addresses)
         try:
             yield acceptor
@@ -478,9 +494,18 @@ class Service(abc.ABC):
                 nursery.cancel_scope.cancel()
             left_s = owned.tries_for_s
             if left_s <= 0 or not isinstance(to, Route):
+                attempts = owned.attempts
+                if attempts is not None and migration.may_try_again and attempts.in_vain(_paused_s(migration)):
+                    log.error(
+                        "%s: not begun again: %d attempts that were lost have paused the machine for %.0f s",
+                        owned.name,
+                        attempts.count,
+                        attempts.paused_s + _paused_s(migration),
+                    )
                 self.changed()  # its end may not have been announced yet
                 return migration
             assert owned.attempts is not None
+            owned.attempts.paused_s += _paused_s(migration)
             pause_s = owned.attempts.again(migration.may_try_again)
             if owned.attempts.said.due():
                 self.output.say(

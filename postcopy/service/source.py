@@ -26,7 +26,8 @@ from postcopy.service.config import ArrivalOptions, SourceConfig
 from postcopy.service.service import Owned, Phase, Service, describe, still_missing, why_not_completed
 from postcopy.wire import State
 
-MAX_SESSIONS = 16  # destinations served at the same time
+MAX_SESSIONS = 32  # destinations served at the same time
+MAX_SESSIONS_OF_ONE = 16  # of these, of one peer
 MAX_LOST = 16  # destinations of an image that were lost, and that may still come back
 
 _HOW_TO_START = {
@@ -256,12 +257,19 @@ class Source(Service):
     def _why_refused(self, asking: Asking) -> str:
         # A destination of an image that was lost takes no place: it may come back, or has begun anew. Nor does one
         # from which the machine was taken back: it is waited for only to say so to it.
-        leaving = self._leaving()
-        reclaimed = sum(one.migration is not None and one.migration.state is State.RECLAIMED for one in leaving)
-        busy = len(leaving) - len(self._lost()) - reclaimed + len(asking.waiting)
+        lost = self._lost()
+        active = [
+            one
+            for one in self._leaving()
+            if one not in lost and (one.migration is None or one.migration.state is not State.RECLAIMED)
+        ]
+        busy = len(active) + len(asking.waiting)
         if busy + self._completed >= self._config.serve:
             return "busy with another destination" if busy else "everything has been served"
-        return "too many destinations at the same time" if busy >= MAX_SESSIONS else ""
+        of_one = sum(one.peer == asking.identity for one in active) + asking.waiting.count(asking.identity)
+        if busy >= MAX_SESSIONS or of_one >= MAX_SESSIONS_OF_ONE:
+            return "too many destinations at the same time"
+        return ""
 
     async def _serve(self, machine: Machine, acceptor: Acceptor) -> bool:
         """Until as many destinations have been served as were asked for."""
@@ -296,6 +304,7 @@ class Source(Service):
             while True:
                 link = await acceptor.next_link()
                 owned, _ = self._begin(machine, link)
+                owned.peer = link.identity
                 sessions.start_soon(session, owned, link)
                 for owned in self._lost()[:-MAX_LOST]:  # each keeps a page server
                     owned.stop.set()

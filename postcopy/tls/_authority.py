@@ -28,37 +28,37 @@ from pathlib import Path
 from socket import gethostname
 from typing import Final
 
-from postcopy._files import explain_unwritable, new_directory, replacing, write_all, write_new
-from postcopy.errors import ConfigurationError, PostcopyError, naming_missing_packages
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import dsa, ec, rsa
+from cryptography.hazmat.primitives.asymmetric.types import (
+    CertificateIssuerPrivateKeyTypes,
+    CertificateIssuerPublicKeyTypes,
+)
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from postcopy._files import explain_unwritable, locked_directory, new_directory, replacing, write_all, write_new
+from postcopy.errors import ConfigurationError, PostcopyError
 from postcopy.tls._credentials import CA as CA_CERT
 from postcopy.tls._credentials import _read, _read_file
-
-with naming_missing_packages("to make or read certificates"):
-    from cryptography import x509
-    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.asymmetric import dsa, ec, rsa
-    from cryptography.hazmat.primitives.asymmetric.types import (
-        CertificateIssuerPrivateKeyTypes,
-        CertificateIssuerPublicKeyTypes,
-    )
-    from cryptography.hazmat.primitives.hashes import SHA256
-    from cryptography.hazmat.primitives.serialization import (
-        Encoding,
-        NoEncryption,
-        PrivateFormat,
-        PublicFormat,
-        load_pem_private_key,
-    )
-    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 CA_KEY: Final = "ca-key.pem"
 ROLES: Final = {"server": ExtendedKeyUsageOID.SERVER_AUTH, "client": ExtendedKeyUsageOID.CLIENT_AUTH}
 
 CA_DAYS: Final = 365
 HOST_DAYS: Final = 30
-MAX_DAYS: Final = 3650
 CLOCK_SKEW: Final = timedelta(minutes=10)
 """A certificate is valid from so long before it was made, for hosts whose clocks are slow."""
+SOON: Final = 0.2
+"""When no more than this part of its time is left, `show` says that a certificate is to be made anew."""
 
 _MAX_COMMON_NAME = 64  # ub-common-name of RFC 5280
 _MAX_HOSTS = 100
@@ -78,13 +78,6 @@ class Certificate:
     begins: datetime
     ends: datetime
     sha256: str
-
-    def time_left(self, now: datetime) -> str:
-        """As ``ends in 29 days``."""
-        left = self.ends - now
-        if left <= timedelta():
-            return f"expired {_approximately(-left)} ago"
-        return f"ends in {_approximately(left)}"
 
 
 def parse_host(text: str) -> HostName:
@@ -197,8 +190,11 @@ def issue(
         directory.mkdir(mode=0o755, exist_ok=True)
         if not _trusts(directory / CA_CERT, ca):
             files.insert(0, (CA_CERT, ca.public_bytes(Encoding.PEM), 0o644))
-        for file, data, mode in files:
-            _replace(directory / file, data, mode)
+        with locked_directory(directory):  # two that issue at once would leave pairs that do not belong together
+            for file, data, mode in files:
+                _replace(directory / file, data, mode)
+    except BlockingIOError as error:
+        raise ConfigurationError(f"{out}: another process issues certificates into this directory") from error
     except OSError as error:
         raise ConfigurationError(f"{out}: {explain_unwritable(error, str(out))}") from error
     return issued
@@ -231,8 +227,13 @@ def _problems(directory: Path, loaded: dict[str, list[x509.Certificate]], now: d
     for name, chain in loaded.items():
         file = f"{name}-cert.pem"
         for one in chain:
-            if now >= one.not_valid_after_utc:
-                yield f"{file}: {one.subject.rfc4514_string()} {_describe(file, one).time_left(now)}; issue it again"
+            left = one.not_valid_after_utc - now
+            if left < (one.not_valid_after_utc - one.not_valid_before_utc) * SOON:
+                what = "make another authority (docs/tls.md)" if name == "ca" else "issue it again"
+                ends = (
+                    f"ends in {_approximately(left)}" if left > timedelta() else f"expired {_approximately(-left)} ago"
+                )
+                yield f"{file}: {one.subject.rfc4514_string()} {ends}; {what}"
             elif now < one.not_valid_before_utc:
                 begins = f"{one.not_valid_before_utc:%Y-%m-%d %H:%M} UTC"
                 yield f"{file}: not valid before {begins}; look at this host's clock"

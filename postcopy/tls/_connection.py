@@ -51,6 +51,7 @@ class Context:
             raise ConfigurationError(f"{where}: {line}")
         line.check(result, where)
         self.struct: Any = ffi.gc(pointer[0], lib.pc_tls_context_free)
+        self.not_after_s = int(lib.pc_tls_context_not_after(self.struct))  # when the certificate ends, since 1970
 
 
 class InPlace(Protocol):
@@ -123,6 +124,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
         self._struct = struct
         self._torn = False  # a part of something was sent: nothing that follows would be understood
         self._sending = trio.Lock()
+        self._buffer: Any = b""  # what is read comes into it
         self._peer: PeerCertificate | None = None
 
     @classmethod
@@ -191,7 +193,9 @@ class TlsStream(trio.abc.HalfCloseableStream):
     def read_now(self, max_bytes: int = RECEIVE_BYTES) -> bytes | None:
         """See `InPlace`."""
         self._check_open()
-        buffer: Any = ffi.new("char[]", max_bytes)
+        if len(self._buffer) < max_bytes:
+            self._buffer = ffi.new("char[]", max_bytes)
+        buffer = self._buffer
         result = int(lib.pc_tls_read(self._struct, buffer, max_bytes))
         if result == -errno.EAGAIN:
             return None

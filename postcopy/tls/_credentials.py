@@ -61,6 +61,10 @@ class Credentials:
                 await credentials._renewed(server)
         return credentials
 
+    def not_after_s(self, *, server: bool) -> int | None:
+        """When the certificate of this role ends, in seconds since 1970; None for a role that has not been taken."""
+        return self._read[server][0].not_after_s if server in self._read else None
+
     async def reload(self) -> None:
         """Reads again what is in use, as after SIGHUP. Errors as `load` when that cannot be used: connections are then
         made with what was read before."""

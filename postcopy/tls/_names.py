@@ -102,8 +102,11 @@ class Authorisation:
 
 
 def _matches(pattern: str, text: str, star: str) -> bool:
-    expression = star.join(map(re.escape, re.sub(r"\*+", "*", pattern).split("*")))
-    return re.fullmatch(expression, text, re.DOTALL) is not None
+    first, *others = map(re.escape, pattern.split("*"))
+    if others:
+        # Each part where it comes first, and nowhere else is looked for it: no name takes longer than its length.
+        first += "".join(f"(?>{star}?{part})" for part in others[:-1]) + star + others[-1]
+    return re.fullmatch(first, text, re.DOTALL) is not None
 
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -237,7 +237,8 @@ def test_a_silent_source(start: Start, version: int) -> None:
 
 @pytest.mark.timeout(240)
 def test_sources_that_die_at_prepared(daemon: Daemon, start: Start, version: int, rv64: Machine) -> None:
-    """They have taken every place. An undecided machine has a time limit, after which its place is free again."""
+    """They have taken every place of their host. An undecided machine has a time limit, after which its place is free
+    again."""
     program, control = daemon()
     for _ in range(16):
         Source(program.address, rv64, version).until("prepared").lose()

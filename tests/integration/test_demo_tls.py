@@ -24,7 +24,7 @@ def test_shows_it(side: Callable[..., Any], network: tuple[str, ...]) -> None:
     assert "both hosts need certificates of one CA" in authority
     assert "--tls" in without
     assert seen["readable"] == 0
-    assert seen["encrypted"] > 8 << 20
+    assert seen["ciphertext"] > 8 << 20
     assert seen["connections"] >= 3  # control, urgent, bulk
     if network:
         assert result["recoveries"]["count"] > 0

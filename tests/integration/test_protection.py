@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -87,6 +88,44 @@ def test_two_daemons(tmp_path: Path, daemon: Callable[..., Any], operator: Any) 
     while _expiry(operator("b")) == before and time.monotonic() < deadline:
         time.sleep(0.02)
     assert _expiry(operator("b")) > before
+
+
+@pytest.mark.needs("uffd-user")
+def test_a_peer_that_is_looked_for_elsewhere(side: Callable[..., Any], operator: Any, tmp_path: Path) -> None:
+    """A new address is refused where it would need TLS; under TLS the certificate there may have another name."""
+    image = tmp_path / "image"
+    image.write_bytes(os.urandom(4 << 20))
+    site = tls.site()
+
+    def pair(name: str, source_tls: tuple[object, ...], dest_tls: tuple[object, ...]) -> tuple[Any, Any]:
+        slow = ("--machine", "image", "--image", image, "--listen", "127.0.0.1:0", "--max-bandwidth", "64KiB/s")
+        source = side("source", "--json", *slow, "--control", tmp_path / f"{name}-source", *source_tls)
+        control = ("--control", tmp_path / f"{name}-dest")
+        dest = side("dest", "--json", "--connect", source.address, *control, *dest_tls)
+        dest.wait_status("postcopy-active")
+        operator(f"{name}-dest").ask("migrate-pause")
+        _until(operator(f"{name}-dest"), "postcopy-paused")
+        return source, dest
+
+    pair("plain", (), ())
+    assert COMMANDS in operator("plain-dest").ask("migrate-recover", BEYOND, status=2)[1]
+    assert _until(operator("plain-dest"), "postcopy-paused")["encrypted"] is False
+
+    names = site.issue("moves", "host-a.example", "host-b.example")
+    here = ("--tls", tls.directory(), "--tls-hostname", "host-a.example")
+    source, dest = pair("tls", ("--tls", names), here)
+    at = operator("tls-dest")
+    at.ask("migrate-recover", source.address, "--tls-hostname", "host-c.example")
+    dest.wait_for_errors("not for host-c.example")
+    at.ask("migrate-recover", source.address, "--tls-hostname", "host-b.example")
+    assert _until(at, "postcopy-active")["tls"]["peer-name"] == "host-a.example"
+    operator("tls-source").ask("set", "--max-bandwidth", "none")
+    assert dest.end()[0] == source.end()[0] == 0
+
+
+def _until(operator: Any, status: str) -> Any:
+    """The migration of its image."""
+    return operator.wait(status, lambda here: here["image"]["migration"]["status"] == status)["image"]["migration"]
 
 
 def _expiry(operator: Any) -> int:

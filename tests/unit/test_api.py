@@ -200,6 +200,7 @@ def test_a_name_that_needs_a_missing_package(program: str, without: str, said: s
         (["demo"], "trio", "trio"),
         (["ctl", "status"], "msgspec", "msgspec"),
         (["demo", "--machine", "rv64", "--memory", "16MiB"], "rich", "rich"),
+        (["tls", "show", "/"], "cryptography", "cryptography"),
         (["dest", "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"], "h11", "h11"),
         (["dest", "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"], "prometheus_client", "prometheus-client"),
     ],

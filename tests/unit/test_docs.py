@@ -23,6 +23,7 @@ each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: 
 
 ROOMS = r"postcopy|csrc|tests|docs|examples|docker|tools|wire|service|migration|machines|net|memory|cli|core|pager"
 NAMED_FILE = re.compile(rf"`((?:{ROOMS})/[\w./-]+\.(?:py|pyi|c|h|md|toml|json|yaml|txt|sh|svg))`")
+SHOWN_IN = ("failures.md", "security.md")
 TEST_ROOTS = {"I": "tests/integration", "U": "tests/unit", "C": "csrc/tests", "H": "tests/hostile"}
 
 
@@ -65,18 +66,19 @@ def names_of_tests(path: Path) -> frozenset[str]:
     return frozenset(re.findall(r"\b(?:def|static \w+|TEST\()\s*(\w+)\b", path.read_text()))
 
 
-def shown_by() -> list[tuple[str, str, str]]:
-    """Root, file and test (or none), of each `I/test_x `test_y`, `test_z`` in docs/failures.md."""
+def shown_by(page: str) -> list[tuple[str, str, str]]:
+    """Root, file and test (or none), of each `I/test_x `test_y`, `test_z`` in a page."""
     rows = []
     for root, file, tests in re.findall(
-        r"\b([IUCH])/(test_\w+)((?:,? `[^`]+`)*)", (ROOT / "docs/failures.md").read_text()
+        r"\b([IUCH])/((?:test|fuzz)_\w+)((?:,? `[^`]+`)*)", (ROOT / "docs" / page).read_text()
     ):
         rows += [(root, file, name.partition("[")[0]) for name in re.findall(r"`([^`]+)`", tests)] or [(root, file, "")]
     return rows
 
 
-def test_the_tests_that_show_failures() -> None:
-    rows = shown_by()
+@pytest.mark.parametrize("page", SHOWN_IN)
+def test_the_tests_that_show_it(page: str) -> None:
+    rows = shown_by(page)
     assert len(rows) > 80
     for root, file, pattern in rows:
         paths = [path for path in (ROOT / TEST_ROOTS[root]).rglob(f"{file}.*") if path.suffix in (".py", ".c")]

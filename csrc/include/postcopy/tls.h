@@ -35,6 +35,8 @@ int pc_tls_available(char *error, size_t error_bytes);
  * connections that are made. 0, or -EINVAL: `error` says which of the three does not fit; -ENOENT as above; -ENOMEM. */
 int pc_tls_context_new(int server, const void *ca, size_t ca_bytes, const void *certificate, size_t certificate_bytes, const void *key,
                        size_t key_bytes, struct pc_tls_context **context, char *error, size_t error_bytes);
+/* When the certificate of this host ends, in seconds since 1970; 0 when that cannot be read. */
+int64_t pc_tls_context_not_after(const struct pc_tls_context *context);
 /* Its connections may outlive it. */
 void pc_tls_context_free(struct pc_tls_context *context);
 

@@ -5,6 +5,7 @@
 |---|---|
 | `prepare` | it is found, or started; what its state will name must be here; a socket listens for its page faults |
 | `load_and_map` | ``PUT /snapshot/load``: it hands over its userfaultfd, and touches a page before it answers |
+| | what it has opened for that is looked at |
 | `resume` | ``PATCH /vm`` Resumed |
 | `made_whole` | its memory is complete and not registered any more: Firecracker runs on without us |
 
@@ -13,8 +14,9 @@ directory: a jailed one sees no other.
 
 Resource handling: as for any `ArrivingProcess`.
 
-**Trust.** Firecracker opens the disks that the state names, as its user. That a source is not trusted with that is a
-matter of the jailer, and of `--drive`, which says where a disk is here.
+**Trust.** Firecracker opens what the state names, as its user, and offer and state both come from a peer. So it must be
+what this side has named (`--drive`, `--net`) or allows (`--allow`), and the process is asked for that when it has
+loaded (`opened`). In a jail it may be whatever is there.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ from postcopy.machines.firecracker.api import (
     Refusal,
 )
 from postcopy.machines.firecracker.handshake import Handshake, peer_credentials, receive_handshake
+from postcopy.machines.firecracker.opened import TAP, allows, check_opened, descriptors
 from postcopy.machines.firecracker.source import BLOCK_NAME, FirecrackerMachine, version_of
 from postcopy.machines.firecracker.state import with_disks
 from postcopy.machines.process import ArrivingProcess, Started
@@ -98,6 +101,7 @@ class FirecrackerHost:
     binary: str | None = None  # started for each one that comes
     drives: Mapping[str, str] = field(default_factory=dict)  # path by drive's id, where it is another one here
     nets: Mapping[str, str] = field(default_factory=dict)  # TAP by interface's id
+    allowed: Sequence[str] = ()  # patterns of what may be used under the name that it has at the source
 
 
 class ArrivingFirecracker(ArrivingProcess, FirecrackerMachine):
@@ -112,6 +116,8 @@ class ArrivingFirecracker(ArrivingProcess, FirecrackerMachine):
         self._files: _Files | None = None
         self._process: Process | None = None
         self._connection: trio.socket.SocketType | None = None  # on which its memory came
+        self._descriptors: Mapping[int, str] = {}  # of the process, before it loads
+        self._disks: list[str] | None = []  # what it may open, as this process sees it; None: whatever it sees
 
     @classmethod
     def for_destination(
@@ -175,21 +181,35 @@ class ArrivingFirecracker(ArrivingProcess, FirecrackerMachine):
                 f"the source's Firecracker is of version {there}, the one here of {here or 'an unknown one'}, which"
                 f" does not load its state; use {there} here"
             )
-        if self._offered.nets and self._host.nets and version_of(here) < (1, 12):
+        if self._other_taps and version_of(here) < (1, 12):
             raise ConfigurationError(
                 f"--net: Firecracker {here} cannot be given other TAPs than at the source; that is possible from 1.12"
                 " on"
             )
 
     def _check_devices(self, process: Process) -> None:
-        """What the state names must be there: a load that fails in the pause costs the pause."""
-        root = f"/proc/{process.pid}/root" if _another_root(process.pid) else ""
+        """What the state names must be there, since a load that fails in the pause costs the pause; and it must be
+        allowed."""
+        jailed = _another_root(process.pid)
+        root = f"/proc/{process.pid}/root" if jailed else ""
 
         def seen(path: str) -> str:  # by Firecracker, whose current directory is not ours
             return root + path if os.path.isabs(path) else f"/proc/{process.pid}/cwd/{path}"
 
+        def check_allowed(what: str, path: str, remedy: str) -> None:
+            name = os.path.join(os.readlink(f"/proc/{process.pid}/cwd"), path)
+            if os.path.normpath(path) != path:
+                raise ConfigurationError(f"{what}: {path}: a path with detours, as `..`, is not used here")
+            if not jailed and not allows(self._host.allowed, name):
+                raise ConfigurationError(
+                    f"{what}: {path} is what the source calls it, and this side has not said that it may be used: say"
+                    f" {remedy}--allow {name}, or --allow {os.path.dirname(name).rstrip('/')}/ for all that is there"
+                )
+
         for name, drive in self._offered.drives.items():
             path = self._path_here(name)
+            if name not in self._host.drives:
+                check_allowed(f"drive {name}", path, f"--drive {name}={path}, ")
             try:
                 status = os.stat(seen(path))
             except OSError as error:
@@ -201,20 +221,42 @@ class ArrivingFirecracker(ArrivingProcess, FirecrackerMachine):
                 raise ConfigurationError(f"drive {name}: {path} is neither a file nor a block device")
             if not root and not os.access(seen(path), os.R_OK if drive.read_only else os.R_OK | os.W_OK):
                 raise ConfigurationError(f"drive {name}: {path}: this user may not use it; Firecracker must")
-        for name, there in self._offered.nets.items():
-            tap = self._host.nets.get(name, there)
+        for name, tap in self._taps().items():
+            if name not in self._host.nets and _our_network(process.pid) and not allows(self._host.allowed, TAP + tap):
+                raise ConfigurationError(
+                    f"interface {name}: {tap} is the TAP device at the source, and this side has not said that it may"
+                    f" be used: say --net {name}={tap}, or --allow {TAP}{tap}"
+                )
             if not _has_tap(process.pid, tap):
                 raise ConfigurationError(
                     f"interface {name}: there is no TAP device {tap!r} on this host; make it (ip tuntap add {tap} mode"
                     f" tap), or name another one with --net {name}=TAP"
                 )
         if (vsock := self._offered.vsock) is not None:
+            check_allowed("vsock", vsock, "")
             if os.path.lexists(seen(vsock)):
                 raise ConfigurationError(
                     f"vsock: {vsock} exists on this host, and Firecracker would have to make it; remove it"
                 )
             if not os.path.isdir(os.path.dirname(seen(vsock))):
                 raise ConfigurationError(f"vsock: {vsock}: there is no such directory on this host; make it")
+        self._disks = None if jailed else [seen(self._path_here(name)) for name in self._offered.drives]
+        self._descriptors = descriptors(process.pid)
+
+    def _taps(self) -> dict[str, str]:
+        """By interface's id: where it is attached here."""
+        return {**self._offered.nets, **self._host.nets}
+
+    def _check_opened(self, files: _Files) -> None:
+        """Before the guest can use any of it."""
+        assert self._process is not None
+        vsock = self._offered.vsock
+        known = None if self._disks is None else [*self._disks, files.state_seen]
+        sockets = [] if vsock is None else [vsock]
+        try:
+            check_opened(self._process.pid, self._descriptors, known, sockets, set(self._taps().values()))
+        except OSError as error:
+            raise MigrationError(f"what {self._name} has opened cannot be seen: {error.strerror}") from error
 
     def _path_here(self, drive: str) -> str:
         return self._host.drives.get(drive, self._offered.drives[drive].path)
@@ -227,7 +269,7 @@ class ArrivingFirecracker(ArrivingProcess, FirecrackerMachine):
             drives={
                 name: _Drive(self._path_here(name), drive.read_only) for name, drive in self._offered.drives.items()
             },
-            nets=self._offered.nets | dict(self._host.nets),
+            nets=self._taps(),
         )
         return {name: value for name, value in msgspec.to_builtins(here).items() if value is not None}
 
@@ -272,6 +314,7 @@ class ArrivingFirecracker(ArrivingProcess, FirecrackerMachine):
             raise MigrationError(
                 f"Firecracker has not loaded the state within {LOAD_S:g} s: {why}; {self._what_is_left()}"
             )
+        await run_sync(self._check_opened, files)
         files.remove()
         self._state = MachineState.PAUSED
 
@@ -284,9 +327,13 @@ class ArrivingFirecracker(ArrivingProcess, FirecrackerMachine):
             "mem_backend": {"backend_type": "Uffd", "backend_path": files.socket_path},
             "resume_vm": False,
         }
-        if other := {name: tap for name, tap in self._host.nets.items() if self._offered.nets[name] != tap}:
+        if other := self._other_taps:
             request["network_overrides"] = [{"iface_id": name, "host_dev_name": tap} for name, tap in other.items()]
         return request
+
+    @property
+    def _other_taps(self) -> dict[str, str]:
+        return {name: tap for name, tap in self._host.nets.items() if self._offered.nets[name] != tap}
 
     async def _take_memory(self, files: _Files, adopt: Adopt) -> None:
         """The handshake that comes in the middle of the load."""
@@ -345,7 +392,8 @@ class _Files:
         self._exchange = exchange
         self._owner = owner
         self.listener = trio.socket.from_stdlib_socket(listener)
-        self.state_path = f"{exchange.path}/{STATE}"  # as Firecracker sees it
+        self.state_path = f"{exchange.path}/{STATE}"  # as Firecracker sees it,
+        self.state_seen = exchange.inside(STATE)  # and as this process does
         self.socket_path = f"{exchange.path}/{SOCKET}"
 
     @classmethod
@@ -394,11 +442,16 @@ def _another_root(pid: int) -> bool:
 def _has_tap(pid: int, name: str) -> bool:
     """In the network namespace of that process. What its devices are can be seen only in that of this one."""
     with contextlib.suppress(OSError):
-        if os.path.samefile(f"/proc/{pid}/ns/net", "/proc/self/ns/net"):
+        if _our_network(pid):
             return os.path.exists(f"/sys/class/net/{name}/tun_flags")
         with open(f"/proc/{pid}/net/dev") as file:
             return any(line.partition(":")[0].strip() == name for line in file)
     return False
+
+
+def _our_network(pid: int) -> bool:
+    """Where a process has a network namespace of its own, what is there was put there for it."""
+    return os.path.samefile(f"/proc/{pid}/ns/net", "/proc/self/ns/net")
 
 
 def _loads(here: tuple[int, int], there: tuple[int, int]) -> bool:

@@ -129,8 +129,8 @@ def _rows(result: DemoResult) -> Iterator[tuple[str, str]]:
     if chaos := result.chaos:
         cuts = ", ".join(f"{count} by {way}" for way, count in (chaos.cuts or {}).items())
         yield "network", f"{chaos.plan}, seed {chaos.seed}: {f'disconnected: {cuts}' if cuts else 'never cut'}"
-    if (tls := result.demo_tls) and tls.encrypted is not None:
-        carried = f"{format_size(tls.encrypted)} encrypted in {format_count(tls.connections or 0, 'connection')}"
+    if (tls := result.demo_tls) and tls.ciphertext is not None:
+        carried = f"{format_size(tls.ciphertext)} encrypted in {format_count(tls.connections or 0, 'connection')}"
         yield "TLS", f"{carried}, {format_size(tls.opening or 0)} to open and end them, {tls.readable} bytes in clear"
     if lab := result.lab:
         cut, hosts = lab.cut, " to ".join(f"{host.name} ({host.ipv4})" for host in lab.hosts.values())

@@ -134,7 +134,7 @@ def as_record(strangers: list[Stranger], watch: Watch | None) -> DemoTls:
     tls = DemoTls(strangers=strangers)
     if watch is not None:
         tls.connections = watch.connections
-        tls.encrypted, tls.opening, tls.readable = watch.encrypted_bytes, watch.opening_bytes, watch.readable_bytes
+        tls.ciphertext, tls.opening, tls.readable = watch.encrypted_bytes, watch.opening_bytes, watch.readable_bytes
     return tls
 
 
@@ -146,10 +146,10 @@ def checks(tls: DemoTls) -> Iterator[Check]:
             f"a stranger {one.how} was let in",
             "an image was sent to the destination's port before its source came",
         )
-    if tls.readable is not None and tls.encrypted is not None:
+    if tls.readable is not None and tls.ciphertext is not None:
         yield check(
-            not tls.readable and tls.encrypted > 0,
-            f"all that went over the network was encrypted, {format_size(tls.encrypted)}",
+            not tls.readable and tls.ciphertext > 0,
+            f"all that went over the network was encrypted, {format_size(tls.ciphertext)}",
             f"{format_size(tls.readable)} went over the network in clear",
             "a relay between both sides has divided all of it into records of TLS",
         )

@@ -48,6 +48,19 @@ class Refused(Exception):
 _open: list[socket.socket] = []
 
 
+_host: list[str] = []
+
+
+@contextlib.contextmanager
+def calling_from(host: str) -> Iterator[None]:
+    """As another peer, an address of 127.0.0.0/8: without TLS a peer is its host."""
+    _host.append(host)
+    try:
+        yield
+    finally:
+        _host.pop()
+
+
 def close_all() -> None:
     """Every connection that was made here: tests end in the middle of things."""
     while _open:
@@ -70,7 +83,8 @@ class Line:
 
     @classmethod
     def open(cls, address: Address, version: int) -> Line:
-        return cls(socket.create_connection(address, TIMEOUT_S), version)
+        here = (_host[-1], 0) if _host else None
+        return cls(socket.create_connection(address, TIMEOUT_S, here), version)
 
     def send(self, data: bytes) -> None:
         try:

@@ -39,6 +39,9 @@ from postcopy.testbed.demo import DemoCommand
 WRITTEN: dict[str, tuple[str, Any]] = {
     "allow-uid": ("4,65534", (4, 65534)),
     "api-socket": ("fc.sock", "fc.sock"),
+    "allow": ("/srv/vms/,tap:vm*", "/srv/vms/,tap:vm*"),
+    "max-machines-per-peer": ("3", 3),
+    "max-memory-per-peer": ("2GiB", 2 << 30),
     "drive": ("root=/a,b=/c", "root=/a,b=/c"),
     "firecracker": (sys.executable, sys.executable),
     "backing": ("anon", "anon"),

@@ -11,6 +11,8 @@ import errno
 import os
 import resource
 import signal
+import socket
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +23,16 @@ import trio
 import trio.testing
 
 from postcopy._blocking import END_TIMEOUT_S
+from postcopy._native import ffi, lib
 from postcopy.dataplane import pager_process
 from postcopy.dataplane._events import ChannelKind, EventType
 from postcopy.dataplane.pager_process import PagerDied, ProcessPager
-from postcopy.errors import MigrationError, PostcopyError
+from postcopy.errors import ErrorLine, MigrationError, PostcopyError
+from postcopy.lazy._bridge import pack_frame
 from postcopy.memory import Memory, page_bytes_of
 from postcopy.memory.bitmap import Bitmap
+from postcopy.tls import Credentials, TlsStream, detach
+from postcopy.tls._authority import issue, new_authority
 
 PAGE = page_bytes_of("memfd")
 DEADLINE_S = 60
@@ -217,6 +223,44 @@ async def unattached() -> None:
         await pager.close()
 
 
+async def under_tls() -> None:
+    """Its process has no part in that: what it asks for, and its answer, are relayed."""
+    with tempfile.TemporaryDirectory() as name:
+        where = Path(name)
+        new_authority(where / "ca")
+        issue(where / "ca", ["host-a"], where / "host")
+        credentials = await Credentials.load(where / "host", listens=True, connects=True)
+    ours, theirs = (trio.SocketStream(trio.socket.from_stdlib_socket(end)) for end in socket.socketpair())
+    ends: list[TlsStream] = []
+
+    async def accept() -> None:
+        ends.append(await credentials.accept(theirs))
+
+    with Memory.create("memfd", 300 * PAGE) as memory:
+        pager = await armed(memory)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(accept)
+            fd, tls = detach(await credentials.connect(ours, "host-a")).detach()
+        [source] = ends
+        pager.attach_urgent(0, fd, tls=tls)
+        await pager.confirm()
+        assert pager.request_missing(1) == 1
+        request = await source.receive_some(100)
+        assert request[:4] == b"PCPF"
+        frame = ffi.new("struct pc_frame *")
+        line = ErrorLine()
+        line.check(lib.pc_frame_decode(request, frame, line.buffer, line.size), "reading the request")
+        answer = bytearray()
+        pack_frame(answer, lib.PC_FRAME_PAGES, 0, frame.first_page, 1, frame.request_id, b"\x07" * PAGE)
+        await source.send_all(answer)
+        while not pager.received(0).count():  # noqa: ASYNC110  (page states of another process)
+            await trio.sleep(0.01)
+        await source.aclose()
+        event = await anext(aiter(pager.events()))
+        assert (event.type, event.channel_kind) == (EventType.CHANNEL_DOWN, ChannelKind.URGENT)
+        await pager.close()
+
+
 async def full() -> None:
     """More is asked than the socket to a frozen process takes: it waits here."""
     with Memory.create("memfd", 300 * PAGE) as memory:
@@ -335,6 +379,7 @@ async def elsewhere(where: str) -> None:
         forgetful,
         no_descriptors,
         unattached,
+        under_tls,
         full,
         closed,
         closed_while_waited_for,

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import msgspec
 import pytest
+import tls
 import trio
 from lines import _check_event
 from vmm import PAGE, Vmm, start_vmm
@@ -33,7 +34,7 @@ from postcopy.handler._store import LocalStore
 from postcopy.handler._vm import Descriptors
 from postcopy.lazy._source import SourceBlock
 from postcopy.machines.firecracker.handshake import Credentials
-from postcopy.net import LOCAL, Route, parse_address
+from postcopy.net import LOCAL, Protection, Route, parse_address
 from postcopy.output._view import View
 from postcopy.records import Json, Record, as_json
 from postcopy.service.config import PagerConfig
@@ -797,6 +798,21 @@ class TestOfAnotherHost:
                 assert await one.reads(content(), 8, PAGES - 8)
                 assert await one.ask("byte", 3) == "0"
                 assert await other.reads(content(), 0, PAGES)
+            nursery.cancel_scope.cancel()
+
+    async def test_pages_come_under_tls(self, tmp_path: Path) -> None:
+        """From a source whose certificate has another name than its address."""
+        named, directory = str(tls.site().issue("pages", "pages.example")), str(tls.directory())
+        async with trio.open_nursery() as nursery:
+            server = await nursery.start(lambda **more: postcopy.serve(content(), tls=named, **more))
+            route = Route(parse_address(server.address), tls_hostname="pages.example")
+            async with (
+                served(tmp_path, connect=route, protection=Protection.of(directory)) as pager,
+                start_vmm(pager.socket, PAGES) as vmm,
+            ):
+                assert await vmm.reads(content(), 0, PAGES)
+                assert (await pager.figures())["encrypted"]
+                assert "Encrypted:         yes" in render(as_json(await pager.handler.execute(Request("status", {}))))
             nursery.cancel_scope.cancel()
 
     async def test_the_vm_is_held_while_its_source_is_gone(self, tmp_path: Path) -> None:

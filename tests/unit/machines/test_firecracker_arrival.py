@@ -22,8 +22,11 @@ from postcopy.machines import BlockLayout, Extent, MachineState, process
 from postcopy.machines.firecracker import destination
 from postcopy.machines.firecracker.api import Api
 from postcopy.machines.firecracker.destination import ArrivingFirecracker, FirecrackerHost
+from postcopy.machines.firecracker.opened import allows, parse_allowed
 from postcopy.machines.firecracker.state import with_disks
 from postcopy.machines.kinds import HostOptions, create_destination, parse_pairs
+from postcopy.memory import _admission
+from postcopy.memory._admission import PROMISES, Room
 
 MIB = 1 << 20
 OFFER: dict[str, Any] = {"regions": [8 * MIB], "version": "1.12.1", "vcpus": 1, "drives": {}, "nets": {}}
@@ -38,9 +41,9 @@ def fake(tmp_path: Path) -> Iterator[FakeFirecracker]:
 
 
 def arriving(
-    fake: FakeFirecracker | None, offer: dict[str, Any] = OFFER, drive: str = "", net: str = ""
+    fake: FakeFirecracker | None, offer: dict[str, Any] = OFFER, drive: str = "", net: str = "", allow: str = ""
 ) -> ArrivingFirecracker:
-    host = HostOptions(api_socket=str(fake.api_socket if fake is not None else "x"), drive=drive, net=net)
+    host = HostOptions(api_socket=str(fake.api_socket if fake is not None else "x"), drive=drive, net=net, allow=allow)
     machine = create_destination("firecracker", offer, LAYOUT, host)
     assert isinstance(machine, ArrivingFirecracker)
     return machine
@@ -86,22 +89,32 @@ def test_what_a_host_must_say() -> None:
             parse_pairs(wrong, "ID=PATH")
 
 
+def drive(path: str) -> dict[str, Any]:
+    return {"drives": {"root": {"path": path, "read-only": True}}}
+
+
 REFUSED: list[tuple[Orders, dict[str, Any], dict[str, str], str]] = [
     (replace(EMPTY, state="Running"), {}, {}, "Running: .*start a new one"),
     (replace(EMPTY, version="1.11.0"), {}, {}, "1.12.1.*1.11.0.*use 1.12.1 here"),
     (replace(EMPTY, version="1.13.1"), {}, {}, "1.12.1.*1.13.1.*use 1.12.1 here"),
     (replace(EMPTY, version="1.17.0"), {"version": "1.18.0"}, {}, "1.18.0.*1.17.0.*use 1.18.0 here"),
-    (EMPTY, {"drives": {"root": {"path": "/missing", "read-only": True}}}, {}, "--drive root=PATH"),
-    (EMPTY, {"drives": {"root": {"path": "/a", "read-only": True}}}, {"drive": "root=/proc"}, "/proc is neither"),
-    (EMPTY, {"nets": {"eth0": "no-such-tap"}}, {}, "no TAP device 'no-such-tap'.*--net eth0=TAP"),
+    (EMPTY, drive("/missing"), {"allow": "/*"}, "--drive root=PATH"),
+    (EMPTY, drive("/a"), {"drive": "root=/proc"}, "/proc is neither"),
+    (EMPTY, drive("/etc/passwd"), {}, "root: /etc/passwd is what.*--drive root=/etc/passwd, --allow /etc/passwd"),
+    (EMPTY, drive("/srv/vms/../../etc/passwd"), {"allow": "/srv/vms/"}, "detours"),
+    (EMPTY, drive("/srv/vms/no"), {"allow": "/srv/*"}, "--allow /srv/vms/no, or --allow /srv/vms/ for all"),
+    (EMPTY, {"nets": {"eth0": "tap0"}}, {}, "--net eth0=tap0, or --allow tap:tap0"),
+    (EMPTY, {"nets": {"eth0": "no-such-tap"}}, {"allow": "tap:no-*"}, "no TAP device 'no-such-tap'.*--net eth0=TAP"),
     (EMPTY, {"nets": {"eth0": "tap0"}}, {"net": "eth0=no-such-tap"}, "'no-such-tap'"),
-    (EMPTY, {"vsock": "/proc/version"}, {}, "/proc/version exists.*remove it"),
-    (EMPTY, {"vsock": "/missing/v.sock"}, {}, "no such directory.*make it"),
+    (EMPTY, {"vsock": "/run/v.sock"}, {"allow": "/run/v"}, "vsock: /run/v.sock is what.*say --allow /run/v.sock"),
+    (EMPTY, {"vsock": "/proc/version"}, {"allow": "/proc/"}, "/proc/version exists.*remove it"),
+    (EMPTY, {"vsock": "/missing/v.sock"}, {"allow": "/missing/"}, "no such directory.*make it"),
 ]
 
 
 async def test_what_must_be_there_before_it_is_accepted(fake: FakeFirecracker) -> None:
-    """And a Firecracker that was told nothing is left as it was."""
+    """And what it may use, which is said before it is looked for: a source learns nothing of other files. A Firecracker
+    that was told nothing is left as it was."""
     for orders, change, options, why in REFUSED:
         fake.order(orders)
         machine = arriving(fake, OFFER | change, **options)
@@ -162,10 +175,10 @@ async def test_relative_paths_are_those_of_firecracker(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     with fake_firecracker(tmp_path, EMPTY) as fake:
         monkeypatch.chdir(tmp_path / "elsewhere")
-        async with arriving(fake, offer) as machine:
+        async with arriving(fake, offer, allow=f"{tmp_path}/") as machine:
             await machine.prepare()
         (tmp_path / "v.sock").touch()
-        async with arriving(fake, offer) as machine:
+        async with arriving(fake, offer, allow=f"{tmp_path}/") as machine:
             with pytest.raises(ConfigurationError, match=r"v\.sock exists"):
                 await machine.prepare()
 
@@ -287,3 +300,36 @@ def test_disks_are_moved_in_the_state() -> None:
         with_disks(before, {"/c": "/d"})
     with pytest.raises(ProtocolError, match="damaged"):
         with_disks(before[:-1] + b"x", {"/a": "/d"})
+
+
+def test_patterns_of_what_may_be_used() -> None:
+    patterns = parse_allowed("/srv/vms/,/dev/vg/vm*,/one.img,tap:vm*")
+    for name in ("/srv/vms/a", "/srv/vms/a/b", "/dev/vg/vm1", "/dev/vg/vm", "/one.img", "tap:vm1"):
+        assert allows(patterns, name), name
+    for name in (
+        *(
+            "/srv/vms",
+            "/srv/vmsa",
+            "/srv/vms/../../etc/passwd",
+            "/srv/vms/./a",
+            "//srv/vms/a",
+            "srv/vms/a",
+            "/srv/vms//a",
+        ),
+        *("/dev/vg/vm/1", "/dev/vg/vm1/../../sda", "/one.img2", "/one_img", "a/one.img", "tap:a", "vm1", "/tap:vm1"),
+    ):
+        assert not allows(patterns, name), name
+    assert not allows((), "/a")
+    for wrong in ("a", "a,", "/a,,/b", "/a/../b", "//a", "/a\n", "tap:", "tap:a/b", "~/vms/", "/a/./"):
+        with pytest.raises(ConfigurationError, match="absolute path"):
+            parse_allowed(wrong)
+
+
+async def test_memory_of_microvms_is_promised_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything of it has come, and when nothing of it is here."""
+    monkeypatch.setattr(PROMISES, "_promises", [])
+    monkeypatch.setattr(_admission, "find_rooms", lambda: [Room("the control group", 40 * MIB, "or raise it")])
+    async with arriving(None):
+        with pytest.raises(ResourceError, match="promised to machines here"):
+            arriving(None)
+    await arriving(None).close()

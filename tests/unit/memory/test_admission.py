@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -13,10 +15,11 @@ import pytest
 from postcopy.errors import ResourceError
 from postcopy.machines import BlockLayout, Machine
 from postcopy.machines.kinds import MachineOptions, create_destination, create_source
-from postcopy.memory import Memory, _admission, check_memory
+from postcopy.memory import Extent, Memory, RemoteMemory, _admission, check_memory
 from postcopy.memory._admission import HEADROOM_BYTES, PROMISES, Promises, Room, find_rooms, overhead_bytes
 
 MIB = 1 << 20
+PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Group:
@@ -92,6 +95,23 @@ def test_unpopulated(kind: str) -> None:
 
 
 @pytest.mark.needs("uffd-user")
+def test_unpopulated_memory_of_another_process() -> None:
+    """All of it until it is known whose it is; then what its process has not been given; of one that has ended none."""
+    size_bytes = 1 << 40
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        memory, pidfd = RemoteMemory(size_bytes, PAGE), os.pidfd_open(process.pid)
+        try:
+            assert memory.unpopulated_bytes() == size_bytes
+            memory.found(process.pid, pidfd, [Extent(1 << 30, 0, size_bytes)])
+            assert size_bytes - (1 << 30) < memory.unpopulated_bytes() < size_bytes
+            process.kill()
+            process.wait()
+            assert memory.unpopulated_bytes() == 0
+        finally:
+            os.close(pidfd)
+            memory.drop()
+
+
 def test_images_count_too(group: Group) -> None:
     def image() -> Machine:
         return create_destination("image", {"file-bytes": 200 * MIB}, [BlockLayout("image", 200 * MIB, 4096)])

@@ -155,15 +155,15 @@ class FakeEngine:
     """What pager and page server have in common."""
 
     def __init__(self) -> None:
-        self.fds: dict[ChannelKey, FdHolder] = {}
+        self.fds: dict[ChannelKey, DataChannel] = {}
         self.channel = FakeEvents()
         self.log: list[str] = []
 
     def attach_urgent(self, shard: int, fd: int, busy_poll_us: int = 0, *, tls: Any = None) -> None:
-        self.fds["urgent", shard] = FdHolder(fd)
+        self.fds["urgent", shard] = DataChannel(FdHolder(fd), tls)
 
     def attach_bulk(self, channel: int, fd: int, *, tls: Any = None) -> None:
-        self.fds["bulk", channel] = FdHolder(fd)
+        self.fds["bulk", channel] = DataChannel(FdHolder(fd), tls)
 
     def events(self) -> AsyncIterator[Event]:
         return self.channel.receive.__aiter__()

@@ -3,9 +3,15 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
 import socket
+import termios
+import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 import pytest
 import trio
@@ -15,6 +21,8 @@ from postcopy import wire as p
 from postcopy.errors import ConnectionLost, PeerError, ProtocolError
 from postcopy.migration import connection
 from postcopy.migration.connection import Control
+from postcopy.tls import Credentials, TlsStream
+from postcopy.tls._authority import issue, new_authority
 from postcopy.wire import DestinationProtocol, State
 
 
@@ -177,3 +185,83 @@ async def test_a_message_that_does_not_fit_into_the_socket() -> None:
                     got += side.peer.recv(1 << 20)
                 await trio.lowlevel.checkpoint()
         assert got == data
+
+
+class Wire:
+    """Between two ends under TLS: what each of them has sent goes to the other one as the test lets it."""
+
+    def __init__(self) -> None:
+        self.client, self._near = socket.socketpair()
+        self.server, self._far = socket.socketpair()
+        for end in (self._near, self._far):
+            end.setblocking(False)
+
+    def carry(self) -> None:
+        for one, other in ((self._near, self._far), (self._far, self._near)):
+            with suppress(BlockingIOError):
+                while data := one.recv(1 << 16):
+                    other.send(data)
+
+    def to_client(self) -> bytes:
+        return self._far.recv(1 << 16)
+
+    def pass_on(self, data: bytes) -> None:
+        self._near.send(data)
+
+    def until_client_has_read(self) -> None:
+        unread = array.array("i", [1])
+        while unread[0]:
+            fcntl.ioctl(self.client, termios.FIONREAD, unread)
+            time.sleep(0.001)
+
+    def close(self) -> None:
+        for end in (self._near, self._far):
+            end.close()
+
+
+async def test_half_a_record_is_nothing_yet(tmp_path: Path) -> None:
+    """Not an end, and nothing that the other tasks would have to run for."""
+    new_authority(tmp_path / "ca")
+    issue(tmp_path / "ca", ["host-a"], tmp_path / "host")
+    credentials = await Credentials.load(tmp_path / "host", listens=True, connects=True)
+    wire = Wire()
+    client, server = [
+        TlsStream(trio.socket.from_stdlib_socket(end), await credentials.context(server=listens), name)
+        for end, listens, name in ((wire.client, False, "host-a"), (wire.server, True, ""))
+    ]
+    async with client, server:
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                for stream in (client, server):
+                    nursery.start_soon(stream.handshake)
+                while nursery.child_tasks:
+                    wire.carry()
+                    await trio.lowlevel.checkpoint()
+            side = Side.__new__(Side)
+            side.protocol, side.steps, side.at_a_step = DestinationProtocol(), 0, lambda: None
+            side.protocol._state = State.PREPARED
+            side.control = Control(client, side.protocol)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(side.control.run)
+                await wait_all_tasks_blocked()
+                nursery.start_soon(side.others)
+                side.control.hurry()
+                message = p.encode(p.Commit())
+                assert server.write_now(message) == len(message)
+                record = wire.to_client()
+                wire.pass_on(record[:-7])
+
+                def rest() -> None:
+                    wire.until_client_has_read()
+                    wire.pass_on(record[-7:])
+
+                thread = threading.Thread(target=rest)
+                thread.start()
+                assert isinstance(await side.control.receive(p.Commit), p.Commit)
+                thread.join()
+                await side.control.send(running := side.protocol.send(p.Running(1, 1)))
+                assert side.steps == 0
+                wire.carry()
+                assert server.read_now() == running
+                nursery.cancel_scope.cancel()
+    wire.close()

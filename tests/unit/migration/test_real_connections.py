@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -18,7 +19,9 @@ from postcopy.machines import MachineState
 from postcopy.migration import source as source_module
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net import Acceptor, Address, CallingLink
+from postcopy.net import LOCAL, Acceptor, Address, CallingLink, Protection
+from postcopy.tls import Credentials
+from postcopy.tls._authority import issue, new_authority
 from postcopy.wire import State
 from tests.unit.migration._engines import (
     FakeMachine,
@@ -57,16 +60,16 @@ class Hosts:
 
 
 @contextlib.asynccontextmanager
-async def hosts(calls: str) -> AsyncIterator[Hosts]:
+async def hosts(calls: str, protection: Protection = LOCAL) -> AsyncIterator[Hosts]:
     """`calls`: which side connects. Past the point of no return."""
     pair = Hosts()
     listens = "dest" if calls == "source" else "source"
     with trio.fail_after(60):
-        acceptor = await Acceptor.open(Address("127.0.0.1", 0), listens, lambda waiting: "")
+        acceptor = await Acceptor.open(Address("127.0.0.1", 0), listens, lambda asking: "", protection=protection)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(acceptor.serve)
-                await _meet(pair, calls, acceptor, nursery)
+                await _meet(pair, calls, acceptor, nursery, protection)
                 try:
                     yield pair
                 finally:
@@ -83,7 +86,7 @@ async def hosts(calls: str) -> AsyncIterator[Hosts]:
                     await pair.twin.close()
 
 
-async def _meet(pair: Hosts, calls: str, acceptor: Acceptor, nursery: trio.Nursery) -> None:
+async def _meet(pair: Hosts, calls: str, acceptor: Acceptor, nursery: trio.Nursery, protection: Protection) -> None:
     async def source(link: Any) -> None:
         pair.source = SourceMigration(
             pair.machine,
@@ -106,7 +109,7 @@ async def _meet(pair: Hosts, calls: str, acceptor: Acceptor, nursery: trio.Nurse
         await pair.dest.run(pair.stop_dest)
 
     async def call() -> CallingLink:
-        return await CallingLink.open(acceptor.addresses[0], calls)
+        return await CallingLink.open(acceptor.addresses[0], calls, protection=protection)
 
     async def call_and_receive() -> None:
         await dest(await call())
@@ -131,6 +134,29 @@ async def test_lost_and_found(calls: str) -> None:
         for number in range(1, 4):
             pair.lose()
             await pair.until(lambda: pair.source.recoveries.count == number == pair.dest.recoveries.count)  # noqa: B023
+        pair.pager.channel.tell(EventType.COMPLETE)
+        await pair.until(lambda: pair.source.state is pair.dest.state is State.COMPLETED)
+
+
+@CALLS
+async def test_lost_and_found_under_tls(calls: str, tmp_path: Path) -> None:
+    """Every connection after the first one resumes its session. Certificates that are renewed while it is paused are
+    used from then on."""
+    new_authority(tmp_path / "ca")
+    issue(tmp_path / "ca", ["old", "127.0.0.1"], tmp_path / "host")
+    protection = Protection(await Credentials.load(tmp_path / "host", listens=True, connects=True))
+    async with hosts(calls, protection) as pair:
+        both = (pair.source, pair.dest)
+        assert [(side.identity, side.certificate and side.certificate.resumed) for side in both] == [("old", False)] * 2
+        pair.lose()
+        await pair.until(lambda: pair.source.recoveries.count == 1 == pair.dest.recoveries.count)
+        assert [side.certificate and side.certificate.resumed for side in both] == [True] * 2
+        pair.source.pause()
+        await pair.until(lambda: pair.source.status == pair.dest.status == "postcopy-paused")
+        issue(tmp_path / "ca", ["new", "127.0.0.1"], tmp_path / "host")
+        pair.source.recover()
+        await pair.until(lambda: pair.source.recoveries.count == 2 == pair.dest.recoveries.count)
+        assert [side.identity for side in both] == ["new"] * 2
         pair.pager.channel.tell(EventType.COMPLETE)
         await pair.until(lambda: pair.source.state is pair.dest.state is State.COMPLETED)
 

@@ -11,7 +11,7 @@ from trio.testing import MockClock
 from postcopy.errors import ConnectionLost, MigrationError, PeerError
 from postcopy.migration.connection import LAST_LOOK_S, MISSED_HEARTBEATS
 from postcopy.net import backoff
-from postcopy.service._attempts import END_S, Attempts
+from postcopy.service._attempts import END_S, IN_VAIN_ATTEMPTS, IN_VAIN_S, Attempts
 from postcopy.wire import RefusedError
 
 CUT = ConnectionLost("cut")
@@ -56,3 +56,13 @@ async def test_attempts_that_do_not_last(autojump_clock: MockClock) -> None:
     await trio.sleep(2 * backoff.PATIENT_CAP_S + 1)
     assert attempts.left_s(CUT, True, True, 30) == 30
     assert attempts.again(True) <= backoff.FIRST_S
+
+
+async def test_a_machine_is_not_paused_in_vain_again_and_again() -> None:
+    attempts = Attempts(1.0)
+    assert not attempts.in_vain(1000)  # one that has all of its memory sent in the pause
+    while attempts.count < IN_VAIN_ATTEMPTS:
+        attempts.paused_s += IN_VAIN_S / 2
+        attempts.again(True)
+    assert not attempts.in_vain(0)
+    assert attempts.in_vain(0.1)

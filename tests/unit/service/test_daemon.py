@@ -85,7 +85,7 @@ async def test_between_two_attempts() -> None:
     job = _move(daemon, "a", State.ABORTED)
     [owned] = daemon.machines
     job.failure, job.may_try_again, job.connecting, job.migration_id = ConnectionLost("cut"), True, False, "ff"
-    job.cancelled = False
+    job.cancelled, job.paused_ns = False, 0
     owned.sending, owned.attempts = SourceOptions(), Attempts(1.0)
     assert owned.is_begun_again
     control = ControlHandler(daemon)

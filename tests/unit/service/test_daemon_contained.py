@@ -39,7 +39,7 @@ from postcopy.service import service as service_module
 from postcopy.service._contain import contained
 from postcopy.service.config import ArrivalOptions, DaemonConfig
 from postcopy.service.control import ControlHandler, process_status
-from postcopy.service.daemon import MAX_INCOMING, Daemon
+from postcopy.service.daemon import MAX_INCOMING, MAX_INCOMING_OF_ONE, Daemon
 from postcopy.service.schema import ControlError, Request, parse_arguments
 from postcopy.service.service import Phase
 from postcopy.wire import Block, Offer, SourceProtocol, State
@@ -403,7 +403,7 @@ async def test_many_offers_that_come_to_nothing() -> None:
 # ---- places
 
 
-def test_places() -> None:
+async def test_places() -> None:
     from unittest.mock import Mock
 
     daemon = Daemon(DaemonConfig(SourceOptions(), ArrivalOptions()), Output(False, io.StringIO(), io.StringIO()))
@@ -416,18 +416,22 @@ def test_places() -> None:
         owned.migration.cancellable = state is State.READY
         return owned
 
-    for state in (State.PREPARED, State.IN_DOUBT, State.POSTCOPY, State.RECOVERING) * 4:
-        arriving(state)
-    assert "too many" in daemon._why_refused(Asking("host", ["host"] * 0))  # an undecided one counts
+    for number in range(MAX_INCOMING):
+        arriving((State.PREPARED, State.IN_DOUBT, State.POSTCOPY, State.RECOVERING)[number % 4])
+    assert "too many machines are" in daemon._why_refused(Asking("host", []))  # an undecided one counts
     for owned in daemon.machines[:4]:
         owned.migration = Mock(
             spec=DestinationMigration, state=State.PAUSED
         )  # committed to this host, and lost: it waits and takes nothing
-    assert daemon._why_refused(Asking("host", ["host"] * 0)) == ""
+    assert daemon._why_refused(Asking("host", [])) == ""
     assert daemon._why_refused(Asking("host", ["host"] * 3)) == ""
     assert "too many" in daemon._why_refused(Asking("host", ["host"] * 4))
+    for owned in daemon.machines[-MAX_INCOMING_OF_ONE:]:
+        owned.peer = "host"
+    assert "too many machines of this peer" in daemon._why_refused(Asking("host", []))
+    assert daemon._why_refused(Asking("other", ["host"])) == ""
     daemon._add("local", Phase.STARTING)
-    assert daemon._why_refused(Asking("host", ["host"] * 3)) == ""
+    assert daemon._why_refused(Asking("other", ["other"] * 3)) == ""
 
 
 async def test_memory_is_promised_once(monkeypatch: pytest.MonkeyPatch) -> None:

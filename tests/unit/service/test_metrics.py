@@ -27,6 +27,7 @@ from postcopy.migration.precopy import Mode
 from postcopy.migration.source import SourceMigration
 from postcopy.migration.statistics import Breakdown, Recoveries, Statistics
 from postcopy.net import Address
+from postcopy.records.control import Certificate
 from postcopy.records.migration import STATUSES
 from postcopy.service import http as http_module
 from postcopy.service import metrics as metrics_module
@@ -34,6 +35,7 @@ from postcopy.service import report
 from postcopy.service.http import HttpServer, parse_metrics_address
 from postcopy.service.metrics import CONTENT_TYPE, Metrics, MetricsFile, check_file, write_file
 from postcopy.service.notify import Notifier
+from postcopy.tls import PeerCertificate
 from postcopy.wire import State
 
 MIB = 1 << 20
@@ -50,6 +52,7 @@ def _machine() -> Mock:
 
 def _source(machine: Mock) -> Mock:
     job = Mock(spec=SourceMigration)
+    job.identity, job.certificate = "192.0.2.7", None
     job.machine, job.migration_id, job.peer, job.failure = machine, "ff", "192.0.2.7:7777", None
     job.started_ns = job.completed_ns = job.ended_ns = 0
     job.status = "postcopy-active"
@@ -65,6 +68,8 @@ def _source(machine: Mock) -> Mock:
 
 def _dest(machine: Mock) -> Mock:
     job = Mock(spec=DestinationMigration)
+    job.identity = "host-a"
+    job.certificate = PeerCertificate("CN=host-a", (("dns", "host-a"),), 2_000_000_000, "ab", "AES", True)
     job.machine, job.migration_id, job.peer, job.failure = machine, "ff", "192.0.2.7:7777", None
     job.started_ns = job.completed_ns = job.ended_ns = 0
     job.status = "completed"
@@ -104,6 +109,11 @@ class TestText:
         assert samples[_key("postcopy_build_info", version=__version__)] == 1
         assert samples[_key("postcopy_migrations_total", direction="incoming", status="completed")] == 0
 
+    def test_certificates_of_the_process(self) -> None:
+        certificates = [Certificate(role="server", file="server-cert.pem", expires_at=1_900_000_000)]
+        samples = _samples(Metrics(list, lambda: certificates).text())
+        assert samples[_key("postcopy_certificate_expiry_timestamp_seconds", role="server")] == 1.9e9
+
     def test_numbers(self) -> None:
         machine = _machine()
         metrics = Metrics(lambda: [("a", machine, _source(machine)), ("b", machine, _dest(machine)), ("c", None, None)])
@@ -119,6 +129,10 @@ class TestText:
             _key("postcopy_machine_memory_bytes", machine="a"): 64 * MIB,
             _key("postcopy_guest_operations_total", machine="b"): 700,
             _key("postcopy_guest_failures_total", machine="b"): 0,
+            _key(prefix + "encrypted", **out): 0,
+            _key(prefix + "encrypted", **into): 1,
+            _key(prefix + "tls_resumed", **into): 1,
+            _key(prefix + "peer_certificate_expiry_timestamp_seconds", **into): 2e9,
             _key(prefix + "status", status="postcopy-active", **out): 1,
             _key(prefix + "status", status="completed", **out): 0,
             _key(prefix + "transferred_bytes_total", **out): 4192,

@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from postcopy._files import locked_directory
 from postcopy.cli._main import main
 from postcopy.errors import ConfigurationError
 from postcopy.tls._authority import issue, new_authority, parse_host, show
@@ -181,6 +182,12 @@ class TestRenewal:
         assert len(show(new)[0]) == 4
         assert problems(new) == ""
 
+    def test_two_at_once(self, ca: Path, host: Path) -> None:
+        before = (host / "server-key.pem").read_bytes()
+        with locked_directory(host), pytest.raises(ConfigurationError, match="another process issues"):
+            issue(ca, HOSTS, host)
+        assert (host / "server-key.pem").read_bytes() == before
+
     def test_nothing_is_left_of_one_that_failed(self, ca: Path, host: Path) -> None:
         (host / "server-cert.pem").unlink()
         (host / "server-cert.pem").mkdir()
@@ -283,6 +290,9 @@ class TestShow:
     def test_what_is_wrong(self, ca: Path, host: Path, tmp_path: Path) -> None:
         assert problems(host) == problems(ca) == ""
         now = datetime.now(UTC)
+        assert problems(host, now + timedelta(days=20)) == ""
+        assert "server-cert.pem: CN=host-a ends in 5 days; issue it again" in problems(host, now + timedelta(days=24.5))
+        assert "make another authority" in problems(ca, now + timedelta(days=300))
         assert "server-cert.pem: CN=host-a expired 3 days ago" in problems(host, now + timedelta(days=33, hours=2))
         assert "look at this host's clock" in problems(host, now - timedelta(days=1))
         new_authority(tmp_path / "other")
