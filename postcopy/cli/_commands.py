@@ -78,7 +78,7 @@ COMMANDS: Mapping[str, Command] = {
             ),
             (
                 "From a process on another host:",
-                "postcopy pager --socket vm.sock --connect host-a:7777 --tls host-b.tls",
+                "postcopy pager --socket vm.sock --connect host-a:7777 \\\n  --tls host-b.tls",
             ),
         ),
     ),
