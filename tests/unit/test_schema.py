@@ -86,6 +86,7 @@ class TestFields:
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_json_schema(self) -> None:
         """As a program that validates lines would use it."""
         schema = json.loads(_postcopy("schema"))

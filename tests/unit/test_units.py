@@ -217,6 +217,7 @@ def test_parse_whole_refuses(text: str) -> None:
         parse_whole(text, 0, 100)
 
 
+@pytest.mark.slow
 @given(st.sampled_from([parse_size, parse_rate, parse_seconds, parse_seconds_range]), st.text(max_size=60))
 def test_any_text(parse: Callable[[str], object], text: str) -> None:
     with suppress(ConfigurationError):

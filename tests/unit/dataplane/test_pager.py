@@ -477,6 +477,7 @@ def test_case(passes: Passes, where: str, case: Callable[..., Any]) -> None:
     passes(case, where)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("uffd", "uffd-poison")
 @pytest.mark.parametrize("where", PAGERS)
 def test_what_never_comes_is_never_zeros(run_in_child: Callable[..., Any], passes: Passes, where: str) -> None:

@@ -359,6 +359,7 @@ class _Systemd:
         return subprocess.Popen([sys.executable, "-S", "-c", program], pass_fds=fds, env=self.environment)
 
 
+@pytest.mark.slow
 def test_systemd_has_everything_when_the_keeper_is_killed(tmp_path: Path) -> None:
     systemd, path = _Systemd(tmp_path), tmp_path / "toy.sock"
     main = systemd.start(str(path))

@@ -329,6 +329,7 @@ async def test_the_side_that_listens_knows_when_it_was_told() -> None:
         await hang_up(here, there)
 
 
+@pytest.mark.slow
 async def test_it_is_said_as_often_as_it_takes(autojump_clock: MockClock) -> None:
     """The other side may be away for long, and somebody else there meanwhile."""
     async with met() as (acceptor, _, here, there):

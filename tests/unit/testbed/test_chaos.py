@@ -60,6 +60,7 @@ async def exchange(stream: trio.SocketStream, data: bytes) -> bytes:
     return bytes(back)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["none", "split", "slow", "slow:rate=4MiB/s,delay=1ms"])
 async def test_what_it_must_not_change(kind: str) -> None:
     data = random.Random(1).randbytes(100_000 if kind == "split" else 300_000)

@@ -437,6 +437,7 @@ def test_a_container_is_told_what_its_host_can_do(monkeypatch: pytest.MonkeyPatc
     assert "seccomp=docker/seccomp-userfaultfd.json" in _host.user_only_remedy(errno.EPERM)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("root")
 def test_a_kernel_that_refuses_user_namespaces_is_told_from_one_without_netem(run_in_child: Callable[..., Any]) -> None:
     # (a user namespace with no room for another one, where this user is no root)

@@ -159,6 +159,7 @@ class TestMessages:
         with contextlib.suppress(ProtocolError):
             p.decode(data)
 
+    @pytest.mark.slow
     @given(
         st.recursive(
             st.none()

@@ -8,6 +8,7 @@ import contextlib
 from typing import Any
 
 import msgpack
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -98,6 +99,7 @@ def test_the_measure_agrees_with_the_reader(packed: bytes) -> None:
     assert not measured or "more than" in measured or "unknown tag" in measured  # of extension types
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(
     st.lists(
