@@ -102,5 +102,11 @@ int pc_tls_relay(int fd, struct pc_tls *tls, int urgent)
 
 int pc_stream_open(struct pc_stream *stream, int fd, struct pc_tls *tls, bool urgent)
 {
-    return tls ? -ENOENT : pc_stream_tcp(stream, fd, urgent);
+    int error = tls ? -ENOENT : pc_stream_tcp(stream, fd, urgent);
+
+    if (error) {
+        close(fd);
+        stream->fd = -1;
+    }
+    return error;
 }
