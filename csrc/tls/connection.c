@@ -44,6 +44,11 @@ static int broken(struct pc_tls *tls, int error)
 
 /* ---- the socket ---- */
 
+static bool is_interrupted(const struct pc_tls *tls)
+{
+    return __atomic_load_n(&tls->interrupted, __ATOMIC_SEQ_CST);
+}
+
 /* How many bytes the socket has taken; 0: none now; -errno. */
 static ssize_t send_some(struct pc_tls *tls, const void *data, size_t bytes, bool wait)
 {
@@ -53,7 +58,7 @@ static ssize_t send_some(struct pc_tls *tls, const void *data, size_t bytes, boo
     do {
         /* Either this sees `interrupted`, or pc_tls_interrupt sees `writing`. */
         __atomic_store_n(&tls->writing, true, __ATOMIC_SEQ_CST);
-        if (__atomic_load_n(&tls->interrupted, __ATOMIC_SEQ_CST))
+        if (is_interrupted(tls))
             wait = false;
         /* MSG_NOSIGNAL: the peer's death is a result, not a SIGPIPE for a process that may be a VMM. */
         sent = send(tls->fd, data, bytes, MSG_NOSIGNAL | (wait ? 0 : MSG_DONTWAIT));
@@ -110,15 +115,14 @@ static int bio_write(BIO *bio, const char *data, size_t bytes, size_t *written)
 static int bio_read(BIO *bio, char *buffer, size_t bytes, size_t *read_bytes)
 {
     struct pc_tls *tls = pc_openssl.BIO_get_data(bio);
-    ssize_t got = 0;
+    ssize_t got;
 
     pc_openssl.BIO_clear_flags(bio, BIO_FLAGS_RWS | BIO_FLAGS_SHOULD_RETRY);
-    do {
-        if (__atomic_load_n(&tls->interrupted, __ATOMIC_SEQ_CST))
-            break;
-        got = recv(tls->fd, buffer, bytes, tls->wait ? 0 : MSG_DONTWAIT);
-    } while (got < 0 && errno == EINTR);
-    if (got < 0 && errno == EAGAIN) {
+    do
+        got = is_interrupted(tls) ? 0 : recv(tls->fd, buffer, bytes, tls->wait ? 0 : MSG_DONTWAIT);
+    while (got < 0 && errno == EINTR);
+    /* Where we have ended it: for OpenSSL it goes on, or it would tell the peer of a failure. */
+    if ((got < 0 && errno == EAGAIN) || (!got && is_interrupted(tls))) {
         tls->dry = true;
         pc_openssl.BIO_set_flags(bio, BIO_FLAGS_READ | BIO_FLAGS_SHOULD_RETRY);
         return 0;
@@ -211,10 +215,6 @@ static int judge(struct pc_tls *tls)
         (void)flush(tls, false); /* the alert that says why */
         return tls->broken;
     }
-    if (__atomic_load_n(&tls->interrupted, __ATOMIC_SEQ_CST)) { /* we have ended it */
-        tls->closed = true;
-        return 0;
-    }
     return broken(tls, pc_fail(EPIPE, tls->why, sizeof(tls->why),
                                tls->established ? "the connection was cut: it ended without the end that TLS has"
                                                 : "the connection ended during the TLS handshake"));
@@ -289,7 +289,7 @@ ssize_t pc_tls_receive(struct pc_tls *tls, void *buffer, size_t bytes, bool wait
         if (error == -EAGAIN) {
             if (done)
                 break;
-            return -EAGAIN;
+            return is_interrupted(tls) ? 0 : -EAGAIN;
         }
     }
     if (done) {

@@ -19,6 +19,9 @@
 #include "postcopy/engine.h"
 #include "postcopy/uffd.h"
 #include "tests/support/tcp_pair.h"
+#ifdef RIG_TLS
+#include "tests/support/tls_pair.h"
+#endif
 #include "tests/support/test.h"
 
 #pragma GCC diagnostic push
@@ -392,27 +395,54 @@ static void arm_all(struct rig *rig, uint32_t busy_poll_us)
         arm(rig, shard, i, 0, rig->pages[i]);
 }
 
+/* What is given with the two ends of a connection: source, destination. A test that defines RIG_TLS has all of them encrypted; the
+ * destination has accepted them, as the server. */
+#ifdef RIG_TLS
+static void protect(const int pair[2], struct pc_tls *tls[2])
+{
+    static struct site site; /* of this case, which is a process of its own */
+    const int sockets[2] = {pair[1], pair[0]};
+    struct pc_tls *ends[2];
+
+    if (!site.server)
+        site = open_site();
+    tls_ends(&site, sockets, ends);
+    tls[0] = ends[1];
+    tls[1] = ends[0];
+}
+#else
+static void protect(const int pair[2], struct pc_tls *tls[2])
+{
+    (void)pair;
+    tls[0] = tls[1] = NULL;
+}
+#endif
+
 /* Connects the two; where `knife` is not NULL it becomes a descriptor by which the connection can be cut. */
 static void connect_urgent(struct rig *rig, uint32_t shard, int *knife)
 {
+    struct pc_tls *tls[2];
     int pair[2];
 
     tcp_pair(pair);
     if (knife)
         *knife = CHECK_SYS(fcntl(pair[0], F_DUPFD_CLOEXEC, 0));
-    CHECK_EQ(pc_pageserver_attach_urgent(rig->server, shard, pair[0], NULL, 0), 0);
-    CHECK_EQ(pc_pager_attach_urgent(rig->pager, shard, pair[1], NULL), 0);
+    protect(pair, tls);
+    CHECK_EQ(pc_pageserver_attach_urgent(rig->server, shard, pair[0], tls[0], 0), 0);
+    CHECK_EQ(pc_pager_attach_urgent(rig->pager, shard, pair[1], tls[1]), 0);
 }
 
 static void connect_bulk(struct rig *rig, uint32_t channel, int *knife)
 {
+    struct pc_tls *tls[2];
     int pair[2];
 
     tcp_pair(pair);
     if (knife)
         *knife = CHECK_SYS(fcntl(pair[0], F_DUPFD_CLOEXEC, 0));
-    CHECK_EQ(pc_pageserver_attach_bulk(rig->server, channel, pair[0], NULL), 0);
-    CHECK_EQ(pc_pager_attach_bulk(rig->pager, channel, pair[1], NULL), 0);
+    protect(pair, tls);
+    CHECK_EQ(pc_pageserver_attach_bulk(rig->server, channel, pair[0], tls[0]), 0);
+    CHECK_EQ(pc_pager_attach_bulk(rig->pager, channel, pair[1], tls[1]), 0);
 }
 
 /* Channel 0 and 1 are urgent, 2 is bulk. */
