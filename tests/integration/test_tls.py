@@ -5,6 +5,8 @@ wrong, and harms nobody else."""
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,6 +17,7 @@ import tls
 import warm
 
 Start = Callable[..., Any]
+Arguments = tuple[object, ...]
 MIB = 1 << 20
 DEADLINE_S = 60.0
 
@@ -51,6 +54,13 @@ def named(name: str, *hosts: str) -> Path:
     return tls.site().issue(name, *hosts)
 
 
+def of_another_ca() -> Path:
+    """One that trusts ours, and whose own certificates are of another one."""
+    directory = tls.other_site().issue("half")
+    shutil.copy(tls.directory() / "ca-cert.pem", directory)
+    return directory
+
+
 @pytest.mark.parametrize("listens", ["dest", "source"])
 def test_both_ends_know_each_other(side: Start, image: Path, listens: str) -> None:
     """Nothing depends on which end listens: who sends is authorised to send, who takes to take."""
@@ -69,28 +79,87 @@ def test_both_ends_know_each_other(side: Start, image: Path, listens: str) -> No
     assert copy.read_bytes() == image.read_bytes()
 
 
-# What a source has that comes to a destination with TLS: what it says, and what the destination says.
-CALLERS: dict[str, tuple[Callable[[], tuple[object, ...]], str, str]] = {
-    "plain": (lambda: (), "--tls", "--tls"),
-    "another CA, at both": (lambda: ("--tls", tls.other_site().issue("stranger")), "authority", "authority"),
-    "expired": (lambda: ("--tls", expired("expired-client")), "expired", "expired"),
-    "another name": (lambda: ("--tls", named("unknown", "unknown.example")), "unauthorised", "unknown.example"),
+# What the destination and the source have, and what each of them says about it.
+CASES: dict[str, tuple[Callable[[], Arguments], Callable[[], Arguments], str, str]] = {
+    "a plain source": (
+        lambda: ("--tls", tls.directory()),
+        lambda: (),
+        "this host takes connections under TLS only: give --tls DIR on both hosts",
+        "this host takes connections under TLS only: give --tls DIR on both hosts",
+    ),
+    "a plain destination": (
+        lambda: (),
+        lambda: ("--tls", tls.directory()),
+        "the other end does not use TLS",
+        "this is a TLS client, not a postcopy peer; if that is postcopy, give --tls DIR on both hosts",
+    ),
+    "a destination of another CA": (
+        lambda: ("--tls", tls.other_site().issue("stranger")),
+        lambda: ("--tls", tls.directory()),
+        "was not signed by the CA that is trusted here: both hosts need certificates of one CA",
+        "it does not know the CA of the certificate here",
+    ),
+    "a source of another CA": (
+        lambda: ("--tls", tls.directory()),
+        lambda: ("--tls", of_another_ca()),
+        "it does not know the CA of the certificate here",
+        "was not signed by the CA that is trusted here: both hosts need certificates of one CA",
+    ),
+    "an expired destination": (
+        lambda: ("--tls", expired("expired-server")),
+        lambda: ("--tls", tls.directory()),
+        "the peer's certificate (CN=127.0.0.1) has expired",
+        "the certificate here has expired: renew it",
+    ),
+    "an expired source": (
+        lambda: ("--tls", tls.directory()),
+        lambda: ("--tls", expired("expired-client")),
+        "the certificate here has expired: renew it",
+        "the peer's certificate (CN=127.0.0.1) has expired",
+    ),
+    "a destination of another name": (
+        lambda: ("--tls", named("elsewhere", "elsewhere.example")),
+        lambda: ("--tls", tls.directory()),
+        "is not for 127.0.0.1, but for dns:elsewhere.example",
+        "the peer has ended the TLS connection: the certificate here does not do",
+    ),
+    "a source that may not send": (
+        lambda: ("--tls", tls.directory(), "--tls-authz", "take:*", "--tls-authz", "send:*.example"),
+        lambda: ("--tls", tls.directory()),
+        "may not send a machine to here: --tls-authz does not name it",
+        "CN=127.0.0.1 may not send a machine to here: --tls-authz does not name it",
+    ),
+    "a destination that may not take": (
+        lambda: ("--tls", tls.directory()),
+        lambda: ("--tls", tls.directory(), "--tls-authz", "send:127.0.0.1"),
+        "may not take a machine from here, as far as --tls-authz of this host says",
+        "",  # it has not been told, which is the source's affair
+    ),
 }
 
 
-def test_who_may_not_come_in(side: Start, image: Path) -> None:
-    """One after the other at one destination, which then takes the machine of one that may."""
+@pytest.mark.parametrize("case", CASES)
+def test_who_may_not_come_in(side: Start, image: Path, case: str) -> None:
+    """The destination waits on, for one that may."""
+    of_dest, of_source, at_source, at_dest = CASES[case]
     copy = image.with_name("copy")
-    authorised = ("--tls-authz", "send:127.0.0.1", "--tls", tls.directory())
-    dest = side("dest", "--json", "--dump", copy, "--listen", "127.0.0.1:0", *authorised)
-    for name, (arguments, at_source, at_dest) in CALLERS.items():
-        said = refused(source_of(image, "--connect", dest.address, *arguments()))
-        assert at_source in said, name
-        dest.wait_for_errors(at_dest)
-    good = side(*source_of(image, "--connect", dest.address, "--tls", tls.directory()))
-    for one in (good, dest):
+    dest = side("dest", "--json", "--dump", copy, "--listen", "127.0.0.1:0", *of_dest())
+    assert at_source in refused(source_of(image, "--connect", dest.address, *of_source()))
+    dest.wait_for_errors(at_dest)
+    assert not copy.exists()
+    if case in ("a plain source", "a source of another CA"):
+        good = side(*source_of(image, "--connect", dest.address, "--tls", tls.directory()))
+        for one in (good, dest):
+            assert one.end()[0] == 0
+        assert copy.read_bytes() == image.read_bytes()
+
+
+def test_a_name_that_is_not_the_address(side: Start, image: Path) -> None:
+    dest = side("dest", "--json", "--listen", "127.0.0.1:0", "--tls", named("elsewhere", "elsewhere.example"))
+    hostname = ("--tls", tls.directory(), "--tls-hostname", "elsewhere.example")
+    source = side(*source_of(image, "--connect", dest.address, *hostname))
+    for one in (source, dest):
         assert one.end()[0] == 0
-    assert copy.read_bytes() == image.read_bytes()
 
 
 # ---- a program of others

@@ -69,18 +69,17 @@ def test_inside_a_handshake(side: Start, operator: Callable[[str], Any], image: 
 
 
 def test_inside_a_record(side: Start, image: Path) -> None:
-    """Of a bulk connection: in the head, in the middle and before the last byte of a record."""
+    """Of pages on their way: in the head, in the middle and before the last byte of a record."""
+    # Only a connection of the push comes to so many records before it is cut somewhere else.
+    places = [(20, 0), (21, 2), (22, 5), (23, 700), (24, -1), (25, -16)]
     dest = dest_of(side, image, tls.directory())
     with tls.Relay(dest.address) as relay:
-        places = [(3, 0), (4, 2), (5, 5), (6, 700), (7, -1), (8, -16)]
         for number, at in places:
-            way = "close" if number % 2 else "reset"
-            relay.cuts += [(None, None, ""), (tls.inside_record(number, at), None, way)]
-            relay.cuts += [(None, None, ""), (None, tls.inside_record(number, at), way)]
+            relay.cuts += [(tls.inside_record(number, at), None, "close" if number % 2 else "reset") for _ in range(4)]
         source = start(side, image, relay, dest, tls.directory(), "2MiB/s")
         results = completes(image, source, dest)
-        assert relay.cut >= len(places)
-    assert all(result["recoveries"]["count"] for result in results)
+        assert relay.cut >= len(places) // 2
+    assert all(result["recoveries"]["count"] >= 2 for result in results)
 
 
 @pytest.mark.parametrize("by", ["the same CA", "another CA"])
@@ -105,7 +104,7 @@ def test_certificates_that_change_while_it_is_paused(
         else:
             shutil.copytree(second.issue("dest"), dest_files, dirs_exist_ok=True)
             relay.up()
-            source.wait_for_errors("authority")
+            source.wait_for_errors("not signed by the CA that is trusted here")
             assert source.lines[-1]["status"] == "postcopy-paused"
             shutil.copytree(second.issue("source"), source_files, dirs_exist_ok=True)
         operator("source").ask("set", "--max-bandwidth", "none")

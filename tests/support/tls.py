@@ -66,8 +66,8 @@ def inside_record(number: int, at: int) -> Passes:
         before = len(seen)
         seen += data
         while len(seen) >= RECORD_HEAD_BYTES:
-            kind, _, size = struct.unpack_from("!BHH", seen)
-            size += RECORD_HEAD_BYTES
+            kind, _, content_bytes = struct.unpack_from("!BHH", seen)
+            size = RECORD_HEAD_BYTES + int(content_bytes)
             cut = min(at, size - 1) if at >= 0 else size + at
             if kind == APPLICATION_DATA and index == number and cut <= len(seen):
                 return max(0, cut - before)

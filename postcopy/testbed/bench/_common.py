@@ -125,9 +125,9 @@ async def pair(
             order = Job(f"{kind}-{role}", size_bytes, fds[0], tuple(fds[1:]), cpus=halves[side], **job)
             command = worker(module, msgspec.json.encode(order).decode())
             children.append(await stack.enter_async_context(open_child(command, stdin=subprocess.PIPE, pass_fds=fds)))
-        for side, child in zip(("source", "destination"), children, strict=True):
+        for name, child in zip(("source", "destination"), children, strict=True):
             if await child.line() != "ready":
-                raise MigrationError(f"the {side} of a measurement ended early (its error is above)")
+                raise MigrationError(f"the {name} of a measurement ended early (its error is above)")
         for end in ends:
             end.close()  # what the other process of a pair is to see ends with its own copies
         for child in children:
