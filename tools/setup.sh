@@ -56,6 +56,19 @@ sys.exit(not os.path.isfile(os.path.join(sysconfig.get_path("include"), "Python.
 	return 1
 }
 
+# TLS is built where OpenSSL's headers are; without them all the rest is.
+openssl() {
+	headers() { echo '#include <openssl/ssl.h>' | "$cc" -E -x c - >/dev/null 2>&1; }
+	headers && return 0
+	if [ "${POSTCOPY_INSTALL:-0}" = 1 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
+		echo "setup: installing libssl-dev"
+		get() { DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends libssl-dev; }
+		{ get || { apt-get update --quiet && get; }; } >build/libssl-dev.log 2>&1 || cat build/libssl-dev.log >&2
+		headers && return 0
+	fi
+	echo "setup: no openssl/ssl.h: this postcopy will have no TLS. Debian: apt-get install libssl-dev, then make setup" >&2
+}
+
 at_least() { # command, major, minor: is there and at least that version
 	version=$("$1" --version 2>/dev/null | sed -n '1s/^[^0-9]*\([0-9][0-9]*\.[0-9][0-9]*\).*/\1/p')
 	[ -n "$version" ] && [ "${version%.*}" -gt "$2" ] ||
@@ -101,6 +114,7 @@ install)
 		exec 9>build/.lock
 		flock 9
 	fi
+	openssl
 	install "$2"
 	;;
 extra)

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import trio
 
 from postcopy._blocking import run_sync
-from postcopy._files import open_regular
+from postcopy._files import absolute, open_regular
 from postcopy.errors import ConfigurationError, PostcopyError
 from postcopy.tls._connection import Context, TlsStream
 from postcopy.tls._names import Authorisation
@@ -42,7 +42,7 @@ class Credentials:
 
     def __init__(self, directory: str | os.PathLike[str], authz: Sequence[str] = ()) -> None:
         """Nothing is read yet: see `load`."""
-        self.directory = os.path.abspath(directory)
+        self.directory = absolute(os.fspath(directory))
         self.authorisation = Authorisation(authz)
         self._read: dict[bool, tuple[Context, Identity]] = {}  # by role
         self._problems: dict[bool, str] = {}  # that were logged

@@ -73,7 +73,8 @@ uint32_t pc_compression_available(uint32_t wanted, char *error, size_t error_byt
 /* ---- frame ---- */
 /* The data channels' frame: a fixed header of PC_FRAME_HEADER_BYTES, little endian, then payload_bytes of payload.
  *   0 u32 magic   4 u8 type   5 u8 flags   6 u16 block   8 u64 first_page   16 u32 pages   20 u32 request_id
- *   24 u32 payload_bytes   28 u32 payload_crc (0: none, over TLS, which authenticates every byte)   32 u32 content_bytes   36 u32 header_crc (CRC32C of bytes 0..35)
+ *   24 u32 payload_bytes   28 u32 payload_crc   32 u32 content_bytes   36 u32 header_crc (CRC32C of bytes 0..35)
+ * payload_crc 0: not checked; over TLS, which authenticates every byte, none is sent.
  * docs/protocol.md says what each type means. */
 #define PC_FRAME_HEADER_BYTES 40
 #define PC_FRAME_MAGIC 0x46504350 /* "PCPF" */
