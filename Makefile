@@ -17,6 +17,7 @@ STEP := $(BIN)/python tools/run_step.py --timeout
 LOGS := build/logs
 ONCE_MORE := $(BIN)/python tools/once_more.py --log $(LOGS)/unstable.log --
 FUZZ_SECONDS ?= 60
+FUZZ_ARGS ?=
 PYTEST_ARGS ?=
 # Processes that share the tests: more than there are processors, since most of what the tests do is to wait.
 PYTEST_JOBS ?= 3
@@ -39,7 +40,7 @@ help: ## list these targets
 setup: $(VENV)/.installed ## build postcopy and install it into .venv, with what its tests need
 	@echo "setup: postcopy is installed in $(VENV): $(BIN)/postcopy"
 
-# An extra of pyproject.toml that only some targets need: dist.
+# An extra of pyproject.toml that only some targets need: dist, fuzz.
 $(VENV)/.extra-%: pyproject.toml tools/setup.sh | setup
 	@tools/setup.sh extra $(VENV) $*
 	@touch $@
@@ -128,13 +129,8 @@ stress: $(B)-plain ## race faults, handlers and discards on one userfaultfd, SEC
 fuzz-replay: $(B)-asan
 	ctest --test-dir $< --output-on-failure -L fuzz
 
-fuzz: $(B)-asan ## run the fuzz targets, FUZZ_SECONDS (60) each; with CC=clang under libFuzzer
-	@for target in $</csrc/tests/fuzz_*; do \
-		[ -f $$target ] && [ -x $$target ] || continue; \
-		name=$${target##*/fuzz_}; mkdir -p build/fuzz/$$name; echo "==> fuzz $$name"; \
-		corpus=csrc/tests/corpus/$$name; [ -d $$corpus ] || corpus=; \
-		$$target -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/$$name- build/fuzz/$$name $$corpus || exit 1; \
-	done
+fuzz: $(B)-asan $(VENV)/.extra-fuzz ## run all fuzz targets, FUZZ_SECONDS (60) each; with CC=clang those in C under libFuzzer
+	$(BIN)/python tools/fuzz.py --build $< --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
 
 guests-rv64: ## build the guest programs of the rv64 machine again (needs Debian's gcc-riscv64-linux-gnu)
 	sh csrc/machine/guest/build_rv64.sh csrc/machine/guest/rv64

@@ -27,6 +27,7 @@
 #define FIRST_DELAY_NS (100 * MS)
 #define LONGEST_DELAY_NS (10000 * MS)
 #define COOL_MS 2000 /* in which one death is forgotten */
+#define TRIAL "POSTCOPY_KEEPER_TRIAL" /* in the environment of an engine of another command */
 #define DRAIN 4096   /* messages of an engine that has died: what its socket holds is less */
 
 static struct {
@@ -255,10 +256,11 @@ static bool listen_to(struct engine *engine, bool dead)
     }
     if (error == ESHUTDOWN && !dead) {
         /* It is on its way to its end, and may want to say why; if it stays, it has lost its senses. */
-        bool told = engine->ordered || engine->leave || keeper.stop_signal || !keeper.ever_ready;
+        bool told = engine->ordered || keeper.stop_signal || !keeper.ever_ready;
 
         engine->closed = true;
-        engine->deadline_ns = pc_now_ns() + (told ? END_NS : CLOSED_NS);
+        if (!engine->leave) /* else it has a deadline already */
+            engine->deadline_ns = pc_now_ns() + (told ? END_NS : CLOSED_NS);
     }
     return false;
 }
@@ -429,9 +431,10 @@ static void serving_has_ended(void)
 
 static void start(void)
 {
-    int command = keeper.upgrading ? !keeper.current : keeper.current;
-    int error = engine_start(&keeper.spare, (char *const *)keeper.words[command]);
+    int command = keeper.upgrading ? !keeper.current : keeper.current, error;
 
+    (void)(keeper.upgrading ? setenv(TRIAL, "1", 1) : unsetenv(TRIAL));
+    error = engine_start(&keeper.spare, (char *const *)keeper.words[command]);
     if (error) {
         say(ERROR, "no engine can be started: %s; it is tried again", strerror(error));
         keeper.spare_after_ns = pc_now_ns() + 1000 * MS;

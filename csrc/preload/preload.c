@@ -4,11 +4,16 @@
  *
  * Whatever fails in here, the program goes on as without the library: errno is kept, nothing is printed unless
  * POSTCOPY_PRELOAD_DEBUG is set, and no request is served. One thing is different: in a program that was started to wait for
- * its memory (`run --lazy`) a mapping that cannot be guarded fails, since the program would find zeros in it; nor may it be moved
- * while pages are missing.
+ * its memory (`run --lazy`) a mapping that cannot be guarded fails, since the program would find zeros in it. While pages are missing
+ * memory may not be moved, nor its file be mapped once more: only where it was mapped when it was guarded does a touch wait.
  *
  * The lock. It is taken by the thread, and by those calls that change what is remembered; all signals are blocked meanwhile, as
  * a handler may map memory too. No memory of a mapping is touched under it.
+ *
+ * Children. The lock is in a page that the kernel empties for a child (MADV_WIPEONFORK), however that was made: fork(2), clone(2), or a
+ * function that calls no handlers. So a child finds the lock free, whoever had it in the parent, and finds out that it is one. It
+ * is not taken for a fork: the allocator of a program may wait for it with a lock of its own, for which fork waits then. A child that
+ * shares the memory of its parent (vfork) shares the lock too.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -59,8 +64,12 @@ struct record {
     bool lazy;
 };
 
+static struct own {
+    pthread_mutex_t lock; /* of zeros: free */
+    bool started; /* as `self.started`, but false in a child */
+} *own;
+
 static struct {
-    pthread_mutex_t lock;
     struct sockaddr_un path; /* sun_path is empty: not started by `postcopy run`, or a child of such a process */
     bool debug;
     bool lazy; /* mappings are guarded from their making on, by `kept` */
@@ -74,7 +83,7 @@ static struct {
     struct record records[PRELOAD_MAPPINGS]; /* in the order of their making */
     size_t count;
     _Atomic uintptr_t low, high; /* all records are between them: a call that is outside of both has nothing to do here */
-} self = {.lock = PTHREAD_MUTEX_INITIALIZER, .device.fd = -1, .listener.fd = -1, .kept.fd = -1};
+} self = {.device.fd = -1, .listener.fd = -1, .kept.fd = -1};
 
 /* Of the thread only, which has a small stack. */
 static struct preload_request request;
@@ -89,21 +98,6 @@ __attribute__((format(printf, 1, 2))) static void debug(const char *format, ...)
     va_start(arguments, format);
     (void)vdprintf(STDERR_FILENO, format, arguments);
     va_end(arguments);
-}
-
-static void lock(sigset_t *signals)
-{
-    sigset_t all;
-
-    (void)sigfillset(&all);
-    (void)pthread_sigmask(SIG_SETMASK, &all, signals);
-    (void)pthread_mutex_lock(&self.lock);
-}
-
-static void unlock(const sigset_t *signals)
-{
-    (void)pthread_mutex_unlock(&self.lock);
-    (void)pthread_sigmask(SIG_SETMASK, signals, NULL);
 }
 
 /* ---- descriptors */
@@ -236,12 +230,57 @@ static uintptr_t end_of(uintptr_t start, size_t bytes, size_t page_bytes)
     return start + ((bytes + page_bytes - 1) & -page_bytes);
 }
 
+/* A child of a program that is served has none of it: what it has inherited is closed, and it can be asked nothing. (What another
+ * thread of the parent was just changing may be half changed. No descriptor is closed that is not what it was.) */
+static void leave_parent(void)
+{
+    for (size_t i = 0; i < self.count; i++)
+        drop(&self.records[i].file);
+    self.count = 0;
+    set_bounds();
+    drop(&self.listener);
+    drop(&self.kept);
+    drop(&self.device);
+    self.started = self.lazy = false;
+    self.path.sun_path[0] = '\0';
+}
+
+static void lock(sigset_t *signals)
+{
+    sigset_t all;
+
+    (void)sigfillset(&all);
+    (void)pthread_sigmask(SIG_SETMASK, &all, signals);
+    (void)pthread_mutex_lock(&own->lock);
+    if (self.started && !own->started)
+        leave_parent();
+}
+
+static void unlock(const sigset_t *signals)
+{
+    (void)pthread_mutex_unlock(&own->lock);
+    (void)pthread_sigmask(SIG_SETMASK, signals, NULL);
+}
+
 /* Whether a call that changes this range may change a mapping that is remembered. */
 static bool concerns_us(const void *address, size_t bytes)
 {
     uintptr_t start = (uintptr_t)address, end = end_of(start, bytes, (size_t)sysconf(_SC_PAGESIZE));
 
     return start < self.high && (end > self.low || end < start);
+}
+
+/* Whether pages of this file may be missing, so that they would be zeros where the file is mapped once more. */
+static bool is_waited_for(int fd)
+{
+    struct stat file;
+
+    if (self.kept.fd < 0 || fstat(fd, &file))
+        return false;
+    for (size_t i = 0; i < self.count; i++)
+        if (self.records[i].file.device == file.st_dev && self.records[i].file.inode == file.st_ino)
+            return true;
+    return false;
 }
 
 /* The mapping that has all of a range. */
@@ -557,7 +596,6 @@ static void start(void)
     pthread_t thread;
     int error;
 
-    self.started = true;
     self.pid = getpid();
     leave_environment();
     if (is_ours(&self.device)) /* nor do they have that */
@@ -587,10 +625,12 @@ static void start(void)
 /* Under the lock. Takes the record's descriptor. False: the program must not have this mapping. */
 static bool take_note(struct record record)
 {
-    struct record *made = remember(record);
-    bool may = true;
+    struct record *made;
+    bool may = true, first = !self.started;
     int error;
 
+    self.started = own->started = true;
+    made = remember(record);
     if (self.lazy && (!made || guard_at_once(made))) {
         error = made ? errno : EMFILE;
         debug("postcopy: the mapping at %#lx cannot wait for its pages: %s\n", record.start, strerror(error));
@@ -599,7 +639,7 @@ static bool take_note(struct record record)
         may = false;
     }
     error = errno;
-    if (!self.started)
+    if (first)
         start();
     errno = error;
     return may;
@@ -610,36 +650,35 @@ static bool take_note(struct record record)
  * UFFD_FEATURE_EVENT_UNMAP or _REMAP.) */
 void *preload_mmap(void *address, size_t bytes, int protection, int flags, int fd, off_t offset)
 {
-    bool replaces = flags & MAP_FIXED && concerns_us(address, bytes), may = true;
-    struct record record = {.offset = (uint64_t)offset};
+    bool replaces = flags & MAP_FIXED && concerns_us(address, bytes), writable = flags & MAP_SHARED && protection & PROT_WRITE;
+    bool may_matter = self.path.sun_path[0] && fd >= 0 && !(flags & MAP_ANONYMOUS) && (writable || self.high);
+    int before = errno, error = ENOMEM;
+    struct record record = {.offset = (uint64_t)offset, .page_bytes = may_matter ? page_bytes_of(fd) : 0};
+    void *mapped = MAP_FAILED;
     sigset_t signals;
-    void *mapped;
-    int error;
 
-    if (replaces)
-        lock(&signals);
-    mapped = (void *)syscall(SYS_mmap, address, bytes, protection, flags, fd, offset);
-    error = errno;
-    if (replaces) {
-        if (mapped != MAP_FAILED)
-            forget((uintptr_t)mapped, end_of((uintptr_t)mapped, bytes, (size_t)sysconf(_SC_PAGESIZE)));
-        unlock(&signals);
+    errno = before;
+    if (!replaces && !record.page_bytes)
+        return (void *)syscall(SYS_mmap, address, bytes, protection, flags, fd, offset);
+    lock(&signals);
+    if (!record.page_bytes || !is_waited_for(fd) || (self.lazy && writable)) {
+        errno = before;
+        mapped = (void *)syscall(SYS_mmap, address, bytes, protection, flags, fd, offset);
+        error = errno;
     }
-    if (mapped != MAP_FAILED && fd >= 0 && !(flags & MAP_ANONYMOUS) && flags & MAP_SHARED && protection & PROT_WRITE &&
-        self.path.sun_path[0] && (record.page_bytes = page_bytes_of(fd))) {
+    if (mapped != MAP_FAILED && replaces)
+        forget((uintptr_t)mapped, end_of((uintptr_t)mapped, bytes, (size_t)sysconf(_SC_PAGESIZE)));
+    if (mapped != MAP_FAILED && record.page_bytes && writable && self.path.sun_path[0]) {
         record.start = (uintptr_t)mapped;
         record.end = end_of(record.start, bytes, record.page_bytes);
-        lock(&signals);
         record.file = copy_of(fd);
-        may = take_note(record);
-        if (!may)
+        if (!take_note(record)) {
             error = errno;
-        unlock(&signals);
+            (void)syscall(SYS_munmap, mapped, bytes);
+            mapped = MAP_FAILED;
+        }
     }
-    if (!may) {
-        (void)syscall(SYS_munmap, mapped, bytes);
-        mapped = MAP_FAILED;
-    }
+    unlock(&signals);
     errno = error;
     return mapped;
 }
@@ -709,38 +748,24 @@ void *preload_mremap(void *address, size_t bytes, size_t new_bytes, int flags, v
     return mapped;
 }
 
-static sigset_t signals_at_fork; /* under the lock */
-
-static void before_fork(void)
+/* At once, and not when it maps something: else it would keep its parent's socket. */
+static void in_child(void)
 {
     sigset_t signals;
 
     lock(&signals);
-    signals_at_fork = signals;
-}
-
-static void after_fork(void)
-{
-    sigset_t signals = signals_at_fork;
-
     unlock(&signals);
 }
 
-/* A child of a program that is served has none of it: what it has inherited is closed, and it can be asked nothing. */
-static void in_child(void)
+static bool has_own_page(void)
 {
-    if (self.started) {
-        for (size_t i = 0; i < self.count; i++)
-            drop(&self.records[i].file);
-        self.count = 0;
-        set_bounds();
-        drop(&self.listener);
-        drop(&self.kept);
-        drop(&self.device);
-        self.lazy = false;
-        self.path.sun_path[0] = '\0';
-    }
-    after_fork();
+    size_t bytes = (size_t)sysconf(_SC_PAGESIZE);
+    void *page = (void *)syscall(SYS_mmap, NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    if (page == MAP_FAILED || madvise(page, bytes, MADV_WIPEONFORK))
+        return false;
+    own = page;
+    return true;
 }
 
 void preload_begin(void)
@@ -749,7 +774,8 @@ void preload_begin(void)
     struct stat status;
 
     self.debug = getenv("POSTCOPY_PRELOAD_DEBUG") != NULL;
-    if (path && *path && strlen(path) < sizeof(self.path.sun_path) && !pthread_atfork(before_fork, after_fork, in_child)) {
+    if (path && *path && strlen(path) < sizeof(self.path.sun_path) && has_own_page() &&
+        !pthread_atfork(NULL, NULL, in_child)) {
         if (device && atoi(device) > STDERR_FILENO && !fstat(atoi(device), &status) && S_ISCHR(status.st_mode))
             self.device = (struct descriptor){atoi(device), status.st_dev, status.st_ino};
         if (lazy && *lazy) {

@@ -26,6 +26,7 @@ import stat
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -80,6 +81,8 @@ MAX_ARRIVING = 64
 SCAN_S = 1.0
 """How often a directory of images is looked at."""
 PROGRESS_S = 0.5
+TRIAL_S = 10.0
+"""How long an engine of another version waits until it serves all that it has taken over."""
 END_S = 10.0
 """How long the store may take for what is let go of at an end."""
 OWN = "own."
@@ -101,6 +104,16 @@ class Teller(Protocol):
     def say(self, text: str) -> None: ...
     def emit(self, event: str, record: Record) -> None: ...
     def kick(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Lost:
+    """A virtual machine of a process before this one that is not served here."""
+
+    key: str
+    fds: Descriptors
+    about: About
+    error: str
 
 
 class Handler:
@@ -129,6 +142,7 @@ class Handler:
         self._listening: dict[str, str] = {}  # by path: the name in the store
         self._not_listening: set[str] = set()  # images that have no socket, and why, as it was said last
         self._quits = False  # by request: no other process is to go on
+        self._unfit: list[str] | None = [] if store.on_trial else None  # what it cannot serve; None: not on trial
         self._refused = self._ended = self._served = self._left = 0
 
     # ---- its life
@@ -149,7 +163,7 @@ class Handler:
             done = True
         finally:
             # (Not after a mistake here: another process goes on where there is a keeper.)
-            if (done or trio.current_effective_deadline() == -math.inf) and not self._leaves():
+            if (done or trio.current_effective_deadline() == -math.inf) and not self._is_left():
                 await _shielded(self._close_sockets)
         if not self._store.leave.is_set():
             self._output.emit(
@@ -161,8 +175,13 @@ class Handler:
         return True
 
     async def _begin(self, tasks: trio.Nursery) -> None:
-        for key, fds in list(self._store.taken.items()):
-            await self._take_over(tasks, key, fds)
+        lost = [
+            failed
+            for key, fds in list(self._store.taken.items())
+            if (failed := await self._take_over(tasks, key, fds)) is not None
+        ]
+        if self._unfit is not None:
+            await self._pass_trial(self._unfit, lost)
         try:
             if not self.vms:
                 check(self._config)
@@ -175,9 +194,24 @@ class Handler:
                 raise
             log.error("%s", error)
         await self._store.ready()
+        for each in lost:  # not before: until then the engine before this one would go on
+            await self._give_up(each)
         tasks.start_soon(contained, "watching the directory of images", self._watch_images)
         tasks.start_soon(contained, "telling progress", self._tell_progress)
         tasks.start_soon(self._accept, tasks)
+
+    async def _pass_trial(self, unfit: list[str], lost: list[_Lost]) -> None:
+        """Of an engine that replaces one of another version: `ResourceError` when it does not serve what that one does,
+        which goes on then. A disk that hangs does not keep it from serving."""
+        unfit += [f"{each.about.name}: {each.error}" for each in lost]
+        with trio.move_on_after(TRIAL_S):
+            while not unfit and not all(vm.served.is_set() for vm in self.vms):  # noqa: ASYNC110 -- or are gone
+                await trio.sleep(0.01)
+        self._unfit = None
+        if unfit:
+            for each in lost:
+                each.fds.close()
+            raise ResourceError(f"this engine cannot serve what is here, and gives way to the one before: {unfit[0]}")
 
     async def _until_end(self) -> None:
         async def see_through() -> None:
@@ -205,6 +239,10 @@ class Handler:
     def _leaves(self) -> bool:
         """Whether this process leaves its virtual machines as they are, for another one, if it ends now."""
         return self._store.leave.is_set() or (self._store.outlives and not self._quits)
+
+    def _is_left(self) -> bool:
+        """Whether what is let go of now is left to another process: also where this one ends by a mistake."""
+        return self._leaves() or (self._store.restarts and not self.stop.is_set())
 
     def _how_to_insist(self) -> str:
         way = f"{self.stop.by} again within {INSIST_S:g} s" if self.stop.by else ""
@@ -359,7 +397,7 @@ class Handler:
         except PostcopyError as error:
             self._refuse(error, handshake is not None, peer, pidfd, path)
         except trio.Cancelled:
-            keep = self._leaves()
+            keep = self._is_left()
             raise
         finally:
             if handshake is not None:
@@ -490,13 +528,13 @@ class Handler:
 
     # ---- those that are served
 
-    async def _take_over(self, tasks: trio.Nursery, key: str, fds: list[int]) -> None:
+    async def _take_over(self, tasks: trio.Nursery, key: str, fds: list[int]) -> _Lost | None:
         """From a process before this one."""
         try:
             descriptors, about = Descriptors.sort(fds)
         except PostcopyError as error:
             log.error("%s: %s; it is left to another version of postcopy", key, error)
-            return
+            return None
         try:
             if descriptors.image >= 0 and about.image is not None:
                 image = Image(about.image, os.dup(descriptors.image))
@@ -504,13 +542,7 @@ class Handler:
             else:
                 source = await self._open_source(about)
         except (PostcopyError, OSError) as error:
-            killed = self._config.kill_when_lost and descriptors.pidfd >= 0 and _kill(descriptors.pidfd)
-            descriptors.close()
-            log.error("%s: it is not served: %s%s", about.name, error, "; killed it" if killed else "")
-            self._output.emit("vm-lost", records.VmLost(vm=about.name, reason=str(error), killed=killed))
-            if killed:
-                await self._store.drop(key)
-            return
+            return _Lost(key, descriptors, about, str(error))
         self._places[about.name] = about.memory_bytes
         vm = self._new(key, descriptors, about, source)
 
@@ -521,6 +553,16 @@ class Handler:
                 await self._drop(vm)
 
         tasks.start_soon(contained, f"serving {about.name}", serve)
+        return None
+
+    async def _give_up(self, lost: _Lost) -> None:
+        name, pidfd = lost.about.name, lost.fds.pidfd
+        killed = self._config.kill_when_lost and pidfd >= 0 and _kill(pidfd)
+        lost.fds.close()
+        log.error("%s: it is not served: %s%s", name, lost.error, "; killed it" if killed else "")
+        self._output.emit("vm-lost", records.VmLost(vm=name, reason=lost.error, killed=killed))
+        if killed:
+            await self._store.drop(lost.key)
 
     def _new(self, key: str, fds: Descriptors, about: About, source: Source) -> Vm:
         config = self._config
@@ -537,7 +579,7 @@ class Handler:
             lost=self._lost,
             recovered=self._recovered,
             recorded=self._recorded,
-            leave=self._leaves,
+            leave=self._is_left,
         )
         vm = Vm(key, fds, about, source, options)
         self.vms.append(vm)
@@ -566,7 +608,7 @@ class Handler:
                 await vm.run()
                 nursery.cancel_scope.cancel()
         except Exception:
-            vm.lose("a mistake in postcopy, see its log")
+            vm.lose("a mistake in postcopy, see its log", for_good=True)
             raise
         finally:
             self.vms.remove(vm)
@@ -578,11 +620,11 @@ class Handler:
     async def _drop(self, vm: Vm) -> None:
         """It needs nothing any more, or nobody: one that cannot be served by a mistake in this process is left to the
         next one."""
-        if vm.ended or (vm.error is None and not self._leaves()):
+        if vm.ended or (vm.error is None and not self._is_left()):
             await _shielded(self._store.drop, vm.key)
 
     def _finished(self, vm: Vm) -> None:
-        if self._leaves() and not vm.ended:
+        if not vm.ended and (self._is_left() if vm.error is None else self._leaves()):
             return  # another process goes on
         if vm.ended:
             self._ended += 1
@@ -595,6 +637,9 @@ class Handler:
         self._output.say(f"{self.side}: {vm.about.name}: {reason}")
 
     def _lost(self, vm: Vm) -> None:
+        if self._unfit is not None and not vm.lost.is_set():  # for good: in this version
+            self._unfit.append(f"{vm.about.name}: {vm.error}")
+            return
         killed = False
         if self._config.kill_when_lost:
             why = vm.kill()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
+from functools import cached_property
 
 from postcopy.errors import ConfigurationError
 from postcopy.memory import Memory
@@ -35,18 +36,26 @@ class Image:
     """One that is open."""
 
     def __init__(self, path: str, fd: int) -> None:
-        """The descriptor is this object's from now on."""
+        """The descriptor is this object's from now on. Nothing is asked of its file system, which may not answer."""
         self.path = path
         self.fd = fd
-        status = os.fstat(fd)
-        self.size_bytes = status.st_size
-        self._mtime_ns = status.st_mtime_ns
 
     @classmethod
     def open(cls, path: str) -> Image:
         """`ConfigurationError` for anything but a regular file with something in it."""
         with Memory.from_file(path) as memory:
-            return cls(path, os.dup(memory.fd))
+            image = cls(path, os.dup(memory.fd))
+        _ = image.status
+        return image
+
+    @cached_property
+    def status(self) -> os.stat_result:
+        """As it was when it was opened; of one that was taken over, when it was first asked for."""
+        return os.fstat(self.fd)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.status.st_size
 
     @property
     def stamp(self) -> tuple[int, ...]:
@@ -57,13 +66,13 @@ class Image:
     def identify(self) -> Identity:
         """Reads a sample of it. Blocks on I/O. `ConfigurationError` when it cannot be read."""
         digest = hashlib.sha256()
-        step = max(SAMPLE_BYTES, self.size_bytes // SAMPLES // SAMPLE_BYTES * SAMPLE_BYTES)
         try:
+            step = max(SAMPLE_BYTES, self.size_bytes // SAMPLES // SAMPLE_BYTES * SAMPLE_BYTES)
             for offset in range(0, self.size_bytes, step):
                 digest.update(os.pread(self.fd, SAMPLE_BYTES, offset))
         except OSError as error:
             raise ConfigurationError(f"image {self.path}: {error.strerror}") from error
-        return Identity(self.size_bytes, self._mtime_ns // 1_000_000_000, digest.digest())
+        return Identity(self.size_bytes, self.status.st_mtime_ns // 1_000_000_000, digest.digest())
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1

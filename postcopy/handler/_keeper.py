@@ -38,7 +38,7 @@ from postcopy.errors import NO_FILES, ConfigurationError, ResourceError, out_of_
 from postcopy.handler._store import MAX_FDS, LocalStore, Store, check_name, is_listening, kind_of
 from postcopy.records import VERSION
 
-ENVIRONMENT = "POSTCOPY_KEEPER"
+ENVIRONMENT, TRIAL = "POSTCOPY_KEEPER", "POSTCOPY_KEEPER_TRIAL"
 PROGRAM = "keeper"
 RESTART_S = 1.0
 """At least, between the starts of two keepers."""
@@ -142,6 +142,8 @@ class KeeperStore:
         self.deaths = 0
         self.reason = ""
         self.outlives = systemd_keeps()
+        self.restarts = True
+        self.on_trial = os.environ.pop(TRIAL, "") != ""
         self.leave = trio.Event()
         self._formats, self._options = formats, options
         self._kept: dict[str, list[int]] = {}  # copies of what the keeper has, for the one after it

@@ -56,6 +56,11 @@ class Store(Protocol):
     """Why the one before this ended, for a person; empty for the first."""
     outlives: bool
     """Whether what is kept is there for another process when this one and its keeper have ended in order."""
+    restarts: bool
+    """Whether another engine goes on when this one ends otherwise than in order."""
+    on_trial: bool
+    """Whether this engine is another command's than the one before it, which is started again if it ends before it is
+    `ready`."""
     leave: trio.Event
     """Set when another engine is to go on from here: let go of everything as it is (`pc_pager_leave`) and end the
     process with status 0."""
@@ -129,7 +134,7 @@ class LocalStore:
         self.listeners: dict[str, int] = {}
         self.deaths = 0
         self.reason = ""
-        self.outlives = False
+        self.outlives = self.restarts = self.on_trial = False
         self.leave = trio.Event()
         self._numbers = itertools.count(1)
         self._send, self._receive = trio.open_memory_channel[tuple[str, int]](0)

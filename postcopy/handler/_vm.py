@@ -271,6 +271,8 @@ class Vm:
 
     async def run(self) -> None:
         """Until its process has ended, or cancelled. Closes everything. Never raises for what happens to it."""
+        if self.taken_over and self._left_to_record_s() < 0:
+            self._options.record_to = None  # a process before this one has written it
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
@@ -331,7 +333,7 @@ class Vm:
         nursery.start_soon(self.source.run, self, pager)
         nursery.start_soon(self._prefetch, pager)
         if self._options.record_to is not None and self._options.record_for_s < float("inf"):
-            nursery.start_soon(self._record_for_a_while)
+            nursery.start_soon(self._record_for_a_while, self._options.record_to)
         async for event in pager.events():
             self.take(event)
 
@@ -421,12 +423,12 @@ class Vm:
         if self._options.prefetch_all:
             self.source.prefetch_all(pager)
 
-    async def _record_for_a_while(self) -> None:
-        path, for_s = self._options.record_to, self._options.record_for_s
-        since_s = (time.monotonic_ns() - self.about.connected_ns) / 1e9
-        await trio.sleep(max(0.0, for_s - since_s))
-        if path is not None and (since_s < for_s or not self.taken_over):  # else a process before this one has
-            await self._write_working_set(path)  # which is done at the end where this is cancelled
+    def _left_to_record_s(self) -> float:
+        return self._options.record_for_s - (time.monotonic_ns() - self.about.connected_ns) / 1e9
+
+    async def _record_for_a_while(self, path: str) -> None:
+        await trio.sleep(max(0.0, self._left_to_record_s()))
+        await self._write_working_set(path)  # which is done at the end where this is cancelled
         self._options.record_to = None
 
     async def _write_working_set(self, path: str) -> None:

@@ -41,6 +41,12 @@ def _other_process_with(pid: int, files: Iterable[tuple[int, int]]) -> str:
     return ""
 
 
+def boot_id() -> str:
+    """By which two processes find out that they are on one host, and the numbers of files are of the same."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+
+
 def promise_room(who: str, memories: Sequence[Memory]) -> None:
     """What this host cannot hold is refused (`ResourceError`); what it can is promised, in the same step."""
     small = sum(memory.size_bytes for memory in memories if memory.kind is MemoryKind.MEMFD)

@@ -19,7 +19,7 @@ from postcopy._fd import FdHolder
 from postcopy.errors import MigrationError, ResourceError, out_of_files
 
 _CONNECT_AGAIN_S = 0.01
-_MAX_SOCKET_PATH_BYTES = 107  # unix(7)
+MAX_SOCKET_PATH_BYTES = 107  # sun_path, and its null (unix(7))
 _SO_PEERPIDFD = 77  # Linux 6.5
 
 
@@ -44,7 +44,13 @@ class Process:
     @property
     def alive(self) -> bool:
         """Whether it has not ended; what is closed is not looked at."""
-        return self.pidfd.closed or not select.select([self.pidfd.fd], [], [], 0)[0]
+        return self.pidfd.closed or not has_ended(self.pidfd.fd)
+
+
+def has_ended(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 async def connect(path: str, deadline: float, who: str, start_one: str) -> trio.SocketStream:
@@ -57,7 +63,7 @@ async def connect(path: str, deadline: float, who: str, start_one: str) -> trio.
     directory = -1
     try:
         name = path
-        if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:  # as those of jailed ones often are
+        if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:  # as those of jailed ones often are
             directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             name = f"/proc/self/fd/{directory}/{os.path.basename(path)}"
         # (trio's own takes EAGAIN, of a listener for which too many wait, for a connection that is being made)
@@ -99,10 +105,20 @@ def connected(connection: socket.socket, path: str) -> bool:
     return True
 
 
+def pid_of(connection: trio.socket.SocketType) -> int:
+    """Of the process that listens at the other end."""
+    return _credentials(connection)[0]
+
+
+def _credentials(connection: trio.socket.SocketType) -> tuple[int, int, int]:
+    fields = struct.Struct("3i")
+    pid, uid, gid = fields.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, fields.size))
+    return pid, uid, gid
+
+
 def process_of(connection: trio.socket.SocketType, path: str, who: str) -> Process:
     """The process that listens at the other end, as the kernel says. The pidfd is the caller's."""
-    credentials = struct.Struct("3i")
-    pid, uid, gid = credentials.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size))
+    pid, uid, gid = _credentials(connection)
     if pid <= 0:
         raise Unreachable(
             f"{who} ({path}) is in a pid namespace that is not seen from here; run this in the one it was started from"

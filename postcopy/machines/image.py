@@ -141,7 +141,7 @@ class ImageMachine(Machine):
         await trio.lowlevel.checkpoint()
         try:
             fields = msgspec.msgpack.decode(state)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ProtocolError("the image's state is damaged") from error
         digest = fields.get("digest") if isinstance(fields, dict) else False
         if digest is not None and (type(digest) is not int or not 0 <= digest < 1 << 64):

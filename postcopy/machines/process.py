@@ -11,7 +11,6 @@ import abc
 import contextlib
 import logging
 import os
-import select
 import shutil
 import signal
 import tempfile
@@ -25,7 +24,7 @@ from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ResourceError
 from postcopy.machines._claim import claim
-from postcopy.machines._peer import Process
+from postcopy.machines._peer import Process, has_ended
 from postcopy.machines.base import CLOSE_TIMEOUT_S, Check, Machine, MachineState, MachineStatistics
 
 KILL_TIMEOUT_S = 5.0
@@ -89,11 +88,7 @@ class ProcessMachine(Machine):
 
     def _is_alive(self) -> bool:
         """Whether its process, where it is known, has not ended."""
-        if self._pidfd is None or self._pidfd.closed:
-            return True
-        poll = select.poll()
-        poll.register(self._pidfd.fd, select.POLLIN)
-        return not poll.poll(0)
+        return self._pidfd is None or self._pidfd.closed or not has_ended(self._pidfd.fd)
 
     def vcpu_threads(self) -> list[int]:
         return []
@@ -141,12 +136,14 @@ class ProcessMachine(Machine):
         """Lets go of it: it is as it was, running or paused."""
         if not self._closed:
             self._closed = True
-            with trio.CancelScope(shield=True):
-                await self._release()
-            for holder in (self._pidfd, self._claim):
-                if holder is not None:
-                    holder.close()
-            self._tell()
+            try:
+                with trio.CancelScope(shield=True):
+                    await self._release()
+            finally:
+                for holder in (self._pidfd, self._claim):
+                    if holder is not None:
+                        holder.close()
+                self._tell()
         await trio.lowlevel.checkpoint()
 
     async def destroy(self) -> None:

@@ -37,13 +37,13 @@ from msgspec import Meta
 from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
 from postcopy.errors import BusyError, ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
-from postcopy.machines._memory_files import check_nobody_else_has, empty, promise_room
-from postcopy.machines.base import Adopt, BlockLayout, Extent, MachineState, RamBlock
+from postcopy.machines._guarded import GuardedProcess
+from postcopy.machines._memory_files import boot_id, check_nobody_else_has, empty, promise_room
+from postcopy.machines.base import BlockLayout, MachineState, RamBlock
 from postcopy.machines.preload.client import Mapping as Mapped
 from postcopy.machines.preload.client import Preload, State, process_at
-from postcopy.machines.process import ArrivingProcess, ProcessMachine
+from postcopy.machines.process import ProcessMachine
 from postcopy.memory import FEATURES_OF_PROCESS, DirtyLog, Memory
-from postcopy.uffd import RegisterMode, Userfaultfd
 from postcopy.units import format_size
 
 STATE = b"program 1"
@@ -100,7 +100,7 @@ class ProgramMachine(ProcessMachine):
             _check(mappings, self._name)
             files = [(one.device, one.inode) for one in mappings]
             await check_nobody_else_has(self._name, self._pid, files)
-            self._config = Config(await run_sync(_boot_id), files)
+            self._config = Config(await run_sync(boot_id), files)
             self._addresses = tuple(one.address for one in mappings)
             for number, one in enumerate(mappings):
                 memory = Memory.from_shared_file(one.fd.fileno(), one.size_bytes, one.page_bytes)
@@ -218,17 +218,15 @@ class ProgramMachine(ProcessMachine):
             block.memory.drop()
 
 
-class ArrivingProgram(ArrivingProcess, ProgramMachine):
+class ArrivingProgram(GuardedProcess, ProgramMachine):
     """Made by `for_destination`; once it is whole it can leave again, as any `ProgramMachine`."""
 
-    lends = True
     UNANSWERED = ()
 
     def __init__(self, offered: Config, layout: Sequence[BlockLayout], preload: str) -> None:
         super().__init__(preload)
         self._offered = offered
         self._layout = layout
-        self._guard: Userfaultfd | None = None  # a copy of what guards its memory
 
     @classmethod
     def for_destination(cls, config: Mapping[str, Any], layout: Sequence[BlockLayout], preload: str) -> ArrivingProgram:
@@ -250,8 +248,7 @@ class ArrivingProgram(ArrivingProcess, ProgramMachine):
             promise_room(self._name, memories)
             self._touched = True
             await empty(memories)
-            armed = await self._library.arm(mappings, features=0, mode=RegisterMode.MISSING, keep=True)
-            self._guard = Userfaultfd.adopt(armed.uffd.detach(), int(armed.features))
+            await self._arm(self._library, mappings, 0)
             await empty(memories)
         finally:
             for mapping in mappings:
@@ -278,13 +275,8 @@ class ArrivingProgram(ArrivingProcess, ProgramMachine):
                 " in the same order, before they touch any of it"
             )
 
-    async def lend(self, adopt: Adopt) -> None:
-        assert self._guard is not None
-        extents = [
-            Extent(number, 0, block.memory.pages, address)
-            for number, (block, address) in enumerate(zip(self._blocks, self._addresses, strict=True))
-        ]
-        await adopt(os.dup(self._guard.fileno()), int(self._guard.features), extents)
+    def _block_addresses(self) -> Sequence[int]:
+        return self._addresses
 
     async def load_state(self, state: bytes) -> None:
         await trio.lowlevel.checkpoint()
@@ -300,18 +292,7 @@ class ArrivingProgram(ArrivingProcess, ProgramMachine):
 
     async def made_whole(self) -> None:
         await super().made_whole()
-        assert self._library is not None
-        self._drop_guard()
-        await self._library.disarm()
         await self._open_logger()
-
-    async def _release(self) -> None:
-        self._drop_guard()
-        await super()._release()
-
-    def _drop_guard(self) -> None:
-        if self._guard is not None:
-            self._guard.close()
 
 
 def _check(mappings: Sequence[Mapped], who: str) -> None:
@@ -347,7 +328,3 @@ def _stands(pid: int) -> bool:
 
 def _state_of(task: Path) -> str:
     return (task / "stat").read_text(errors="replace").rpartition(")")[2].split()[0]
-
-
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -190,12 +190,14 @@ class Tls(Record, kw_only=True):
     resumed: Annotated[
         bool,
         doc("Whether that connection has taken up an earlier session: no certificate was sent for it.",
-            metric="postcopy_migration_tls_resumed"),
+            metric="postcopy_migration_tls_resumed",
+            help="1: the newest control connection has taken up an earlier session; no certificate was sent for it."),
     ]  # fmt: skip
     expires_at: Annotated[
         int,
         doc("When its certificate ends, counted from the beginning of 1970, UTC.", "s",
-            metric="postcopy_migration_peer_certificate_expiry_timestamp_seconds"),
+            metric="postcopy_migration_peer_certificate_expiry_timestamp_seconds",
+            help="When the certificate of the other side ends, since the beginning of 1970, UTC."),
     ]  # fmt: skip
 
 

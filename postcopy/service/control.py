@@ -11,7 +11,7 @@ import trio
 
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net import check_reachable, parse_address
+from postcopy.net import Address, check_reachable, parse_address
 from postcopy.records import Record
 from postcopy.records.control import (
     AllSteered,
@@ -81,19 +81,15 @@ class ControlHandler:
         return _all_that_can(self._undecided(arguments.get("machine")), lambda migration: migration.pause())
 
     async def _recover(self, arguments: Json) -> AllSteered:
-        undecided = self._undecided(arguments.get("machine"))
-        if "to" in arguments and len(undecided) > 1:
-            names = ", ".join(owned.name for owned, _ in undecided)
-            raise ControlError("BadArguments", f"several migrations: {names}; choose with --machine NAME")
         address, hostname = None, arguments.get("tls-hostname")
         if "to" in arguments:
-            address = parse_address(arguments["to"])
-            try:
-                await check_reachable(address, self._service.protection)
-            except ConfigurationError as error:
-                raise ControlError("BadArguments", str(error)) from error
+            address = await peer_address(self._service, arguments)
         elif hostname is not None:
             raise ControlError("BadArguments", "tls-hostname goes with a new address")
+        undecided = self._undecided(arguments.get("machine"))
+        if address is not None and len(undecided) > 1:
+            names = ", ".join(owned.name for owned, _ in undecided)
+            raise ControlError("BadArguments", f"several migrations: {names}; choose with --machine NAME")
         return _all_that_can(undecided, lambda migration: migration.recover(address, hostname))
 
     async def _set(self, arguments: Json) -> Settings:
@@ -167,6 +163,18 @@ class ControlHandler:
         else:
             service.stop.set()
         return Done()
+
+
+async def peer_address(service: Service, arguments: Json) -> Address:
+    """The address that a request names. `ControlError` for one that may only be connected to under TLS."""
+    if "tls-hostname" in arguments and service.protection.credentials is None:
+        raise ControlError("BadArguments", "tls-hostname: this process was started without --tls")
+    address = parse_address(arguments["to"])
+    try:
+        await check_reachable(address, service.protection)
+    except ConfigurationError as error:
+        raise ControlError("BadArguments", str(error)) from error
+    return address
 
 
 def process_status(service: Service, name: str | None = None) -> ProcessStatus:

@@ -53,7 +53,7 @@ from postcopy.machines.kinds import MachineOptions, create_source, is_live
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration
 from postcopy.migration.tasks import first_of
-from postcopy.net import Acceptor, Asking, Link, Route, parse_address
+from postcopy.net import Acceptor, Asking, Link, Route
 from postcopy.output import Output
 from postcopy.records.control import EndedMachine, ProcessStatus, Steered
 from postcopy.records.events import (
@@ -68,7 +68,7 @@ from postcopy.service import report
 from postcopy.service._contain import contained, contained_call
 from postcopy.service._peers import Shares
 from postcopy.service.config import DaemonConfig
-from postcopy.service.control import find, given_by_key, no_machine, process_status
+from postcopy.service.control import find, given_by_key, no_machine, peer_address, process_status
 from postcopy.service.options import ONE_WAY, check_sending, is_name, record, sending
 from postcopy.service.report import Json, Migration
 from postcopy.service.schema import COMMANDS, ControlError
@@ -435,7 +435,7 @@ class Daemon(Service):
         return EndedMachine(machine=owned.name)
 
     async def _request_migrate(self, arguments: Json) -> Steered:
-        address = parse_address(arguments["to"])
+        address = await peer_address(self, arguments)
         owned = find(self.machines, arguments.get("machine"))
         # The last migration has ended, as `status` says, and only something of it has not been closed yet.
         while owned.finishing:
@@ -461,8 +461,7 @@ class Daemon(Service):
         while owned.phase is Phase.LEAVING and migration.connecting:
             await self.changes.wait()
         if migration.connecting:  # and never will be
-            kind = "BadArguments" if isinstance(migration.failure, ConfigurationError) else "Failed"
-            raise ControlError(kind, f"{owned.name} is not on its way: {migration.status}: {migration.failure}")
+            raise ControlError("Failed", f"{owned.name} is not on its way: {migration.status}: {migration.failure}")
         return Steered(machine=owned.name, migration_id=migration.migration_id)
 
     def _check_not_ending(self) -> None:

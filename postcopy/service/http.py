@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import h11
 import trio
@@ -165,13 +165,17 @@ class HttpServer:
     async def _exchange(self, connection: h11.Connection, stream: trio.abc.Stream) -> bool:
         """One request and its answer; whether there may be another one."""
         request: h11.Request | None = None
+
+        async def answer(status: int, body: bytes, headers: Sequence[tuple[str, str]] = ()) -> None:
+            await self._answer(connection, stream, status, body, headers, request)
+
         try:
             while True:
                 event = connection.next_event()
                 if event is h11.NEED_DATA:
                     data = bytes(await stream.receive_some(16 * 1024))
                     if data.startswith(MAGIC):  # which would wait for an answer, and h11 for the end of its line
-                        await self._answer(connection, stream, 400, b"these are the metrics: migrate to --listen\n")
+                        await answer(400, b"these are the metrics: migrate to --listen\n")
                         return False
                     connection.receive_data(data)
                 elif isinstance(event, h11.Request):
@@ -181,15 +185,15 @@ class HttpServer:
                 elif isinstance(event, h11.ConnectionClosed) or event is h11.PAUSED:
                     return False
         except h11.RemoteProtocolError as error:
-            await self._answer(connection, stream, error.error_status_hint, b"this is not HTTP/1.1\n")
+            await answer(error.error_status_hint, b"this is not HTTP/1.1\n")
             return False
         assert request is not None
         if request.target.partition(b"?")[0] != self._path.encode():
-            await self._answer(connection, stream, 404, f"the metrics are at {self._path}\n".encode())
+            await answer(404, f"the metrics are at {self._path}\n".encode())
         elif request.method not in (b"GET", b"HEAD"):
-            await self._answer(connection, stream, 405, b"use GET or HEAD\n", [("Allow", "GET, HEAD")])
+            await answer(405, b"use GET or HEAD\n", [("Allow", "GET, HEAD")])
         else:
-            await self._answer(connection, stream, 200, self._page(), head=request.method == b"HEAD")
+            await answer(200, self._page())
         return connection.our_state is h11.DONE and connection.their_state is h11.DONE
 
     async def _answer(
@@ -198,17 +202,18 @@ class HttpServer:
         stream: trio.abc.Stream,
         status: int,
         body: bytes,
-        headers: list[tuple[str, str]] | None = None,
-        head: bool = False,
+        headers: Sequence[tuple[str, str]],
+        request: h11.Request | None,
     ) -> None:
         if connection.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return
         content_type = self._content_type if status == 200 else "text/plain; charset=utf-8"
         response = h11.Response(
             status_code=status,
-            headers=[("Content-Type", content_type), ("Content-Length", str(len(body))), *(headers or [])],
+            headers=[("Content-Type", content_type), ("Content-Length", str(len(body))), *headers],
         )
         data = connection.send(response) or b""
-        data += (b"" if head else connection.send(h11.Data(data=body))) or b""
+        if request is None or request.method != b"HEAD":
+            data += connection.send(h11.Data(data=body)) or b""
         data += connection.send(h11.EndOfMessage()) or b""
         await stream.send_all(data)

@@ -93,7 +93,7 @@ def _setting_rows(settings: Json) -> list[tuple[str, str]]:
     if settings.get("mode"):
         precopy = settings["precopy"]
         rounds = f", precopy {precopy if isinstance(precopy, str) else f'for {precopy:g} s'}" if precopy else ""
-        rows.append(("Mode", settings["mode"] + rounds))
+        rows.append(("Default mode", settings["mode"] + rounds))
         if precopy:
             rows.append(("Max downtime", format_duration(settings["max-downtime"])))
     if "recover-for" in settings:

@@ -10,11 +10,11 @@ name for any but ``.`` and ``/``. Where there is any pattern, what none allows i
 from __future__ import annotations
 
 import ipaddress
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from postcopy._patterns import matches
 from postcopy.errors import ConfigurationError
 
 Action = Literal["send", "take"]
@@ -60,7 +60,7 @@ class Pattern:
         )
 
     def _is_subject(self, peer: PeerCertificate) -> bool:
-        return _matches(self.text, peer.subject, ".*")
+        return matches(self.text, peer.subject, ".")
 
     def _is_name(self, peer: PeerCertificate) -> bool:
         folded = self.text.lower().removesuffix(".")
@@ -69,9 +69,9 @@ class Pattern:
                 if _address(name) is not None and _address(name) == _address(self.text):
                     return True
             elif kind == "dns":  # (whose case means nothing)
-                if _matches(folded, name.lower().removesuffix("."), "[^./]*"):
+                if matches(folded, name.lower().removesuffix("."), "[^./]"):
                     return True
-            elif _matches(self.text, name, "[^./]*"):
+            elif matches(self.text, name, "[^./]"):
                 return True
         return False
 
@@ -99,14 +99,6 @@ class Authorisation:
     def allows(self, action: Action, peer: PeerCertificate) -> bool:
         """Without any pattern: whoever has a certificate that is good here."""
         return not self._patterns or any(pattern.allows(action, peer) for pattern in self._patterns)
-
-
-def _matches(pattern: str, text: str, star: str) -> bool:
-    first, *others = map(re.escape, pattern.split("*"))
-    if others:
-        # Each part where it comes first, and nowhere else is looked for it: no name takes longer than its length.
-        first += "".join(f"(?>{star}?{part})" for part in others[:-1]) + star + others[-1]
-    return re.fullmatch(first, text, re.DOTALL) is not None
 
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 import tls
+
 from hostile import _wire as wire
 from hostile._peer import PAGE, Closed, Destination, Listener, Machine, Refused, Source, calling_from
 from hostile._program import RV64, Control, Program, wait_until

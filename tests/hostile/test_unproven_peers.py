@@ -119,7 +119,7 @@ def test_refused_by_an_impostor_in_doubt(start: Start, version: int, tmp_path: P
 
 def unproven(listener: Listener, way: str) -> Line:
     """The next connection, welcomed by a peer that does not know the token."""
-    line = listener.accept()
+    line = listener.speaker(30)
     line.take(8)
     line.send(wire.preamble(2 if way == "older version" else 3))
     if way == "older version":

@@ -122,8 +122,12 @@ class Operator:
         self.path = path
 
     def _until_it_listens(self) -> None:
+        """Its path is there a moment before connections are taken."""
         deadline = time.monotonic() + DEADLINE_S
-        while not self.path.exists() and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            with socket.socket(socket.AF_UNIX) as attempt:
+                if not attempt.connect_ex(str(self.path)):
+                    return
             time.sleep(0.01)
 
     def ask(self, *arguments: object, status: int = 0) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import io
 import json
 import os
 import select
@@ -58,17 +59,23 @@ def run(arguments: Sequence[str], *, deadline_s: float) -> Done:
         finally:
             os.close(theirs)
         with open(ours, "rb", buffering=0) as answers:
-            (pid,) = _INT.unpack(answers.read(_INT.size))
+            pid = _number(answers)
             if not select.select([answers], [], [], deadline_s)[0]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                 raise AssertionError(f"postcopy {' '.join(arguments)}: not done after {deadline_s:g} s")
-            (status,) = _INT.unpack(answers.read(_INT.size))
+            status = _number(answers)
         output, errors = (
             os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode(errors="replace")
             for file in (stdout, stderr)
         )
     return Done(os.waitstatus_to_exitcode(status), output, errors)
+
+
+def _number(answers: io.FileIO) -> int:
+    data = answers.read(_INT.size) or b""
+    assert len(data) == _INT.size, "the process that runs commands for the tests has ended, or could not fork"
+    return int(_INT.unpack(data)[0])
 
 
 # ---- in the process

@@ -22,6 +22,9 @@
  *     ANSWER             number of the call    i32 errno, then a reason            -
  *     SPARE              1, or 0               -                                   -                     whether another engine waits
  *     LEAVE              -                     -                                   -                     end; another one goes on
+ *
+ * An engine of another command than the one before it finds $POSTCOPY_KEEPER_TRIAL: if it ends before it is READY, the command before
+ * is started again.
  */
 #ifndef POSTCOPY_KEEPER_H
 #define POSTCOPY_KEEPER_H

@@ -369,7 +369,9 @@ __attribute__((noreturn)) static void be_engine(const char *mode)
         }
         act(&heard);
     }
-    while (*mode == 'h') /* as one whose disk hangs */
+    if (*mode == 's') /* which has nothing to say any more, and does not come to its end either */
+        close(PC_KEEPER_FD);
+    while (*mode == 'h' || *mode == 's') /* as one whose disk hangs */
         pause();
     _exit(0);
 }
@@ -802,11 +804,11 @@ static void another_version(void)
     CHECK_EQ(ask('i').mode, '2');
 }
 
-static void an_engine_that_cannot_leave(void)
+static void cannot_leave(const char *mode)
 {
     struct report report;
 
-    start("h", "5", true);
+    start(mode, "5", true);
     CHECK_EQ(ask('p').error, 0);
     (void)wait_spare();
     CHECK_EQ(ask('u').error, 0);
@@ -815,6 +817,16 @@ static void an_engine_that_cannot_leave(void)
     CHECK_EQ(report.mode, '2');
     CHECK_EQ(report.fds, 3);
     CHECK_EQ(report.deaths, 0);
+}
+
+static void an_engine_that_cannot_leave(void)
+{
+    cannot_leave("h");
+}
+
+static void an_engine_that_is_silent_and_cannot_leave(void)
+{
+    cannot_leave("s");
 }
 
 static void a_version_that_does_not_come(void)
@@ -975,6 +987,7 @@ int main(int argc, char **argv)
     RUN(dies_again_and_again);
     RUN(another_version);
     RUN(an_engine_that_cannot_leave);
+    RUN(an_engine_that_is_silent_and_cannot_leave);
     RUN(a_version_that_does_not_come);
     RUN(a_keeper_for_an_engine_that_has_none);
     RUN(with_systemd);

@@ -449,6 +449,51 @@ static void guards_what_was_populated(void)
     CHECK_EQ(reader.value, 'n');
 }
 
+static int map_once_more(int fd, int protection, int flags)
+{
+    void *mapped = preload_mmap(NULL, BYTES, protection, flags, fd, 0);
+
+    if (mapped == MAP_FAILED)
+        return errno;
+    CHECK_SYS(preload_munmap(mapped, BYTES));
+    return 0;
+}
+
+/* It would read zeros there, and they would be its memory. */
+static void maps_nothing_once_more_that_waits(void)
+{
+    int fd = memory_file(BYTES), other = memory_file(BYTES), uffd;
+    char *base;
+
+    begin(0);
+    base = map_at(NULL, fd, BYTES, 0);
+    CHECK_EQ(map_once_more(fd, PROT_READ, MAP_SHARED), 0);
+    CHECK_EQ(arm(PRELOAD_KEEP, base, BYTES), 1);
+    uffd = got[0];
+    CHECK_EQ(map_once_more(fd, PROT_READ | PROT_WRITE, MAP_SHARED), ENOMEM);
+    CHECK_EQ(map_once_more(fd, PROT_READ, MAP_SHARED), ENOMEM);
+    CHECK_EQ(map_once_more(fd, PROT_READ | PROT_WRITE, MAP_PRIVATE), ENOMEM);
+    CHECK(preload_mmap(base, PAGE, PROT_READ, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED && errno == ENOMEM);
+    CHECK_EQ(map_once_more(other, PROT_READ, MAP_PRIVATE), 0);
+    CHECK_EQ(map_once_more(other, PROT_READ | PROT_WRITE, MAP_SHARED), 0);
+    CHECK_EQ(list(), 1);
+    unregister(uffd, base, BYTES);
+    CHECK_EQ(ask(PRELOAD_DISARM, 0, 0, 0, NULL, 0), 0);
+    CHECK_EQ(reply.error, 0);
+    CHECK_EQ(map_once_more(fd, PROT_READ, MAP_PRIVATE), 0);
+}
+
+static void maps_nothing_once_more_that_will_wait(void)
+{
+    int fd = memory_file(BYTES);
+
+    begin(FEATURES);
+    (void)map_at(NULL, fd, BYTES, 0);
+    CHECK_EQ(map_once_more(fd, PROT_READ, MAP_SHARED), ENOMEM);
+    CHECK_EQ(map_once_more(fd, PROT_READ, MAP_PRIVATE), ENOMEM);
+    CHECK_EQ(map_once_more(fd, PROT_READ | PROT_WRITE, MAP_SHARED), 0); /* which is guarded, too */
+}
+
 static void disarms_nothing_unseen(void)
 {
     struct preload_request request = {.magic = PRELOAD_MAGIC, .version = PRELOAD_VERSION, .op = PRELOAD_DISARM};
@@ -689,6 +734,72 @@ static void *fork_again_and_again(void *unused)
     return unused;
 }
 
+/* Of a child that pthread_atfork(3) does not see: whoever has the lock in its parent is not there. */
+__attribute__((unused)) static void a_child_finds_no_lock_taken(void)
+{
+    pthread_t thread;
+
+    begin(0);
+    (void)map_new(BYTES);
+    CHECK(!pthread_create(&thread, NULL, map_and_unmap, NULL));
+    for (int i = 0; i < 300; i++) {
+        pid_t child = CHECK_SYS((pid_t)syscall(SYS_clone, SIGCHLD, NULL, NULL, NULL, NULL));
+        int status;
+
+        if (!child) {
+            (void)preload_munmap(preload_mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, memory_file(PAGE), 0), PAGE);
+            _exit(0);
+        }
+        CHECK_EQ(waitpid(child, &status, 0), child);
+        CHECK_EQ(status, 0);
+    }
+    enough = true;
+    CHECK(!pthread_join(thread, NULL));
+    CHECK_EQ(list(), 1);
+}
+
+/* An allocator has a lock, which it takes for a fork too, and gives memory back under it: here between what is remembered. */
+static pthread_mutex_t allocator = PTHREAD_MUTEX_INITIALIZER;
+
+static void take_allocator(void)
+{
+    (void)pthread_mutex_lock(&allocator);
+}
+
+static void give_allocator(void)
+{
+    (void)pthread_mutex_unlock(&allocator);
+}
+
+static void *allocate(void *at)
+{
+    while (!enough) {
+        take_allocator();
+        CHECK_SYS(preload_munmap(at, PAGE));
+        CHECK(preload_mmap(at, PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == at);
+        give_allocator();
+    }
+    return NULL;
+}
+
+static void forks_beside_an_allocator(void)
+{
+    char *base = mmap(NULL, 64 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    pthread_t thread;
+
+    CHECK(!pthread_atfork(take_allocator, give_allocator, give_allocator)); /* whose lock is taken after that of the library */
+    begin(0);
+    CHECK(base != MAP_FAILED);
+    (void)map_at(base, memory_file(BYTES), BYTES, 0);
+    (void)map_at(base + 48 * PAGE, memory_file(BYTES), BYTES, 0);
+    CHECK(!pthread_create(&thread, NULL, allocate, base + 32 * PAGE));
+    for (int i = 0; i < 300; i++)
+        CHECK_EQ(in_child(nothing), 0);
+    enough = true;
+    CHECK(!pthread_join(thread, NULL));
+    CHECK_EQ(list(), 2);
+}
+
 static void unmap_in_handler(int number)
 {
     int error = errno;
@@ -761,12 +872,18 @@ int main(int argc, char **argv)
     RUN(guards_from_the_first_touch_on);
     RUN(guards_what_was_populated);
     RUN(moves_nothing_that_waits);
+    RUN(maps_nothing_once_more_that_waits);
+    RUN(maps_nothing_once_more_that_will_wait);
     RUN(disarms_nothing_unseen);
     RUN(refuses_what_makes_no_sense);
     RUN(takes_the_path_of_one_that_has_ended_and_of_nobody_else);
     RUN(outlives_clients_that_say_nothing);
     RUN(answers_its_own_user_only);
     RUN(serves_a_daemon_and_no_child);
+#ifndef __SANITIZE_THREAD__ /* which takes such a child for a thread */
+    RUN(a_child_finds_no_lock_taken);
+#endif
+    RUN(forks_beside_an_allocator);
     RUN(answers_while_the_program_maps_forks_and_is_signalled);
     (void)unlink(path.sun_path);
     return test_end();

@@ -13,7 +13,7 @@
 
 #include "tests/support/test.h"
 
-static void tcp_pair(int pair[2])
+__attribute__((unused)) static void tcp_pair(int pair[2])
 {
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     socklen_t length = sizeof(address);

@@ -15,6 +15,7 @@ import re
 import stat
 from collections.abc import Collection, Iterable, Mapping
 
+from postcopy._patterns import matches
 from postcopy.errors import ConfigurationError, MigrationError
 from postcopy.machines._peer import one_line
 
@@ -39,10 +40,13 @@ def parse_allowed(text: str) -> tuple[str, ...]:
 
 def allows(patterns: Iterable[str], name: str) -> bool:
     """Whether one of them is the pattern of a path that is absolute and has no detours, or of ``tap:NAME``."""
-    return (name.startswith(TAP) or _is_plain(name)) and any(
-        re.fullmatch(re.escape(pattern).replace(r"\*", "[^/]*") + (".*" if pattern.endswith("/") else ""), name)
-        for pattern in patterns
-    )
+    return (name.startswith(TAP) or _is_plain(name)) and any(_is_as(pattern, name) for pattern in patterns)
+
+
+def _is_as(pattern: str, name: str) -> bool:
+    if pattern.endswith("/"):  # all that is below it
+        name = "".join(re.findall(r"[^/]*/", name)[: pattern.count("/")])
+    return matches(pattern, name, "[^/]")
 
 
 def _is_plain(path: str) -> bool:

@@ -14,7 +14,6 @@ import enum
 import errno
 import fcntl
 import os
-import re
 import socket
 import stat
 import struct
@@ -35,13 +34,13 @@ from postcopy.errors import (
     ResourceError,
     out_of_files,
 )
-from postcopy.machines._peer import Process, connected, process_of
+from postcopy.machines._maps import Area, areas
+from postcopy.machines._peer import MAX_SOCKET_PATH_BYTES, Process, connected, pid_of, process_of
 from postcopy.machines.firecracker.handshake import userfaultfd_features
 from postcopy.uffd import UffdFeature
 
 TIMEOUT_S = 5.0
 MAX_MAPPINGS = 128
-MAX_SOCKET_PATH_BYTES = 107  # sun_path, and its null (unix(7))
 VARIABLE = "POSTCOPY_PRELOAD"
 """In the environment of such a program: the path of its socket."""
 
@@ -53,7 +52,6 @@ _MAPPING = struct.Struct("=QQQQQI4x208s")
 _REPLY_BYTES = _REPLY.size + MAX_MAPPINGS * _MAPPING.size
 _IN_MEMORY = {0x01021994, 0x958458F6}  # the file systems tmpfs (memfd too) and hugetlbfs, in statfs(2)
 _MAX_PAGE_BYTES = 1 << 34
-_AREA = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+)")
 
 
 class _Op(enum.IntEnum):
@@ -131,7 +129,7 @@ class Preload:
         without the library, `MigrationError` for a socket that is another process's."""
         at: str = path if path is not None else await run_sync(_path_of, pid)
         with await _connect(at) as connection:
-            if (found := _pid_behind(connection)) != pid:
+            if (found := pid_of(connection)) != pid:
                 raise MigrationError(f"{at} is the socket of process {found}, not of process {pid}")
         return cls(pid, at)
 
@@ -159,11 +157,14 @@ class Preload:
 
         `features`: of `UffdFeature`; `mode`: of `RegisterMode`. `keep`: the process keeps a copy until `disarm`, so
         that it waits when this process dies; without it the end of the last copy undoes it all. `BusyError` when the
-        process keeps one already.
+        process keeps one already; `ConfigurationError` where one of the mappings has its file mapped elsewhere, too.
 
         Where this fails, or is cancelled, after the request has gone, it may have happened: `take` tells.
         """
-        return await self._userfaultfd(_Op.ARM, _KEEP if keep else 0, mappings, features, mode)
+        armed = await self._userfaultfd(_Op.ARM, _KEEP if keep else 0, mappings, features, mode)
+        with _closing_on_error([armed.uffd]):
+            await run_sync(_check_mapped_once, self.pid, mappings)
+        return armed
 
     async def take(self) -> Armed:
         """The userfaultfd that the process keeps, once more: its owner has ended. `MigrationError` where it keeps
@@ -197,7 +198,7 @@ class Preload:
         descriptors: list[FdHolder] = []
         with _closing_on_error(descriptors):
             with await _connect(self.path) as connection:
-                if (pid := _pid_behind(connection)) != self.pid:
+                if (pid := pid_of(connection)) != self.pid:
                     raise MigrationError(f"{self} has ended: process {pid} has its socket now")
                 with trio.move_on_after(TIMEOUT_S) as scope:
                     data = await _exchange(connection, message, descriptors, self)
@@ -321,12 +322,6 @@ async def _connect(path: str) -> trio.socket.SocketType:
         raise
 
 
-def _pid_behind(connection: trio.socket.SocketType) -> int:
-    fields = struct.Struct("=iII")
-    pid, _, _ = fields.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, fields.size))
-    return int(pid)
-
-
 async def _exchange(
     connection: trio.socket.SocketType, message: bytes, descriptors: list[FdHolder], who: Preload
 ) -> bytes:
@@ -368,7 +363,7 @@ def _closing_on_error(descriptors: Sequence[FdHolder]) -> Iterator[None]:
 
 
 def _check(pid: int, mappings: Sequence[Mapping]) -> None:
-    areas = _areas(pid)
+    seen = areas(pid, f"process {pid}")
     for mapping in mappings:
         status = os.fstat(mapping.fd.fileno())
         page_bytes = mapping.page_bytes
@@ -387,42 +382,27 @@ def _check(pid: int, mappings: Sequence[Mapping]) -> None:
                 f"process {pid} has mapped {mapping.size_bytes} bytes of {mapping.name}, which is shorter"
                 f" ({status.st_size} bytes)"
             )
-        if not _is_mapped(mapping, areas):
+        if not _is_mapped(mapping, seen):
             raise ProtocolError(f"process {pid} does not have {mapping.name} mapped at {mapping.address:#x}")
 
 
-@dataclass(frozen=True)
-class _Area:
-    start: int
-    end: int
-    offset: int
-    device: int
-    inode: int
+def _check_mapped_once(pid: int, mappings: Sequence[Mapping]) -> None:
+    """The library keeps the program from mapping what waits once more; what was mapped before, it may not know."""
+    seen = areas(pid, f"process {pid}")
+    for mapping in mappings:
+        end = mapping.address + mapping.size_bytes
+        for area in seen:
+            if (area.device, area.inode) == (mapping.device, mapping.inode) and not mapping.address <= area.start < end:
+                raise ConfigurationError(
+                    f"process {pid} has mapped {mapping.name} a second time, at {area.start:#x} ({area.rights}): there"
+                    " it would read zeros where pages have not arrived; it must map it once"
+                )
 
 
-def _areas(pid: int) -> list[_Area]:
-    """The shared mappings of a process, from low to high."""
-    areas = []
-    try:
-        with open(f"/proc/{pid}/maps", errors="replace") as file:
-            for line in file:
-                if (match := _AREA.match(line)) and match[3].endswith("s"):
-                    start, end, offset, major, minor = (int(match[i], 16) for i in (1, 2, 4, 5, 6))
-                    areas.append(_Area(start, end, offset, os.makedev(major, minor), int(match[7])))
-    except PermissionError as error:
-        raise ResourceError(
-            f"this user may not look at process {pid}", "run as the user of that process, or as root"
-        ) from error
-    except OSError as error:
-        raise MigrationError(f"process {pid} has ended") from error
-    return areas
-
-
-def _is_mapped(mapping: Mapping, areas: Sequence[_Area]) -> bool:
-    """The kernel cuts one mapping in several where their rights or advice differ."""
+def _is_mapped(mapping: Mapping, seen: Sequence[Area]) -> bool:
     at, end = mapping.address, mapping.address + mapping.size_bytes
-    for area in areas:
-        if at < end and area.start <= at < area.end:
+    for area in seen:
+        if at < end and area.shared and area.start <= at < area.end:
             same = (area.device, area.inode) == (mapping.device, mapping.inode)
             if not same or at - area.start + area.offset != at - mapping.address + mapping.offset:
                 return False

@@ -18,7 +18,8 @@ from postcopy import _native
 from postcopy._fd import FdHolder
 from postcopy._files import absolute, explain_unwritable
 from postcopy.errors import ConfigurationError, ResourceError
-from postcopy.machines.preload.client import MAX_SOCKET_PATH_BYTES, VARIABLE
+from postcopy.machines._peer import MAX_SOCKET_PATH_BYTES
+from postcopy.machines.preload.client import VARIABLE
 from postcopy.uffd import How, UffdFeature, explain_unavailable, probe
 
 _DEVICE = "/dev/userfaultfd"

@@ -17,7 +17,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import msgspec
@@ -27,6 +27,8 @@ from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
 from postcopy._native import lib
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ResourceError
+from postcopy.machines._maps import Area, areas
+from postcopy.machines._memory_files import boot_id
 from postcopy.machines._peer import Process, one_line
 from postcopy.machines.preload.client import is_in_memory
 from postcopy.machines.qemu.qmp import Monitor, QemuAnswer
@@ -56,7 +58,6 @@ _REFUSED_DEVICES = (
     (r"virtio-pmem(-.*)?|nvdimm|nvdimm-.*", "its memory is persistent, and belongs to this host"),
 )
 _REFUSED_NETS = re.compile(r"type=(vhost-user|vhost-vdpa)\b")
-_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)")
 _ONLY_NAME = os.O_PATH | os.O_CLOEXEC
 _CHILD = re.compile(r"child<(.*)>")
 _MEMFD = "/memfd:"
@@ -82,18 +83,6 @@ class Config(msgspec.Struct, frozen=True):
     vcpus: Annotated[int, Meta(ge=1, le=1 << 16)]
     boot: _Text  # which host that is: the kernel's boot id
     files: Annotated[list[FileIdentity], Meta(max_length=MAX_BLOCKS)]  # of the blocks, in their order
-
-
-@dataclass(frozen=True)
-class SharedMapping:
-    """Where a file is mapped in a process, shared and writable; or several mappings of it that are adjacent."""
-
-    address: int
-    size_bytes: int
-    offset: int
-    identity: FileIdentity
-    path: str
-    registered: frozenset[str] = frozenset()  # with a userfaultfd: for what ("um", "ui", "uw")
 
 
 @dataclass(frozen=True)
@@ -151,7 +140,7 @@ async def look(monitor: Monitor, process: Process) -> Look:
         "kvm" if kvm.enabled else "tcg",
         cpu,
         len(threads),
-        await run_sync(_boot_id),
+        await run_sync(boot_id),
         [backend.identity for backend in backends],
     )
     return Look(config, backends, threads, blocks, has_disks, pins)
@@ -208,11 +197,6 @@ def _text(said: object) -> str:
 
 def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
-
-
-def _boot_id() -> str:
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        return file.read().strip()
 
 
 # ---- what QEMU says
@@ -372,12 +356,12 @@ async def look_at_disks(monitor: Monitor) -> tuple[bool, tuple[str, ...]]:
 
 def _find(pid: int, wanted: Iterable[_Wanted]) -> tuple[Backend, ...]:
     """The files of the backends. Blocks, as long as QEMU's page tables are large."""
-    mappings = shared_mappings(pid)
+    mappings = list(_shared_files(pid))
     backends = []
     for one in wanted:
         fitting = [mapping for mapping in mappings if mapping.size_bytes == one.size_bytes and mapping.offset == 0]
         found = [mapping for mapping in fitting if _is_of(pid, mapping, one)]
-        if len({mapping.identity for mapping in found}) != 1 or len(found) != 1:
+        if len(found) != 1:
             shown = ", ".join(mapping.path for mapping in found or fitting) or "none that is as large"
             raise ConfigurationError(
                 f"in which file QEMU (process {pid}) has memory {one.name} of {format_size(one.size_bytes)} is not"
@@ -390,8 +374,9 @@ def _find(pid: int, wanted: Iterable[_Wanted]) -> tuple[Backend, ...]:
     return tuple(backends)
 
 
-def _backend(pid: int, wanted: _Wanted, mapping: SharedMapping) -> Backend:
-    fd = _open_file(pid, mapping.identity, os.O_RDWR)
+def _backend(pid: int, wanted: _Wanted, mapping: Area) -> Backend:
+    identity = FileIdentity(mapping.device, mapping.inode)
+    fd = _open_file(pid, identity, os.O_RDWR)
     try:
         size_bytes, page_bytes, in_memory = os.fstat(fd).st_size, os.fstatvfs(fd).f_bsize, is_in_memory(fd)
     finally:
@@ -415,23 +400,33 @@ def _backend(pid: int, wanted: _Wanted, mapping: SharedMapping) -> Backend:
         wanted.name,
         size_bytes,
         page_bytes,
-        mapping.address,
-        mapping.identity,
+        mapping.start,
+        identity,
         mapping.path,
-        mapping.registered,
+        mapping.flags & {"um", "ui", "uw"},
         pid,
     )
 
 
-def shared_mappings(pid: int) -> list[SharedMapping]:
-    """The files that a process has mapped shared and writable."""
-    try:
-        with open(f"/proc/{pid}/smaps", errors="surrogateescape") as file:
-            return list(_joined(_mappings(file)))
-    except PermissionError as error:
-        raise _may_not(pid) from error
-    except (FileNotFoundError, ProcessLookupError):
-        raise MigrationError(f"QEMU (process {pid}) has ended") from None
+def _shared_files(pid: int) -> Iterator[Area]:
+    """The files that QEMU has mapped shared and writable; one for what the kernel has cut in several."""
+    last: Area | None = None
+    for one in areas(pid, f"QEMU (process {pid})", flags=True):
+        if one.rights != "rw-s" or not one.inode:
+            continue
+        if last is not None and (last.end, last.offset + last.size_bytes, last.device, last.inode) == (
+            one.start,
+            one.offset,
+            one.device,
+            one.inode,
+        ):
+            last = replace(last, end=one.end, flags=last.flags | one.flags)
+            continue
+        if last is not None:
+            yield last
+        last = one
+    if last is not None:
+        yield last
 
 
 def _may_not(pid: int) -> ResourceError:
@@ -441,41 +436,7 @@ def _may_not(pid: int) -> ResourceError:
     )
 
 
-def _mappings(lines: Iterable[str]) -> Iterator[SharedMapping]:
-    found: SharedMapping | None = None
-    for line in lines:
-        if match := _MAPPING.match(line):
-            start, end, offset, major, minor = (int(match[number], 16) for number in (1, 2, 4, 5, 6))
-            identity = FileIdentity(os.makedev(major, minor), int(match[7]))
-            shared = match[3] == "rw-s" and identity.inode
-            found = SharedMapping(start, end - start, offset, identity, match[8]) if shared else None
-        elif found is not None and line.startswith("VmFlags:"):
-            flags = frozenset(line.split()[1:]) & {"um", "ui", "uw"}
-            yield SharedMapping(found.address, found.size_bytes, found.offset, found.identity, found.path, flags)
-
-
-def _joined(mappings: Iterable[SharedMapping]) -> Iterator[SharedMapping]:
-    """The kernel cuts a mapping in two where one part of it is registered with a userfaultfd and another is not."""
-    last: SharedMapping | None = None
-    for one in mappings:
-        if last is not None and (last.address + last.size_bytes, last.offset + last.size_bytes, last.identity) == (
-            one.address,
-            one.offset,
-            one.identity,
-        ):
-            size_bytes = last.size_bytes + one.size_bytes
-            last = SharedMapping(
-                last.address, size_bytes, last.offset, last.identity, last.path, last.registered | one.registered
-            )
-            continue
-        if last is not None:
-            yield last
-        last = one
-    if last is not None:
-        yield last
-
-
-def _is_of(pid: int, mapping: SharedMapping, wanted: _Wanted) -> bool:
+def _is_of(pid: int, mapping: Area, wanted: _Wanted) -> bool:
     """Whether a mapping is that of a backend."""
     if wanted.kind != FILE_BACKEND:
         return mapping.path.startswith(_MEMFD)
@@ -490,7 +451,7 @@ def _is_of(pid: int, mapping: SharedMapping, wanted: _Wanted) -> bool:
             re.fullmatch(rf"qemu_back_mem\.(_objects_)?{name}\.\S+ \(deleted\)", os.path.basename(mapping.path))
             is not None
         )
-    return FileIdentity(status.st_dev, status.st_ino) == mapping.identity
+    return (status.st_dev, status.st_ino) == (mapping.device, mapping.inode)
 
 
 def _inside(pid: int, path: str) -> str:

@@ -46,12 +46,13 @@ from postcopy.errors import (
     ProtocolError,
     ResourceError,
 )
+from postcopy.machines._guarded import GuardedProcess
 from postcopy.machines._memory_files import check_nobody_else_has, empty, promise_room
-from postcopy.machines.base import Adopt, BlockLayout, Extent, MachineState
+from postcopy.machines.base import BlockLayout, MachineState
 from postcopy.machines.preload.client import Mapping as Mapped
 from postcopy.machines.preload.client import Preload
 from postcopy.machines.preload.start import environment
-from postcopy.machines.process import ArrivingProcess, Started
+from postcopy.machines.process import Started
 from postcopy.machines.qemu._look import (
     PAGE_SIZES,
     Backend,
@@ -63,7 +64,7 @@ from postcopy.machines.qemu._look import (
 from postcopy.machines.qemu.qmp import Asked, QemuError, QemuInDoubt, QemuUnreachable
 from postcopy.machines.qemu.source import EVENTS, IGNORE_SHARED, QemuMachine, open_pipe
 from postcopy.memory import Memory
-from postcopy.uffd import RegisterMode, UffdFeature, Userfaultfd
+from postcopy.uffd import UffdFeature, Userfaultfd
 from postcopy.units import format_size
 
 START_S = 10.0
@@ -87,6 +88,8 @@ FEATURES = (
 ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 """As QEMU does it by itself: so many frames, and pauses between them in ms."""
 NOT_TO_BE_SAID = ("incoming", "daemonize")
+HAVE_RUN = {"running", "debug", "internal-error", "io-error", "shutdown", "suspended", "watchdog", "guest-panicked"}
+"""What QEMU says of a guest that runs, or has run and was stopped by what it did."""
 
 log = logging.getLogger(__name__)
 
@@ -101,10 +104,9 @@ class QemuHost:
     name: str = ""  # of the machine, which the command finds in its environment
 
 
-class ArrivingQemu(ArrivingProcess, QemuMachine):
+class ArrivingQemu(GuardedProcess, QemuMachine):
     """Made by `for_destination`; once it is whole it can leave again, as any `QemuMachine`."""
 
-    lends = True
     UNANSWERED = (QemuError,)
 
     def __init__(self, offered: Config, layout: Sequence[BlockLayout], host: QemuHost) -> None:
@@ -113,8 +115,6 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
         self._layout = layout
         self._command = host.command
         self._machine_name = host.name
-        self._library: Preload | None = None
-        self._guard: Userfaultfd | None = None  # a copy of what guards its memory
         self._takes_disks_late = False
         self._feed: _Feed | None = None  # once it loads
         self._loads: Asked | None = None
@@ -163,7 +163,7 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
         try:
             chosen = [_mapping_of(backend, mappings, library) for backend in seen.backends]
             await empty(self._memories)
-            self._guard = await self._arm(library, chosen)
+            await self._arm_or_take_over(library, chosen)
             await empty(self._memories)
         finally:
             for mapping in mappings:
@@ -216,29 +216,17 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
     def _memories(self) -> list[Memory]:
         return [block.memory for block in self.blocks]
 
-    async def _arm(self, library: Preload, mappings: Sequence[Mapped]) -> Userfaultfd:
-        """Guards its memory: whoever touches it from now on waits."""
-
-        async def arm() -> Userfaultfd:
-            self._library = library  # from here on it may be guarded, whatever becomes of the request
-            armed = await library.arm(mappings, features=FEATURES, mode=RegisterMode.MISSING, keep=True)
-            return Userfaultfd.adopt(armed.uffd.detach(), int(armed.features))
-
+    async def _arm_or_take_over(self, library: Preload, mappings: Sequence[Mapped]) -> None:
         try:
-            return await arm()
+            await self._arm(library, mappings, FEATURES)
         except BusyError:
             # Whoever guarded it has ended, since nobody else has this QEMU, and has told it nothing.
             if not await self._stop_guarding(library):
                 raise
-        return await arm()
+            await self._arm(library, mappings, FEATURES)
 
-    async def lend(self, adopt: Adopt) -> None:
-        assert self._guard is not None
-        extents = [
-            Extent(number, 0, backend.size_bytes // backend.page_bytes, backend.address)
-            for number, backend in enumerate(self._seen.backends)
-        ]
-        await adopt(os.dup(self._guard.fileno()), self._guard.features, extents)
+    def _block_addresses(self) -> Sequence[int]:
+        return [backend.address for backend in self._seen.backends]
 
     # ---- its state
 
@@ -345,7 +333,8 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
 
     async def _is_running(self, timeout_s: float) -> bool | None:
         with trio.move_on_after(timeout_s):
-            return {"paused": False, "inmigrate": None}.get(await self._status(), True)
+            status = await self._status()
+            return True if status in HAVE_RUN else False if status in ("paused", "prelaunch") else None
         return None
 
     async def claim_network(self) -> None:
@@ -355,12 +344,10 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
             log.warning("where the guest is now was not announced to its networks: %s", error)
 
     async def made_whole(self) -> None:
-        await super().made_whole()
-        await self._restore()
-        assert self._library is not None
-        assert self._guard is not None
-        self._guard.close()
-        await self._library.disarm()
+        try:
+            await super().made_whole()
+        finally:
+            await self._restore()
 
     async def _release(self) -> None:
         if self._feed is not None:
@@ -370,8 +357,6 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
                 await self._stop_guarding(self._library)
             except PostcopyError as error:
                 log.error("%s waits at its memory, and cannot be used: end it (%s)", self._name, error)
-        if self._guard is not None:
-            self._guard.close()
         await super()._release()
 
     async def _stop_guarding(self, library: Preload) -> bool:

@@ -26,6 +26,7 @@ import os
 import select
 import socket
 import time
+import weakref
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -172,7 +173,7 @@ def _when_ns(timestamp: object) -> int:
         return 0
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Asked:
     """A command that was sent."""
 
@@ -180,6 +181,7 @@ class Asked:
     command: str
     timeout_s: float
     deadline: float  # for its answer
+    answer: Answer | None = None
 
 
 class Monitor:
@@ -194,7 +196,7 @@ class Monitor:
         self._protocol = QmpProtocol()
         self._stream = stream
         self._sending = trio.Lock()
-        self._answers: dict[int, Answer | None] = {}  # what a task waits for
+        self._asked = weakref.WeakValueDictionary[int, Asked]()  # whose answers somebody may want still
         self._read = trio.Event()
         self._reading = False
         self._idle = trio.CancelScope()  # of the task that reads
@@ -294,32 +296,26 @@ class Monitor:
         asked one after the other are done in this order."""
         number, line = self._protocol.command(command, arguments)
         asked = Asked(number, command, timeout_s, trio.current_time() + timeout_s)
-        self._answers[number] = None
+        self._asked[number] = asked
         try:
             with trio.fail_at(asked.deadline):
                 await self._send(line, fd)
-        except BaseException as error:
-            del self._answers[number]
-            if isinstance(error, trio.TooSlowError):
-                raise self._unanswered(asked) from None
-            raise
+        except trio.TooSlowError:
+            raise self._unanswered(asked) from None
         return asked
 
     async def answer_to(self, asked: Asked, *, hurry: bool = False) -> Any:
-        number, command = asked.number, asked.command
         try:
             if hurry:
-                self.hurry(lambda: self._answers[number] is not None)
+                self.hurry(lambda: asked.answer is not None)
             with trio.fail_at(asked.deadline):
-                await self._until(lambda: self._answers[number] is not None)
+                await self._until(lambda: asked.answer is not None)
         except trio.TooSlowError:
             raise self._unanswered(asked) from None
-        finally:
-            answer = self._answers.pop(number)
-        assert answer is not None
-        if answer.refusal is not None:
-            raise QemuRefused(command, *answer.refusal)
-        return answer.value
+        assert asked.answer is not None
+        if asked.answer.refusal is not None:
+            raise QemuRefused(asked.command, *asked.answer.refusal)
+        return asked.answer.value
 
     def _unanswered(self, asked: Asked) -> QemuInDoubt:
         return QemuInDoubt(
@@ -426,8 +422,8 @@ class Monitor:
         for message in messages:
             if isinstance(message, Event):
                 self.on_event(message)
-            elif message.number in self._answers:  # else nobody waits for it any more
-                self._answers[message.number] = message
+            elif (asked := self._asked.get(message.number)) is not None:  # else nobody waits for it any more
+                asked.answer = message
 
     def _ended(self) -> QemuInDoubt:
         return QemuInDoubt(f"QEMU ({self.path}, process {self.process.pid}) has closed its monitor: it may have ended")

@@ -51,20 +51,19 @@ from postcopy.machines.base import MachineState, RamBlock, TellEarly
 from postcopy.machines.preload.client import Armed, Preload
 from postcopy.machines.process import ProcessMachine
 from postcopy.machines.qemu._look import Look, look, look_at_disks, ram_blocks
-from postcopy.machines.qemu.qmp import Asked, Event, Monitor, QemuError, QemuRefused
+from postcopy.machines.qemu.qmp import REQUEST_TIMEOUT_S, Asked, Event, Monitor, QemuError, QemuRefused
 from postcopy.memory import FEATURES_OF_PROCESS, DirtyLog, Memory
 from postcopy.units import format_size
+from postcopy.wire.messages import MAX_STATE_BYTES
 
-MAX_STATE_BYTES = (16 << 20) - (64 << 10)
-"""What a message of the protocol can hold. The state of a guest has some hundred KiB."""
 IGNORE_SHARED, EVENTS, WAIT = "x-ignore-shared", "events", "pause-before-switchover"
 STOP_TIMEOUT_S = 20.0
 """How long QEMU may take from `migrate` until the guest stands."""
 SAVE_TIMEOUT_S = 10.0
 """How long it may take from there until it has saved its devices: some milliseconds."""
 WAITS = "pre-switchover"
-GO_ON_TIMEOUT_S = 8.0
-"""How long it may take until a guest runs that was told to."""
+GO_ON_TIMEOUT_S = 7.0
+"""How long it may take until a guest runs that was told to; with `RESTORE_TIMEOUT_S` less than an engine waits."""
 READ_WITHIN_NS = 10**9
 """How old an event may be when it is read."""
 RESTORE_TIMEOUT_S = 2.0
@@ -79,7 +78,9 @@ _UNDER_WAY = frozenset(
 )
 _FINISHING = "finish-migrate"
 _DESCRIPTION = re.compile(rb"\x06(?=.{4}\{)", re.DOTALL)
-_STOPPED_BY_US = frozenset({"paused", "postmigrate", _FINISHING})
+_MOVED = "postmigrate"
+_STOPPED_BY_US = frozenset({"paused", _MOVED, _FINISHING})
+_STOPPED_FOR_A_LOOK = frozenset({"paused"})
 
 log = logging.getLogger(__name__)
 
@@ -184,6 +185,10 @@ class QemuMachine(ProcessMachine):
     async def _execute(self, command: str, arguments: dict[str, Any] | None = None, **how: Any) -> Any:
         return await (await self._mended()).execute(command, arguments, **how)
 
+    async def _execute_by(self, deadline: float, command: str, arguments: dict[str, Any] | None = None) -> Any:
+        left_s = max(_AGAIN_S, deadline - trio.current_time())
+        return await self._execute(command, arguments, timeout_s=min(left_s, REQUEST_TIMEOUT_S))
+
     async def _mended(self) -> Monitor:
         """Its monitor, where that is needed with a new connection."""
         assert self._monitor is not None
@@ -191,9 +196,9 @@ class QemuMachine(ProcessMachine):
             self._tell()  # so that events are read there, too
         return self._monitor
 
-    async def _status(self) -> str:
+    async def _status(self, deadline: float = math.inf) -> str:
         """What its guest does: "running", "paused", "inmigrate", "postmigrate", ..."""
-        said = await self._execute("query-status")
+        said = await self._execute_by(deadline, "query-status")
         return str(said.get("status", ""))[:40] if isinstance(said, dict) else ""
 
     async def _capabilities(self) -> dict[str, bool]:
@@ -421,8 +426,8 @@ class QemuMachine(ProcessMachine):
         with trio.CancelScope(shield=True):
             try:
                 await self._set_running()
-                self._state = MachineState.RUNNING
             except PostcopyError as error:
+                self._state = MachineState.PAUSED  # so that `resume` tries it again
                 if self._is_alive():
                     log.error("%s; tell it to run (cont), if it does not: %s", why, error)
 
@@ -430,7 +435,6 @@ class QemuMachine(ProcessMachine):
         """Only what was paused here."""
         if self._state is MachineState.PAUSED:
             await self._set_running()
-            self._runs()
         else:
             await trio.lowlevel.checkpoint()
 
@@ -445,15 +449,15 @@ class QemuMachine(ProcessMachine):
         cancelled = False
         while True:
             try:
-                if (status := (await self._query_migrate()).get("status")) not in _UNDER_WAY:
+                if (status := (await self._query_migrate(deadline)).get("status")) not in _UNDER_WAY:
                     break
                 if status == "cancelling" or (status == WAITS and self._saves):
                     # It may not have heard of it; and one that is cancelled just when it begins to wait for us does not
                     # notice, and waits for ever (7.2).
-                    await self._execute("migrate-continue", {"state": status})
+                    await self._execute_by(deadline, "migrate-continue", {"state": status})
                 elif not cancelled and not self._saves:
                     cancelled = True
-                    await self._execute("migrate_cancel")
+                    await self._execute_by(deadline, "migrate_cancel")
             except QemuRefused:  # it has gone on meanwhile
                 pass
             except QemuError as error:
@@ -464,28 +468,30 @@ class QemuMachine(ProcessMachine):
                 raise MigrationError(f"the migration of {self._name} does not end ({status}): see to that, and cont")
             await trio.sleep(_AGAIN_S)
         self._saves = False
-        await self._run()
+        await self._run(_STOPPED_BY_US, deadline)
+        self._runs()
         await self._restore()
 
-    async def _query_migrate(self) -> dict[str, Any]:
-        said = await self._execute("query-migrate")
+    async def _query_migrate(self, deadline: float = math.inf) -> dict[str, Any]:
+        said = await self._execute_by(deadline, "query-migrate")
         return said if isinstance(said, dict) else {}
 
-    async def _run(self) -> None:
-        """``cont``, until the guest runs. QEMU refuses that for a while: until its migration is put away, and while
-        another one has locked a disk of the guest."""
-        deadline = trio.current_time() + GO_ON_TIMEOUT_S
+    async def _run(self, stopped: frozenset[str], deadline: float) -> None:
+        """``cont``, until the guest runs, where it is `stopped`. QEMU refuses that for a while: until its migration is
+        put away, and while another one has locked a disk of the guest."""
         status, why = "silent", ""
         while True:
             try:
-                if (status := await self._status()) == "running":
+                if (status := await self._status(deadline)) == "running":
                     return
-                if status not in _STOPPED_BY_US:
+                if status not in stopped:
+                    moved = "do so only if it does not run elsewhere: another client has moved it"
                     raise MigrationError(
                         f"the guest of {self._name} cannot go on: it is {status}; see to that, and cont"
+                        + (f" ({moved})" if status == _MOVED else "")
                     )
                 if status != _FINISHING:
-                    await self._execute("cont")
+                    await self._execute_by(deadline, "cont")
                     continue
             except QemuRefused as error:
                 why = f": {error.description}"
@@ -551,7 +557,8 @@ class QemuMachine(ProcessMachine):
         finally:
             with trio.CancelScope(shield=True):
                 try:
-                    await self._run()
+                    # One that is not as it was stopped here, another client has moved.
+                    await self._run(_STOPPED_FOR_A_LOOK, trio.current_time() + GO_ON_TIMEOUT_S)
                 except QemuError as error:
                     raise MigrationError(
                         f"the guest of {self._name} was stopped for a look at its memory, and may still be; tell it to"
@@ -659,7 +666,7 @@ def _capabilities(states: dict[str, bool]) -> dict[str, Any]:
 def _check_runs(status: str) -> None:
     if status == "running":
         return
-    if status in ("paused", "postmigrate"):
+    if status in ("paused", _MOVED):
         raise ConfigurationError(
             f"the guest is stopped ({status}); tell it to run first (cont), if you know that it does not run elsewhere:"
             " one that was moved, and whose source has died, is left so"

@@ -597,6 +597,8 @@ class Listener:
         self.tokens: dict[bytes, bytes] = {}
         self._socket = socket.create_server(("127.0.0.1", 0))
         self._silent: list[Line] = []
+        self._connected: list[Line] = []  # that have said nothing yet
+        self._channels: dict[tuple[str, int], Line] = {}  # that were welcomed
 
     @property
     def address(self) -> Address:
@@ -633,10 +635,28 @@ class Listener:
         """Whether somebody has connected, and nobody has spoken to him yet."""
         return bool(self._silent) or bool(select.select([self._socket], [], [], 0)[0])
 
+    def speaker(self, timeout_s: float) -> Line:
+        """The first of those that have connected which says something: a caller may connect before it has anything to
+        say, and hang up without."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left_s = max(0.0, deadline - time.monotonic())
+            ready = select.select([self._socket, *(line.sock for line in self._connected)], [], [], left_s)[0]
+            if not ready:
+                raise TimeoutError(f"nobody has said anything within {timeout_s:g} s")
+            for line in [line for line in self._connected if line.sock in ready]:
+                self._connected.remove(line)
+                with contextlib.suppress(ConnectionError):
+                    if line.sock.recv(1, socket.MSG_PEEK):
+                        return line
+                line.close()
+            if self._socket in ready:
+                self._connected.append(self.accept(timeout_s))
+
     def hello(self, timeout_s: float = TIMEOUT_S) -> tuple[Line, Fields]:
         """The next client that speaks our version, after its hello; one that calls with a newer one calls again."""
         while True:
-            line = self.accept(timeout_s)
+            line = self.speaker(timeout_s)
             theirs = line.take(8)
             assert theirs[:7] == wire.MAGIC, theirs
             line.send(wire.preamble(min(theirs[7], self.version)))
@@ -646,11 +666,15 @@ class Listener:
             return line, line.hear()
 
     def channel(self, kind: str, index: int) -> Line:
-        line, fields = self.hello()
-        assert (fields["channel"], fields["index"]) == (kind, index), fields
-        return self.welcome(line, fields)
+        """They come in any order."""
+        while (kind, index) not in self._channels:
+            line, fields = self.hello()
+            assert fields["channel"] != "control", fields
+            self._channels[fields["channel"], fields["index"]] = self.welcome(line, fields)
+        return self._channels.pop((kind, index))
 
     def control(self, timeout_s: float = TIMEOUT_S) -> Line:
+        self._channels.clear()
         line, fields = self.hello(timeout_s)
         assert fields["channel"] == "control", fields
         return self.welcome(line, fields)

@@ -243,7 +243,8 @@ def test_an_option_that_repeats() -> None:
     given = parsed("daemon", "--tls-authz", "send:a", "--tls-authz", "b")
     assert given["tls_authz"] == ("send:a", "b")
     assert options.TLS_AUTHZ.from_json(options.TLS_AUTHZ.to_json(("send:a", "b"))) == ("send:a", "b")
-    for wrong in ("a", [1], [[]], ["send:"], ["a"] * 257):
+    bad: list[object] = ["a", [1], [[]], ["send:"], ["a"] * 257]
+    for wrong in bad:
         with pytest.raises(ConfigurationError):
             options.TLS_AUTHZ.from_json(wrong)
 

@@ -164,6 +164,8 @@ def test_another_version_goes_on(toy: Callable[..., Toy]) -> None:
     assert new["taken"] == {vm["name"]: ["memfd:toy-0", "socket"]}
     assert new["deaths"] == 0
     assert new["reason"] == f"engine {vm['pid']} was replaced"
+    os.kill(new["pid"], signal.SIGKILL)
+    assert (new["trial"], here.ask("tell")["trial"]) == (True, False)
 
 
 # ---- without a process

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import random
 import signal
@@ -30,6 +32,7 @@ from postcopy.handler._connect import ConnectSource, _KnownImage, _LentPager
 from postcopy.handler._handler import check
 from postcopy.handler._image import Image
 from postcopy.handler._metrics import VmMetrics
+from postcopy.handler._source import ImageSource
 from postcopy.handler._store import LocalStore
 from postcopy.handler._vm import Descriptors
 from postcopy.lazy._source import SourceBlock
@@ -125,6 +128,7 @@ class KeptStore(LocalStore):
         self.outlives = outlives
         self.kept: dict[str, list[int]] = {}
         self.dropped: list[str] = []
+        self.restarts = True
         self.takes = trio.Event()  # virtual machines
         self.takes.set()
 
@@ -404,8 +408,15 @@ async def _hold(nursery: trio.Nursery, socket: Path) -> Vmm:
     return vmm
 
 
-async def test_another_process_goes_on(tmp_path: Path, image: Path) -> None:
-    """With what the first one has put into the store; the image's name is gone meanwhile."""
+async def test_another_process_goes_on(tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what the first one has put into the store; the image's name is gone meanwhile, and its disk may hang."""
+    inode, fstat = os.stat(image).st_ino, os.fstat
+
+    def fstat_elsewhere(fd: int) -> os.stat_result:
+        status = fstat(fd)
+        assert status.st_ino != inode or threading.current_thread() is not threading.main_thread()
+        return status
+
     async with trio.open_nursery() as nursery:
         store = KeptStore()
         async with served(tmp_path, store, image=str(image)) as first:
@@ -421,6 +432,7 @@ async def test_another_process_goes_on(tmp_path: Path, image: Path) -> None:
         second = LocalStore()
         second.taken, second.deaths, store.kept = {"vm": kept}, 1, {}
         os.unlink(tmp_path / "s")
+        monkeypatch.setattr(os, "fstat", fstat_elsewhere)
         async with served(tmp_path, second, image=str(image)) as after:
             assert (await after.said.wait("vm-connected"))["taken-over"]
             write(image, content(2))
@@ -464,6 +476,110 @@ async def test_one_that_cannot_be_taken_over(
                     assert await vmm.process.wait() == -signal.SIGKILL
             assert second.dropped == (["vm"] if kill else [])
         nursery.cancel_scope.cancel()
+
+
+class NotReadyStore(KeptStore):
+    """Of an engine on trial, which must not become ready."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_trial = True
+
+    async def ready(self) -> None:
+        raise AssertionError("it cannot serve")
+
+
+@pytest.mark.parametrize("part", ["opening", "serving"])
+async def test_an_upgrade_that_cannot_serve_kills_nothing(
+    tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """It gives way to the engine before it, which gets all that there was."""
+    async with trio.open_nursery() as nursery:
+        store = KeptStore()
+        async with served(tmp_path, store, image=str(image)) as first:
+            vmms = [await _hold(nursery, first.socket) for _ in range(2)]
+            await first.said.wait("vm-connected", 2)
+            store.leave.set()
+        kept = {name: fds for name, fds in store.kept.items() if len(fds) > 1}
+        os.unlink(tmp_path / "s")
+
+        def copies() -> dict[str, list[int]]:
+            return {name: [os.dup(fd) for fd in fds] for name, fds in kept.items()}
+
+        trial = NotReadyStore()
+        trial.taken = copies()
+        with monkeypatch.context() as patch:
+            if part == "opening":
+                real, numbers = ImageSource, itertools.count(1)
+
+                def second_fails(*arguments: Any) -> Any:
+                    if next(numbers) == 2:
+                        raise ResourceError("no more of them")
+                    return real(*arguments)
+
+                patch.setattr(_handler, "ImageSource", second_fails)
+            else:
+
+                def refuses(*_: object) -> None:
+                    raise CoreError(errno.EINVAL, "no more of them")
+
+                patch.setattr(Pager, "arm_at", refuses)
+            config = PagerConfig(socket=str(tmp_path / "s"), image=str(image), kill_when_lost=True)
+            with pytest.raises(ExceptionGroup) as raised:
+                await Handler(config, Said(), trial).run(Stop())
+            assert raised.group_contains(ResourceError, match="gives way to the one before: vm-.*no more of them")
+        assert trial.dropped == []
+        assert not (tmp_path / "s").exists()
+
+        again = KeptStore()
+        again.taken, store.kept = copies(), {}
+        for fds in kept.values():
+            for fd in fds:
+                os.close(fd)
+        async with served(tmp_path, again, image=str(image), kill_when_lost=True):
+            for vmm in vmms:
+                assert await vmm.reads(content(), 0, PAGES)
+            again.leave.set()
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_a_mistake_ends_is_left_to_the_next_process(tmp_path: Path, image: Path) -> None:
+    class Broken(KeptStore):
+        breaks = trio.Event()
+
+        async def accept(self) -> tuple[str, int]:
+            with trio.CancelScope() as accepting:
+                async with trio.open_nursery() as nursery:
+
+                    @nursery.start_soon
+                    async def end() -> None:
+                        await self.breaks.wait()
+                        accepting.cancel()
+
+                    found = await super().accept()
+                    nursery.cancel_scope.cancel()
+            if self.breaks.is_set():
+                raise RuntimeError("a mistake")
+            return found
+
+    store = Broken()
+    async with trio.open_nursery() as nursery:
+
+        async def serve_until_it_breaks() -> None:
+            async with served(tmp_path, store, image=str(image)) as pager:
+                vmm = await _hold(nursery, pager.socket)
+                assert await vmm.reads(content(), 0, PAGES)  # it is complete: nobody would have to serve it
+                store.breaks.set()
+                await trio.sleep_forever()
+
+        with pytest.raises(BaseExceptionGroup) as raised:
+            await serve_until_it_breaks()
+        assert raised.group_contains(RuntimeError, match="a mistake")
+        assert store.dropped == []
+        assert (tmp_path / "s").exists()
+        nursery.cancel_scope.cancel()
+    for name in list(store.kept):
+        await store.drop(name)
 
 
 async def test_an_image_on_a_disk_that_hangs_keeps_no_process_from_its_end(

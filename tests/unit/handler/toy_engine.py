@@ -60,7 +60,12 @@ async def answer(store: Store, name: str, sock: trio.socket.SocketType) -> None:
         known["error"] = str(error)
     known["taken"] = {other: sorted(map(kind_of, fds)) for other, fds in store.taken.items()}
     known |= {"pid": os.getpid(), "keeper": os.getppid(), "name": name, "deaths": store.deaths, "reason": store.reason}
-    known |= {"arguments": sys.argv[1:], "listeners": sorted(store.listeners), **store.status()}
+    known |= {
+        "trial": store.on_trial,
+        "arguments": sys.argv[1:],
+        "listeners": sorted(store.listeners),
+        **store.status(),
+    }
     await sock.send(json.dumps(known).encode())
     sock.close()
     if request["do"] != "put" or "name" in request:

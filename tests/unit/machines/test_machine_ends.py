@@ -130,7 +130,7 @@ def test_no_thread_is_a_matter_of_resources(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 async def test_no_thread_for_a_channel(monkeypatch: pytest.MonkeyPatch) -> None:
-    def attach(server: Any, channel: int, fd: int) -> int:
+    def attach(server: Any, channel: int, fd: int, tls: Any) -> int:
         os.close(fd)
         return -errno.EAGAIN
 

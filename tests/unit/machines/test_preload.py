@@ -24,6 +24,7 @@ from postcopy._fd import FdHolder
 from postcopy.cli.run import run as run_command
 from postcopy.errors import BusyError, ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
 from postcopy.machines import _peer
+from postcopy.machines._maps import Area
 from postcopy.machines.preload import client, start
 from postcopy.machines.preload.client import Preload, process_at
 from postcopy.uffd import RegisterMode, UffdFeature
@@ -138,7 +139,8 @@ async def test_a_mapping_that_the_kernel_does_not_confirm(
 def test_what_counts_as_mapped(memory: int, areas: list[tuple[int, int, int, int]], mapped: bool) -> None:
     with FdHolder.duplicate(memory) as fd:
         told = client.Mapping(0x10, 0x20, 0, PAGE, 1, 7, "name", fd)
-        assert client._is_mapped(told, [client._Area(*area[:3], 1, area[3]) for area in areas]) is mapped
+        seen = [Area(start, end, "rw-s", offset, 1, inode) for start, end, offset, inode in areas]
+        assert client._is_mapped(told, seen) is mapped
 
 
 async def test_a_descriptor_that_is_no_memory(liar: Callable[..., Preload]) -> None:
@@ -285,6 +287,38 @@ async def test_files_of_huge_blocks_have_pages_all_the_same(tmp_path: Path, tmp_
         (mapping,) = await Preload(pid, socket).mappings()
         mapping.fd.close()
         assert mapping.page_bytes == PAGE
+
+
+@pytest.mark.needs("uffd")
+@pytest.mark.parametrize("second", ["mmap.PROT_READ", "mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE"])
+def test_memory_that_was_mapped_once_more_before(tmp_path: Path, second: str) -> None:
+    """The library does not know a mapping that cannot be written to, and what is missing would be zeros there."""
+    prot, _, flags = second.partition(", ")
+    code = (
+        f"import mmap, os, sys; fd = os.memfd_create('a'); os.ftruncate(fd, {PAGE});"
+        f" b = mmap.mmap(fd, {PAGE}, flags={flags or 'mmap.MAP_SHARED'}, prot={prot});"
+        f" a = mmap.mmap(fd, {PAGE}); print(flush=True); sys.stdin.read()"
+    )
+    socket = str(tmp_path / "s")
+
+    async def arm(library: Preload) -> None:
+        mappings = await library.mappings()
+        try:
+            await library.arm(mappings, features=0, mode=RegisterMode.MISSING, keep=False)
+        finally:
+            for mapping in mappings:
+                mapping.fd.close()
+
+    with start.environment(socket) as variables:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-c", code], env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+    with process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(ConfigurationError, match=r"a second time, at 0x.*it must map it once"):
+            trio.run(arm, Preload(process.pid, socket))
+        process.kill()
 
 
 # ---- postcopy run

@@ -230,7 +230,8 @@ async def test_one_that_has_begun_to_load_is_killed(guest: Stood, waiting: Qemu)
         await machine.prepare()
         await guest.lend(machine, nursery)
         await machine.load_early(guest.state[:100])
-        await machine.close()
+        for _ in range(2):
+            await machine.close()
         assert await is_killed(waiting)
         nursery.cancel_scope.cancel()
 
@@ -491,6 +492,24 @@ async def test_one_that_refuses_to_run_is_told_again_and_named(
     await machine.close()
     with trio.fail_after(30), pytest.raises(trio.ClosedResourceError):
         await machine.wait_changed()
+
+
+@pytest.mark.parametrize(
+    ("status", "runs"),
+    [("running", True), ("shutdown", True), ("paused", False), ("prelaunch", False), ("inmigrate", None),
+     ("finish-migrate", None), ("", None), ("of a version to come", None)],
+)  # fmt: skip
+async def test_what_counts_as_running(
+    status: str, runs: bool | None, guest: Stood, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = arriving(guest, command="true")
+
+    async def say() -> str:
+        await trio.lowlevel.checkpoint()
+        return status
+
+    monkeypatch.setattr(machine, "_status", say)
+    assert await machine._is_running(30.0) is runs
 
 
 async def test_one_that_has_ended_cannot_run(guest: Stood, waiting: Qemu) -> None:

@@ -287,7 +287,7 @@ async def test_an_answer_that_is_read_in_place_is_found_by_who_waits_for_it(
         async def hurry() -> None:
             with FdHolder.duplicate(monitor._stream.socket.fileno()) as same:
                 await same.wait_readable()
-                monitor.hurry(lambda: None not in monitor._answers.values())
+                monitor.hurry(lambda: None not in [asked.answer for asked in monitor._asked.values()])
 
         for number in range(1, 21):
             async with trio.open_nursery() as nursery:
@@ -305,7 +305,7 @@ async def test_an_answer_that_is_read_in_place_is_found_by_who_gives_way_before_
     async with connected(tmp_path, listener) as (server, monitor):
 
         def all_here() -> bool:
-            return None not in monitor._answers.values()
+            return None not in [asked.answer for asked in monitor._asked.values()]
 
         async def hurry() -> None:
             while not monitor._reading and not all_here():
@@ -318,6 +318,18 @@ async def test_an_answer_that_is_read_in_place_is_found_by_who_gives_way_before_
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(hurry)
                 assert await monitor.answer_to(asked) == number
+
+
+async def test_nothing_is_kept_of_what_nobody_waits_for(tmp_path: Path, listener: socket.socket) -> None:
+    async with connected(tmp_path, listener) as (server, monitor):
+        for number in range(1, 6):
+            await monitor.ask("query", timeout_s=BOUND_S)  # and the answer is not asked for
+            await server.answer(number)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(monitor.execute, "query")
+            await server.answer(6)
+        assert not monitor._asked
+        assert not monitor._protocol._asked
 
 
 async def test_a_descriptor_goes_along(tmp_path: Path, listener: socket.socket) -> None:

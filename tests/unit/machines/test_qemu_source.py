@@ -24,6 +24,7 @@ from postcopy.machines.qemu._look import FileIdentity, same_host_and_file
 from postcopy.machines.qemu.qmp import QemuAnswer, QemuError, QemuInDoubt
 from postcopy.machines.qemu.source import QemuMachine
 from postcopy.machines.qemu.twin import command_line_of, twin
+from postcopy.migration.source import RESUME_TIMEOUT_S
 
 BOUND_S = 30.0
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -275,6 +276,38 @@ async def test_a_disk_that_stays_locked_is_named(tmp_path: Path, monkeypatch: py
         with pytest.raises(MigrationError, match="lock on /disk"):
             await machine.resume()
         assert machine.statistics().state is MachineState.PAUSED
+
+
+async def test_a_way_back_that_failed_is_gone_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pause has failed, and so has the way back: the engine tells it to run once more."""
+    async with prepared(tmp_path) as (fake, machine):
+        before = await machine._capabilities()
+        fake.order(Orders(migrates="silent", hangs=["query-migrate"]))
+        with monkeypatch.context() as patch:
+            patch.setattr(source, "GO_ON_TIMEOUT_S", 0.2)
+            patch.setattr(source, "STOP_TIMEOUT_S", 0.1)
+            with pytest.raises(MigrationError, match="has not stopped its guest"):
+                await machine.before_pause()
+        assert machine.statistics().state is MachineState.PAUSED
+        fake.order(Orders())
+        await machine.resume()
+        assert fake.was_told() == [*SET_UP, "migrate_cancel", *WAY_BACK]
+        assert machine.statistics().state is MachineState.RUNNING
+        assert await machine._capabilities() == before
+
+
+@pytest.mark.parametrize("command", ["query-migrate", "query-status", "cont"])
+async def test_the_way_back_ends_before_the_engine_gives_up(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "GO_ON_TIMEOUT_S", 0.2)
+    async with prepared(tmp_path) as (fake, machine):
+        await machine.pause()
+        await machine.save_state()
+        fake.order(Orders(hangs=[command]))
+        with trio.fail_after(RESUME_TIMEOUT_S), pytest.raises(MigrationError, match="has not answered"):
+            await machine.resume()
+    assert source.RESTORE_TIMEOUT_S + 7.0 < RESUME_TIMEOUT_S
 
 
 async def test_a_guest_that_cannot_go_on_is_named(tmp_path: Path) -> None:
@@ -572,10 +605,19 @@ async def test_it_is_said_when_it_may_still_be_stopped(tmp_path: Path, monkeypat
                 async with machine.settled():
                     fake.order(Orders(says=PINS, drops=["query-status"]))
         fake.order(Orders(says=PINS))
-        await machine._run()
+        await machine._run(frozenset({"paused"}), trio.current_time() + BOUND_S)
         with pytest.raises(MigrationError, match=r"may still be; tell it to run \(cont\)"):
             async with machine.settled():
                 fake.order(Orders(says=PINS, dies=["query-status"]))
+
+
+async def test_it_stays_stopped_where_another_client_has_moved_it(tmp_path: Path) -> None:
+    """It runs elsewhere."""
+    async with prepared(tmp_path, Orders(says=PINS)) as (fake, machine):
+        with pytest.raises(MigrationError, match=r"it is postmigrate; .*only if it does not run elsewhere"):
+            async with machine.settled():
+                fake.order(Orders(says=PINS | {"query-status": {"status": "postmigrate"}}))
+        assert fake.was_told() == ["stop"]
 
 
 async def test_it_stays_stopped_where_somebody_else_has_stopped_it(tmp_path: Path) -> None:

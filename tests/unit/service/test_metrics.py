@@ -299,6 +299,7 @@ class TestHttp:
             (b"GET /metrics?x=1 HTTP/1.1", 200),
             (b"HEAD /metrics HTTP/1.1", 200),
             (b"GET / HTTP/1.1", 404),
+            (b"HEAD / HTTP/1.1", 404),
             (b"POST /metrics HTTP/1.1", 405),
             (b"GET /metrics HTTP/1.0", 200),
             (b"nonsense", 400),
