@@ -120,8 +120,7 @@ check-c: $(B)-plain ## C unit tests
 	ctest --test-dir $< --output-on-failure -L unit -j2
 
 sanitize: $(B)-asan $(B)-tsan ## C unit tests under ASan + UBSan and under TSan
-	ctest --test-dir $(B)-asan --output-on-failure -L unit -j3
-	ctest --test-dir $(B)-tsan --output-on-failure -L unit -j3
+	@failed=; for build in $^; do ctest --test-dir $$build --output-on-failure -L unit -j3 || failed=1; done; [ -z "$$failed" ]
 
 stress: $(B)-plain ## race faults, handlers and discards on one userfaultfd, SECONDS (60) for each kind of memory
 	POSTCOPY_STRESS_SECONDS=$(or $(SECONDS),60) $</csrc/tests/test_uffd_stress
