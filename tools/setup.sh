@@ -58,7 +58,7 @@ sys.exit(not os.path.isfile(os.path.join(sysconfig.get_path("include"), "Python.
 
 # TLS is built where OpenSSL's headers are; without them all the rest is.
 openssl() {
-	headers() { echo '#include <openssl/ssl.h>' | "$cc" -E -x c - >/dev/null 2>&1; }
+	headers() { printf '#include <openssl/ssl.h>\n#if OPENSSL_VERSION_MAJOR < 3\n#error\n#endif\n' | "$cc" -E -x c - >/dev/null 2>&1; }
 	headers && return 0
 	if [ "${POSTCOPY_INSTALL:-0}" = 1 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
 		echo "setup: installing libssl-dev"
@@ -66,7 +66,7 @@ openssl() {
 		{ get || { apt-get update --quiet && get; }; } >build/libssl-dev.log 2>&1 || cat build/libssl-dev.log >&2
 		headers && return 0
 	fi
-	echo "setup: no openssl/ssl.h: this postcopy will have no TLS. Debian: apt-get install libssl-dev, then make setup" >&2
+	echo "setup: no openssl/ssl.h of OpenSSL 3: this postcopy will have no TLS. Debian: apt-get install libssl-dev, then make setup" >&2
 }
 
 at_least() { # command, major, minor: is there and at least that version

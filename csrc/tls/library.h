@@ -14,10 +14,6 @@
 #include <openssl/x509v3.h>
 #include <stddef.h>
 
-#if OPENSSL_VERSION_MAJOR < 3
-#error "OpenSSL 3 is needed"
-#endif
-
 #define PC_OPENSSL_FUNCTIONS(X)                                                                                         \
     X(ASN1_STRING_get0_data)                                                                                            \
     X(ASN1_STRING_length)                                                                                               \
@@ -80,6 +76,7 @@
     X(SSL_get_ex_data)                                                                                                  \
     X(SSL_get_ex_data_X509_STORE_CTX_idx)                                                                               \
     X(SSL_has_pending)                                                                                                  \
+    X(SSL_key_update)                                                                                                   \
     X(SSL_new)                                                                                                          \
     X(SSL_read_ex)                                                                                                      \
     X(SSL_SESSION_free)                                                                                                 \
