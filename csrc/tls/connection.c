@@ -10,7 +10,8 @@
  * come. So `dry` and SSL_has_pending together tell whether a read is worth a try.
  *
  * A record that was made is never made again: where the socket does not take it, its bytes stay in `out`, and the writer is told
- * to come again (`owed`). TLS 1.3 has no renegotiation: no read needs room for writing, and no write needs bytes to read.
+ * to come again (`owed`). A read never waits for room, and a write never for bytes: TLS 1.3 has no renegotiation, and a peer that
+ * makes either necessary all the same is none of ours.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -32,6 +33,7 @@
 
 _Static_assert(SEND_AT_ONCE + 5 * RECORD_MORE <= OUT_BYTES, "it fits whatever the socket takes");
 
+/* The first failure is the last: its -errno, which every call gives from then on. */
 static int broken(struct pc_tls *tls, int error)
 {
     if (!tls->broken) {
@@ -68,14 +70,16 @@ static ssize_t send_some(struct pc_tls *tls, const void *data, size_t bytes, boo
     return sent >= 0 ? sent : error == EAGAIN ? 0 : broken(tls, -error);
 }
 
-/* 0; -EAGAIN when not all was taken; -errno. */
+/* 0; -EAGAIN when not all was taken, and `wait` is false; -errno. */
 static int flush(struct pc_tls *tls, bool wait)
 {
     while (tls->out_start < tls->out_end) {
         ssize_t sent = send_some(tls, tls->out + tls->out_start, tls->out_end - tls->out_start, wait);
 
-        if (sent <= 0)
-            return sent ? (int)sent : -EAGAIN;
+        if (sent < 0)
+            return (int)sent;
+        if (!sent)
+            return wait ? broken(tls, -EPIPE) : -EAGAIN; /* where it should wait: it was interrupted */
         tls->out_start += (size_t)sent;
     }
     tls->out_start = tls->out_end = 0;
@@ -89,7 +93,7 @@ static int bio_write(BIO *bio, const char *data, size_t bytes, size_t *written)
     pc_openssl.BIO_clear_flags(bio, BIO_FLAGS_RWS | BIO_FLAGS_SHOULD_RETRY);
     *written = bytes;
     if (tls->last && !tls->out_end) {
-        ssize_t sent = send_some(tls, data, bytes, tls->wait);
+        ssize_t sent = send_some(tls, data, bytes, tls->wait_to_write);
 
         if (sent < 0) {
             tls->socket_error = -tls->broken;
@@ -100,11 +104,13 @@ static int bio_write(BIO *bio, const char *data, size_t bytes, size_t *written)
         if (!bytes)
             return 1;
     }
-    if (bytes > OUT_BYTES - tls->out_end && tls->wait)
-        (void)flush(tls, true);
-    /* A call that does not wait never makes more than there is room for; what OpenSSL adds of its own is little. */
+    if (bytes > OUT_BYTES - tls->out_end)
+        (void)flush(tls, tls->wait_to_write);
+    /* A call that does not wait never makes more than there is room for: it is answers to the peer, which does not read them. */
     if (bytes > OUT_BYTES - tls->out_end) {
-        tls->socket_error = tls->broken ? -tls->broken : ENOBUFS;
+        if (!tls->broken)
+            (void)pc_fail(EPROTO, tls->why, sizeof(tls->why), "the peer asks for new keys and does not read the answers");
+        tls->socket_error = tls->broken ? -tls->broken : EPROTO;
         return 0;
     }
     memcpy(tls->out + tls->out_end, data, bytes);
@@ -119,7 +125,7 @@ static int bio_read(BIO *bio, char *buffer, size_t bytes, size_t *read_bytes)
 
     pc_openssl.BIO_clear_flags(bio, BIO_FLAGS_RWS | BIO_FLAGS_SHOULD_RETRY);
     do
-        got = is_interrupted(tls) ? 0 : recv(tls->fd, buffer, bytes, tls->wait ? 0 : MSG_DONTWAIT);
+        got = is_interrupted(tls) ? 0 : recv(tls->fd, buffer, bytes, tls->wait_to_read ? 0 : MSG_DONTWAIT);
     while (got < 0 && errno == EINTR);
     /* Where we have ended it: for OpenSSL it goes on, or it would tell the peer of a failure. */
     if ((got < 0 && errno == EAGAIN) || (!got && is_interrupted(tls))) {
@@ -230,9 +236,10 @@ static int why_not(struct pc_tls *tls)
     return result;
 }
 
-static void begin(struct pc_tls *tls, bool wait)
+static void begin(struct pc_tls *tls, bool wait_to_read, bool wait_to_write)
 {
-    tls->wait = wait;
+    tls->wait_to_read = wait_to_read;
+    tls->wait_to_write = wait_to_write;
     tls->socket_error = 0;
 }
 
@@ -244,7 +251,7 @@ int pc_tls_handshake(struct pc_tls *tls)
 
     pc_openssl.ERR_clear_error(); /* what others left in a thread that is not the data plane's */
     while (!error && !tls->established) {
-        begin(tls, false);
+        begin(tls, false, false);
         if (pc_openssl.SSL_do_handshake(tls->openssl) == 1) {
             tls->established = true;
             error = pc_tls_check_resumed(tls);
@@ -273,14 +280,14 @@ ssize_t pc_tls_receive(struct pc_tls *tls, void *buffer, size_t bytes, bool wait
         return tls->broken ? tls->broken : -ENOTCONN;
     if (tls->out_end)
         (void)flush(tls, false);
-    begin(tls, wait);
+    begin(tls, wait, false);
     while (done < bytes && !tls->broken && !tls->closed) {
         size_t got = 0;
         int error;
 
         if (pc_openssl.SSL_read_ex(tls->openssl, (uint8_t *)buffer + done, bytes - done, &got)) {
             done += got;
-            tls->wait = false;
+            tls->wait_to_read = false;
             if (!pc_openssl.SSL_has_pending(tls->openssl))
                 break;
             continue;
@@ -338,6 +345,18 @@ static const void *gather(const struct place *place, uint8_t *record, size_t *by
     return record;
 }
 
+/* A key is good for some 2^24 records (RFC 8446, 5.5), which OpenSSL does not count. The next record after this begins the next key. */
+static void count_records(struct pc_tls *tls, size_t bytes)
+{
+    tls->records += (bytes + RECORD_BYTES - 1) / RECORD_BYTES;
+    if (tls->records < PC_TLS_KEY_RECORDS)
+        return;
+    if (pc_openssl.SSL_key_update(tls->openssl, SSL_KEY_UPDATE_NOT_REQUESTED))
+        tls->records = 0;
+    else /* within a message of the peer's: after the next record then */
+        pc_openssl.ERR_clear_error();
+}
+
 ssize_t pc_tls_send(struct pc_tls *tls, const struct iovec *parts, int count, bool wait)
 {
     struct place place = {.parts = parts, .count = count};
@@ -346,11 +365,11 @@ ssize_t pc_tls_send(struct pc_tls *tls, const struct iovec *parts, int count, bo
     int error = tls->broken ? tls->broken : tls->established ? flush(tls, wait) : -ENOTCONN;
 
     if (error)
-        return error == -EAGAIN && wait ? broken(tls, -EPIPE) : error;
+        return error;
     tls->owed = 0;
     if (done)
         return (ssize_t)done; /* what was owed has gone */
-    begin(tls, wait);
+    begin(tls, false, wait);
     for (int i = 0; i < count; i++)
         all += parts[i].iov_len;
     move_on(&place, 0); /* past parts that are empty */
@@ -363,18 +382,20 @@ ssize_t pc_tls_send(struct pc_tls *tls, const struct iovec *parts, int count, bo
         tls->last = done + bytes == all && bytes <= RECORD_BYTES;
         if (!pc_openssl.SSL_write_ex(tls->openssl, data, bytes, &sent)) {
             error = why_not(tls);
-            return tls->broken ? tls->broken : broken(tls, error < 0 ? error : -EPIPE);
+            if (error == AGAIN)
+                continue;
+            if (error == -EAGAIN && !tls->broken)
+                error = pc_fail(EPROTO, tls->why, sizeof(tls->why), "the peer sent a part of a message of TLS, and not the rest");
+            return broken(tls, error ? error : -EPIPE);
         }
+        count_records(tls, sent);
         done += sent;
         move_on(&place, sent);
     }
     tls->last = false;
     error = flush(tls, wait);
-    if (error == -EAGAIN) {
-        if (wait) /* it was interrupted */
-            return broken(tls, -EPIPE);
+    if (error == -EAGAIN)
         tls->owed = done;
-    }
     return error ? error : (ssize_t)done;
 }
 
@@ -404,7 +425,7 @@ int pc_tls_close_notify(struct pc_tls *tls)
     if (error)
         return error;
     if (!tls->notified) {
-        begin(tls, false);
+        begin(tls, false, false);
         tls->notified = pc_openssl.SSL_shutdown(tls->openssl) >= 0;
         pc_openssl.ERR_clear_error();
         if (!tls->notified)
@@ -420,6 +441,14 @@ const char *pc_tls_why(const struct pc_tls *tls)
 
 /* ---- its life ---- */
 
+/* It has the secret that the next handshake begins with. */
+static void forget_session(struct pc_tls *tls)
+{
+    if (tls->session)
+        explicit_bzero(tls->session, tls->session_bytes);
+    free(tls->session);
+}
+
 int pc_tls_keep_session(SSL *openssl, SSL_SESSION *session)
 {
     struct pc_tls *tls = pc_openssl.SSL_get_ex_data(openssl, 0);
@@ -429,8 +458,8 @@ int pc_tls_keep_session(SSL *openssl, SSL_SESSION *session)
     if (kept) {
         memcpy(kept, tls->identity, sizeof(tls->identity));
         end = kept + sizeof(tls->identity);
+        forget_session(tls);
         tls->session_bytes = sizeof(tls->identity) + (size_t)pc_openssl.i2d_SSL_SESSION(session, &end);
-        free(tls->session);
         tls->session = kept;
     }
     return 0; /* it stays OpenSSL's */
@@ -522,7 +551,7 @@ void pc_tls_free(struct pc_tls *tls)
         pc_openssl.SSL_free(tls->openssl);
     pc_openssl.ERR_clear_error();
     pc_buffer_free(tls->out, OUT_BYTES);
-    free(tls->session);
+    forget_session(tls);
     pc_tls_context_free(tls->context);
     free(tls);
 }

@@ -14,11 +14,13 @@
 #include "postcopy/tls.h"
 #include "tls/library.h"
 
+#define PC_TLS_KEY_RECORDS (1u << 23) /* written with one key */
+
 struct pc_tls {
     struct pc_tls_context *context;
     SSL *openssl;
     int fd;
-    bool wait;        /* whether the present call may wait for the socket */
+    bool wait_to_read, wait_to_write; /* whether the present call may */
     bool last;        /* what OpenSSL writes is the last record of a call: it goes straight to the socket */
     bool dry;         /* the last look at the socket found nothing: what OpenSSL holds is no whole record */
     bool ended;       /* the socket has */
@@ -31,6 +33,7 @@ struct pc_tls {
     uint8_t *out;     /* records that the socket has not taken yet */
     size_t out_start, out_end;
     size_t owed;      /* bytes that are in `out` and whose writer was told to come again */
+    uint64_t records; /* written with the present key, see PC_TLS_KEY_RECORDS */
     unsigned char identity[32]; /* what a session has to belong to */
     uint8_t *session;
     size_t session_bytes;

@@ -150,6 +150,12 @@ static bool is_full(const struct way *way)
     return way->start < way->end;
 }
 
+/* A socket of which nothing is wanted now is left out: poll reports its end whatever is asked, and again at once. */
+static struct pollfd wait_for(int fd, bool in, bool out)
+{
+    return (struct pollfd){.fd = in || out ? fd : -1, .events = (short)((in ? POLLIN : 0) | (out ? POLLOUT : 0))};
+}
+
 static void *relay_thread(void *argument)
 {
     struct relay *relay = argument;
@@ -160,13 +166,11 @@ static void *relay_thread(void *argument)
     else
         pc_thread_background();
     while (!carry_in(relay) && !carry_out(relay) && !relay->out.ended) {
-        struct pollfd ready[] = {
-            {.fd = relay->plain, .events = (short)((is_full(&relay->in) ? POLLOUT : 0) | (is_full(&relay->out) ? 0 : POLLIN))},
-            {.fd = relay->stream.fd,
-             .events = (short)((is_full(&relay->out) ? POLLOUT : 0) | (is_full(&relay->in) || relay->in.ended ? 0 : POLLIN))}};
-        bool more = !is_full(&relay->in) && !relay->in.ended && pc_stream_pending(&relay->stream);
+        bool hears = !is_full(&relay->in) && !relay->in.ended;
+        struct pollfd ready[] = {wait_for(relay->plain, !is_full(&relay->out), is_full(&relay->in)),
+                                 wait_for(relay->stream.fd, hears, is_full(&relay->out))};
 
-        if (poll(ready, 2, more ? 0 : -1) < 0 && errno != EINTR)
+        if (poll(ready, 2, hears && pc_stream_pending(&relay->stream) ? 0 : -1) < 0 && errno != EINTR)
             break;
     }
     pc_stream_close(&relay->stream);

@@ -3,6 +3,7 @@
  * TLS connections: who is let in, what is told apart, and that no byte is lost, doubled or waited for in vain. Most cases carry the bytes
  * between the two ends themselves, so that they can cut and delay them where they like.
  */
+#include <dirent.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <openssl/ssl.h>
@@ -11,7 +12,7 @@
 
 #include "core/stream.h"
 #include "tests/support/tls_pair.h"
-#include "tls/library.h"
+#include "tls/connection.h"
 #include "tls/stream.h"
 
 #define DATA_BYTES (300 * 1024)
@@ -610,6 +611,122 @@ static void a_flood_of_keys_ends_the_connection(void)
     close_site(&site);
 }
 
+/* A peer that asks for new keys and never reads the answers gets no more of them, also from a thread that may wait. */
+static void a_read_waits_for_no_room(void)
+{
+    struct site site = open_site();
+
+    for (int wait = 0; wait < 2; wait++) {
+        struct stranger stranger = open_stranger(&site);
+        char got[16];
+        ssize_t result;
+
+        CHECK_SYS(setsockopt(stranger.pair[0], SOL_SOCKET, SO_SNDBUF, &(int){1}, sizeof(int)));
+        do {
+            change_keys(&stranger, 1, SSL_KEY_UPDATE_REQUESTED);
+            CHECK_EQ(SSL_write(stranger.ssl, "hello", 5), 5);
+            result = pc_tls_receive(stranger.ours, got, sizeof(got), wait);
+        } while (result == 5);
+        CHECK_EQ(result, -EPROTO);
+        CHECK(!strcmp(pc_tls_why(stranger.ours), "the peer asks for new keys and does not read the answers"));
+        close_stranger(&stranger);
+    }
+    close_site(&site);
+}
+
+static int enlarge_ticket(SSL *ssl, void *argument)
+{
+    static const char much[20000];
+
+    (void)argument;
+    return SSL_SESSION_set1_ticket_appdata(SSL_get_session(ssl), much, sizeof(much));
+}
+
+static SSL_TICKET_RETURN use_ticket(SSL *ssl, SSL_SESSION *session, const unsigned char *name, size_t bytes, SSL_TICKET_STATUS status,
+                                    void *argument)
+{
+    (void)ssl, (void)session, (void)name, (void)bytes, (void)status, (void)argument;
+    return SSL_TICKET_RETURN_IGNORE;
+}
+
+/* A server whose ticket is two records long: between them a write is neither possible nor worth a wait. */
+static void a_write_waits_for_no_bytes(void)
+{
+    struct site site = open_site();
+
+    for (int how = 0; how < 3; how++) { /* both records; one, and a write that does not wait; one, and a write that does */
+        struct wire wire = open_wire(site.server, site.client, SERVER_NAME);
+        SSL_CTX *context = SSL_CTX_new(TLS_server_method());
+        SSL *server = NULL;
+        struct iovec part = {.iov_base = (char[]){"hello"}, .iov_len = 5};
+        uint8_t cipher[65536], byte;
+        size_t bytes, first;
+
+        CHECK(SSL_CTX_use_certificate(context, site.identities[0].certificate) && SSL_CTX_use_PrivateKey(context, site.identities[0].key));
+        CHECK(SSL_CTX_set_session_ticket_cb(context, enlarge_ticket, use_ticket, NULL) && SSL_CTX_set_num_tickets(context, 1));
+        CHECK((server = SSL_new(context)) && SSL_set_fd(server, wire.inner[0]));
+        CHECK_SYS(fcntl(wire.inner[0], F_SETFL, O_NONBLOCK));
+        CHECK_EQ(pc_tls_handshake(wire.ends[1]), PC_TLS_READABLE);
+        CHECK(carry(&wire) && SSL_accept(server) < 0 && carry(&wire));
+        CHECK_EQ(pc_tls_handshake(wire.ends[1]), 0);
+        CHECK(carry(&wire));
+        CHECK_EQ(SSL_accept(server), 1);
+        bytes = take(&wire, 0, cipher, sizeof(cipher));
+        first = 5 + ((size_t)cipher[3] << 8 | cipher[4]);
+        CHECK(first < bytes);
+        give(&wire, 1, cipher, how ? first : bytes);
+        CHECK_EQ(pc_tls_read(wire.ends[1], &byte, 1), -EAGAIN);
+        CHECK(!pc_tls_pending(wire.ends[1]));
+        CHECK_EQ(pc_tls_send(wire.ends[1], &part, 1, how == 2), how ? -EPROTO : 5);
+        CHECK(!strcmp(pc_tls_why(wire.ends[1]), how ? "the peer sent a part of a message of TLS, and not the rest" : ""));
+        CHECK(how || pc_tls_session(wire.ends[1], NULL, 0) > 20000);
+        SSL_free(server);
+        SSL_CTX_free(context);
+        close_wire(&wire);
+    }
+    close_site(&site);
+}
+
+/* A key is left before it has made more records than it is good for. */
+static void keys_are_renewed_in_time(void)
+{
+    enum { RECORDS = 10, BEFORE = 4, BYTES = 100, OVERHEAD = 5 + 1 + 16, KEY_UPDATE_BYTES = 5 };
+    struct site site = open_site();
+
+    for (int from = 0; from < 2; from++) {
+        struct wire wire = connected(&site);
+        uint8_t sent[BYTES], got[BYTES], cipher[RECORDS * (BYTES + 2 * OVERHEAD)];
+        size_t bytes, record = 0, updates = 0;
+
+        (void)take_session(&wire, NULL, 0);
+        wire.ends[from]->records = PC_TLS_KEY_RECORDS - BEFORE;
+        for (int i = 0; i < RECORDS; i++) {
+            memset(sent, i, sizeof(sent));
+            CHECK_EQ(pc_tls_write(wire.ends[from], sent, sizeof(sent)), sizeof(sent));
+        }
+        CHECK_EQ(wire.ends[from]->records, RECORDS - BEFORE);
+        bytes = take(&wire, from, cipher, sizeof(cipher));
+        for (size_t at = 0; at < bytes; record++) {
+            size_t length = 5 + ((size_t)cipher[at + 3] << 8 | cipher[at + 4]);
+
+            if (length == KEY_UPDATE_BYTES + OVERHEAD) {
+                CHECK_EQ(record, BEFORE);
+                updates++;
+            }
+            at += length;
+        }
+        CHECK_EQ(updates, 1);
+        give(&wire, !from, cipher, bytes);
+        for (int i = 0; i < RECORDS; i++) {
+            memset(sent, i, sizeof(sent));
+            CHECK_EQ(pc_tls_read(wire.ends[!from], got, sizeof(got)), sizeof(got));
+            CHECK(!memcmp(sent, got, sizeof(got)));
+        }
+        close_wire(&wire);
+    }
+    close_site(&site);
+}
+
 /* ---- amounts ---- */
 
 /* Random pieces both ways over sockets that take little: nothing is lost, doubled, or waits although it could go on. */
@@ -773,7 +890,7 @@ static void *read_one(void *argument)
 static void *write_until_it_ends(void *argument)
 {
     struct transfer *transfer = argument;
-    static uint8_t data[65536];
+    static uint8_t data[DATA_BYTES]; /* more than a connection keeps */
     struct iovec part;
 
     do {
@@ -868,6 +985,66 @@ static void a_relay_carries_both_ways(void)
     close_site(&site);
 }
 
+/* Whether the thread of that name is asleep, as often as one looks: one that turns in a circle is not. */
+static bool sleeps(const char *name)
+{
+    DIR *tasks = opendir("/proc/self/task");
+    const struct dirent *entry;
+    bool asleep = false;
+
+    CHECK(tasks != NULL);
+    while ((entry = readdir(tasks))) {
+        char path[PATH_MAX], text[512] = "";
+        FILE *file;
+
+        (void)snprintf(path, sizeof(path), "/proc/self/task/%s/stat", entry->d_name);
+        file = fopen(path, "re");
+        if (file && fgets(text, sizeof(text), file) && strstr(text, name))
+            asleep = strstr(text, ") S ") != NULL;
+        if (file)
+            (void)fclose(file);
+    }
+    (void)closedir(tasks);
+    return asleep;
+}
+
+static void wait_until_it_sleeps(const char *name)
+{
+    for (int times = 0; times < 50; times++) /* the case has a deadline */
+        if (!sleeps(name))
+            times = 0;
+}
+
+/* The process does not read what the peer has sent, and the peer resets the connection: the relay waits for the process. */
+static void a_relay_waits_in_peace(void)
+{
+    struct site site = open_site();
+    struct pc_tls *ends[2];
+    static uint8_t data[DATA_BYTES];
+    int64_t result;
+    int pair[2], plain;
+
+    tcp_pair(pair);
+    tls_ends(&site, pair, ends);
+    plain = pc_tls_relay(pair[0], ends[0], 1);
+    CHECK(plain >= 0);
+    do {
+        while (pc_tls_write(ends[1], data, sizeof(data)) > 0) {
+        }
+        wait_until_it_sleeps("(pc-relay");
+        result = pc_tls_write(ends[1], data, sizeof(data));
+    } while (result > 0);
+    CHECK_EQ(result, -EAGAIN);
+    CHECK_SYS(setsockopt(pair[1], SOL_SOCKET, SO_LINGER, &(struct linger){.l_onoff = 1}, sizeof(struct linger)));
+    pc_tls_free(ends[1]);
+    close(pair[1]);
+    wait_until_it_sleeps("(pc-relay");
+    while (recv(plain, data, sizeof(data), 0) > 0) { /* it goes on, and ends */
+    }
+    close(plain);
+    close_site(&site);
+}
+
 int main(int argc, char **argv)
 {
     char line[PC_ERROR_BYTES];
@@ -890,10 +1067,14 @@ int main(int argc, char **argv)
     RUN(handshakes_cut_anywhere);
     RUN(keys_may_change);
     RUN(a_flood_of_keys_ends_the_connection);
+    RUN(a_read_waits_for_no_room);
+    RUN(a_write_waits_for_no_bytes);
+    RUN(keys_are_renewed_in_time);
     RUN(every_byte_arrives_once);
     RUN(many_at_a_time);
     RUN(waiting_threads_can_be_ended);
     RUN(a_stream_needs_its_handshake);
     RUN(a_relay_carries_both_ways);
+    RUN(a_relay_waits_in_peace);
     return test_end();
 }
