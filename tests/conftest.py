@@ -104,6 +104,14 @@ def _firecracker() -> str | None:
     return None
 
 
+def _tls() -> str | None:
+    from postcopy._native import lib
+    from postcopy.errors import ErrorLine
+
+    line = ErrorLine()
+    return str(line) if lib.pc_tls_available(line.buffer, line.size) else None
+
+
 def _command(name: str, package: str) -> Callable[[], str | None]:
     return lambda: None if shutil.which(name) else f"no {name} command: install {package}"
 
@@ -115,6 +123,7 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "uffd-minor": _probed("uffd-minor"),
     "uffd-poison": _probed("uffd-poison"),
     "uffd-move": _probed("uffd-move"),
+    "tls": _tls,  # it was built with OpenSSL's headers, and finds its library
     "tun": _probed("tun"),  # TAPs can be opened
     "kvm": _probed("kvm"),
     "root": _probed("root"),

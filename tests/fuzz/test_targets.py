@@ -16,7 +16,9 @@ CORPUS = Path(__file__).with_name("corpus")
 MUTATIONS, MUTATIONS_WHERE_SLOW = 1000, 100
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.needs("tls") if name == "acceptor_tls" else ()) for name in TARGETS]
+)
 def test_target(name: str, tmp_path: Path) -> None:
     target = TARGETS[name]
     corpus = CORPUS / name

@@ -65,6 +65,7 @@ def test_what_one_peer_may_have_here(daemon: Daemon, version: int, rv64: Machine
         Source(program.address, rv64, version).until("running").finish()
 
 
+@pytest.mark.needs("tls")
 def test_a_peer_is_who_its_certificate_says(daemon: Daemon, start: Start) -> None:
     """Wherever it calls from; and who has another one is another peer, also from the same host."""
     vm1, vm2 = tls.site().issue("vm1", "vm1.example"), tls.site().issue("vm2", "vm2.example", "127.0.0.1")

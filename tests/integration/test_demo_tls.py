@@ -10,7 +10,7 @@ import pytest
 
 MACHINE = ("--machine", "rv64", "--memory", "16MiB", "--migrate-after", "0.2", "--run-for", "0.2")
 
-pytestmark = pytest.mark.needs("uffd-user")
+pytestmark = pytest.mark.needs("tls", "uffd-user")
 
 
 @pytest.mark.parametrize("network", [(), ("--chaos", "cut", "--seed", "3")], ids=["whole", "cut"])

@@ -201,6 +201,7 @@ def test_in_a_user_namespace() -> None:
     postcopy("lab", "down", "--all")
 
 
+@pytest.mark.needs("tls")
 @pytest.mark.parametrize("prefix", [(), ("unshare", "-Urnm")], ids=["root", "unshare"])
 def test_hosts_know_each_other_by_name(prefix: tuple[str, ...], require: Callable[..., None]) -> None:
     """As a user types it: `ping h2` and `--connect h2:7777` in h1, and a prompt that says h1."""
@@ -449,6 +450,7 @@ def shown(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.needs("tls")
 @pytest.mark.needs("uffd-user")
 @pytest.mark.parametrize("prefix", [(), ("unshare", "-Urnm")], ids=["root", "unshare"])
 def test_demo(prefix: tuple[str, ...], require: Callable[..., None]) -> None:
@@ -460,6 +462,7 @@ def test_demo(prefix: tuple[str, ...], require: Callable[..., None]) -> None:
     assert [host["name"] for host in result["lab"]["hosts"].values()] == ["h1", "h2"]
 
 
+@pytest.mark.needs("tls")
 @pytest.mark.needs("uffd-user")
 def test_demo_of_an_image_over_a_slow_network() -> None:
     """The proxy is in the source's host, for a kernel without netem."""

@@ -54,7 +54,7 @@ def test_a_peer_that_is_beyond_this_host(tmp_path: Path, daemon: Callable[..., A
     assert operator("a").machines()["vm1"]["guest"]["state"] == "running"
 
 
-@pytest.mark.needs("uffd-user")
+@pytest.mark.needs("tls", "uffd-user")
 def test_two_daemons(tmp_path: Path, daemon: Callable[..., Any], operator: Any) -> None:
     site = tls.site()
     a, b = site.issue("a", "host-a.example"), site.issue("b", "host-b.example")
@@ -90,7 +90,7 @@ def test_two_daemons(tmp_path: Path, daemon: Callable[..., Any], operator: Any) 
     assert _expiry(operator("b")) > before
 
 
-@pytest.mark.needs("uffd-user")
+@pytest.mark.needs("tls", "uffd-user")
 def test_a_peer_that_is_looked_for_elsewhere(side: Callable[..., Any], operator: Any, tmp_path: Path) -> None:
     """A new address is refused where it would need TLS; under TLS the certificate there may have another name."""
     image = tmp_path / "image"

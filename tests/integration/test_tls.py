@@ -21,7 +21,7 @@ Arguments = tuple[object, ...]
 MIB = 1 << 20
 DEADLINE_S = 60.0
 
-pytestmark = pytest.mark.needs("uffd-user")
+pytestmark = pytest.mark.needs("tls", "uffd-user")
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ raise SystemExit(main())
 CLEAR = [b"postcpy", b"PCPF", b"offer", b"token", b"image", b"migration"]
 """What the protocol of postcopy says of itself: preamble, frames, messages, machines."""
 
-pytestmark = pytest.mark.needs("root", "netns", "uffd-user")
+pytestmark = pytest.mark.needs("tls", "root", "netns", "uffd-user")
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ Start = Callable[..., Any]
 SEEDS = int(os.environ.get("POSTCOPY_SEEDS", "1"))
 
 
-@pytest.mark.needs("uffd", "kvm")
+@pytest.mark.needs("tls", "uffd", "kvm")
 @pytest.mark.timeout(60 * SEEDS + 60)
 @pytest.mark.parametrize("plan", ["cut:every=0.2..0.4,ways=reset+close+truncate", "all:every=0.2..0.4"])
 def test_machines(side: Start, plan: str) -> None:

@@ -17,7 +17,7 @@ import tls
 Start = Callable[..., Any]
 MIB = 1 << 20
 
-pytestmark = pytest.mark.needs("uffd-user")
+pytestmark = pytest.mark.needs("tls", "uffd-user")
 
 
 @pytest.fixture

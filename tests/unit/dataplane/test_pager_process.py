@@ -379,7 +379,7 @@ async def elsewhere(where: str) -> None:
         forgetful,
         no_descriptors,
         unattached,
-        under_tls,
+        pytest.param(under_tls, marks=pytest.mark.needs("tls")),
         full,
         closed,
         closed_while_waited_for,

@@ -916,6 +916,7 @@ class TestOfAnotherHost:
                 assert await other.reads(content(), 0, PAGES)
             nursery.cancel_scope.cancel()
 
+    @pytest.mark.needs("tls")
     async def test_pages_come_under_tls(self, tmp_path: Path) -> None:
         """From a source whose certificate has another name than its address."""
         named, directory = str(tls.site().issue("pages", "pages.example")), str(tls.directory())

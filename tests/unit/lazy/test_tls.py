@@ -18,7 +18,7 @@ from postcopy.lazy import blocking
 CONTENT = os.urandom(3 * 4096) + b"end"
 BEYOND = "192.0.2.7:7777"
 
-pytestmark = pytest.mark.needs("uffd-user")
+pytestmark = pytest.mark.needs("tls", "uffd-user")
 
 
 class Source:

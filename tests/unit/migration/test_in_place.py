@@ -219,6 +219,7 @@ class Wire:
             end.close()
 
 
+@pytest.mark.needs("tls")
 async def test_half_a_record_is_nothing_yet(tmp_path: Path) -> None:
     """Not an end, and nothing that the other tasks would have to run for."""
     new_authority(tmp_path / "ca")

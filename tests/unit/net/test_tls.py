@@ -22,6 +22,8 @@ from postcopy.tls import Credentials, DataChannel, TlsStream, stream_of
 from postcopy.tls._authority import issue, new_authority
 from tests.unit.net.support import SESSION
 
+pytestmark = pytest.mark.needs("tls")
+
 DAY = timedelta(days=1)
 
 

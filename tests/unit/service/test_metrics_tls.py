@@ -19,6 +19,8 @@ from postcopy.service import http
 from postcopy.service.http import HttpServer
 from postcopy.tls import Credentials, TlsStream
 
+pytestmark = pytest.mark.needs("tls")
+
 REQUEST = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
 LAST = REQUEST.replace(b"Host", b"Connection: close\r\nHost")
 

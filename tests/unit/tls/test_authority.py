@@ -145,6 +145,7 @@ class TestIssued:
 
 
 class TestRenewal:
+    @pytest.mark.needs("tls")
     def test_in_place(self, ca: Path, host: Path) -> None:
         before = {path.name: path.read_bytes() for path in host.iterdir()}
         issue(ca, HOSTS, host)
@@ -164,6 +165,7 @@ class TestRenewal:
         assert (modes(host)["server-key.pem"], modes(host)["client-key.pem"]) == (0o640, 0o640)
         assert key.stat().st_gid == (65010 if os.geteuid() == 0 else os.getegid())
 
+    @pytest.mark.needs("tls")
     def test_change_of_the_authority(self, ca: Path, host: Path, tmp_path: Path) -> None:
         """Whom a host trusts is changed by hand; then hosts of both trust each other."""
         other, new = tmp_path / "other", tmp_path / "new"
@@ -209,6 +211,7 @@ class TestAuthority:
         assert constraints.critical
         assert constraints.value == x509.BasicConstraints(ca=True, path_length=0)
 
+    @pytest.mark.needs("tls")
     @pytest.mark.parametrize("key", [ed25519.Ed25519PrivateKey.generate(), rsa.generate_private_key(65537, 2048)])
     def test_keys_of_other_kinds(self, tmp_path: Path, key: ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey) -> None:
         """As an authority has them that was made by another program."""
@@ -286,6 +289,7 @@ class TestNames:
         ]
 
 
+@pytest.mark.needs("tls")
 class TestShow:
     def test_what_is_wrong(self, ca: Path, host: Path, tmp_path: Path) -> None:
         assert problems(host) == problems(ca) == ""
@@ -317,6 +321,7 @@ class TestShow:
 
 
 class TestCommand:
+    @pytest.mark.needs("tls")
     def test_from_nothing_to_certificates(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ca, out = str(tmp_path / "ca"), str(tmp_path / "tls")
         assert main(["tls", "new-ca", ca, "--name", "our CA", "--days", "60"]) == 0

@@ -17,6 +17,8 @@ from trio.testing import wait_all_tasks_blocked
 from postcopy.tls import Credentials, TlsError, TlsStream, detach, in_place, stream_of
 from postcopy.tls._authority import issue, new_authority
 
+pytestmark = pytest.mark.needs("tls")
+
 MUCH = 8 << 20  # more than any two socket buffers hold
 
 

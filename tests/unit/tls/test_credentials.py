@@ -14,6 +14,8 @@ from postcopy.errors import ConfigurationError
 from postcopy.tls import Credentials
 from postcopy.tls._authority import issue, new_authority
 
+pytestmark = pytest.mark.needs("tls")
+
 ROLES = [("server", True), ("client", False)]
 
 
