@@ -6,12 +6,14 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trio
 from cryptography.hazmat.primitives import serialization
 
 from postcopy.errors import ConfigurationError
-from postcopy.tls import Credentials
+from postcopy.tls import Credentials, _credentials
 from postcopy.tls._authority import issue, new_authority
 
 pytestmark = pytest.mark.needs("tls")
@@ -143,3 +145,35 @@ async def test_files_that_are_gone_change_nothing(host: Path) -> None:
     before = await credentials.context(server=True)
     shutil.rmtree(host)
     assert await credentials.context(server=True) is before
+
+
+@pytest.mark.parametrize("usable", [True, False])
+async def test_connections_that_are_made_together_share_a_look_at_the_files(
+    host: Path, monkeypatch: pytest.MonkeyPatch, usable: bool
+) -> None:
+    """But none that had begun before they asked."""
+    credentials = await load(host)
+    looks, read = 0, _credentials._read
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            trio.from_thread.run_sync(begin_others)
+        return read(*arguments)
+
+    def begin_others() -> None:
+        for _ in range(20):
+            nursery.start_soon(ask)
+
+    async def ask() -> None:
+        await credentials.context(server=True)
+
+    monkeypatch.setattr(_credentials, "_read", counted)
+    if not usable:
+        (host / "server-key.pem").unlink()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask)
+    assert looks == 2
+    await ask()
+    assert looks == 3
