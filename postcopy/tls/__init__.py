@@ -17,7 +17,6 @@ from postcopy.tls._connection import (
     TlsError,
     TlsStream,
     detach,
-    free_tls,
     in_place,
     stream_of,
 )
@@ -37,7 +36,6 @@ __all__ = [
     "TlsError",
     "TlsStream",
     "detach",
-    "free_tls",
     "in_place",
     "parse_pattern",
     "stream_of",
