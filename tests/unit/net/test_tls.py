@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,13 +13,14 @@ from typing import Any
 
 import pytest
 import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from postcopy import net as c
 from postcopy import wire as p
 from postcopy.errors import ConfigurationError, PeerError
 from postcopy.net import acceptor as acceptor_module
 from postcopy.net import connecting
-from postcopy.tls import Credentials, DataChannel, TlsStream, stream_of
+from postcopy.tls import Credentials, DataChannel, TlsError, TlsStream, stream_of
 from postcopy.tls._authority import issue, new_authority
 from tests.unit.net.support import SESSION
 
@@ -142,6 +144,28 @@ async def test_those_that_do_not_come_to_terms(
             await trio.sleep(0.01)
         assert (acceptor.accepted, acceptor.refused) == (0, 0)
         assert (logged or "the peer has ended the TLS connection") in caplog.text
+
+
+async def test_a_peer_that_is_refused_and_stays(
+    certificates: Path, caplog: pytest.LogCaptureFixture, mock_clock: MockClock
+) -> None:
+    """What was wrong with it is logged, not that it took too long."""
+    stranger = await Credentials.load(certificates / "stranger", listens=False, connects=True)
+    async with listening(await protection(certificates / "host-a")) as acceptor:
+        plain = await trio.open_tcp_stream(acceptor.addresses[0].host, acceptor.addresses[0].port)
+        stream = TlsStream(plain.socket, await stranger.context(server=False), "127.0.0.1")
+        async with stream:
+            with pytest.raises(TlsError):
+                await stream.handshake()
+            [scope] = acceptor._half_open
+            while scope.deadline != math.inf:  # it has been refused there too
+                await wait_all_tasks_blocked()
+            mock_clock.jump(connecting.HANDSHAKE_TIMEOUT_S)
+            while acceptor._half_open:
+                await wait_all_tasks_blocked()
+    assert acceptor.bad_handshakes == 1
+    assert "the peer has ended the TLS connection" in caplog.text
+    assert "in time" not in caplog.text
 
 
 async def test_the_name_of_a_route(certificates: Path) -> None:
@@ -384,7 +408,7 @@ async def test_a_host_takes_no_places_of_another_one(certificates: Path, monkeyp
     [("192.0.2.7", "192.0.2.7"), ("2001:db8:1:2:3::4", "2001:db8:1:2::/64"), ("fe80::1%eth0", "fe80::/64")],
 )
 def test_what_counts_as_one_host(address: str, host: str) -> None:
-    assert acceptor_module._host(c.Address(address, 1)) == host
+    assert c.Address(address, 1).network == host
 
 
 async def test_certificates_are_looked_at_before_anybody_can_call(certificates: Path, tmp_path: Path) -> None:
