@@ -220,6 +220,7 @@ class CallingReconnector(Reconnector):
 
     async def _attempt(self, how: Ended | None = None) -> tuple[Address, Stream | None]:
         """When it is due, one call: which address was asked, and what it has answered. `EndedElsewhere`."""
+        self._caller.close_early()  # no peer keeps them for as long as a pause may be
         now_s = trio.current_time()
         self._lost_s = min(self._lost_s, now_s)
         if self._pause_s and await self._route.pause(self._pause_s * random.uniform(0.5, 1)):

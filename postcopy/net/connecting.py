@@ -55,15 +55,15 @@ class Opening:
         self._address = address
         self.secured = secured
         self._stream: Stream | None = None
-        [(family, kind, _, _, name), *_] = socket.getaddrinfo(
-            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
-        )
         try:
+            [(family, kind, _, _, name), *_] = socket.getaddrinfo(
+                address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+            )
             self._socket = trio.socket.socket(family, kind)
         except OSError as error:
             if error.errno in NO_FILES:
                 raise out_of_files(error.errno or 0, f"cannot connect to {address}") from error
-            raise self._failed(error.errno) from error
+            raise PeerError(f"{address}: {error.strerror}") from error  # as when an interface is gone
         handle = socket.socket(fileno=self._socket.fileno())
         try:
             number = handle.connect_ex(name)
@@ -156,7 +156,7 @@ class Caller:
                 return await self._open_data(early, hello, token, version)
             except RefusedError as error:
                 raise _named(error, address) from error
-            except PeerError:
+            except (PeerError, ProtocolError):
                 pass  # the peer may have closed it, which has waited: another one
         opening = Opening(address, await self._secured())
         try:
@@ -272,28 +272,6 @@ async def connect(
 ) -> tuple[Stream, int]:
     """One connection; see `Caller.connect`."""
     return await Caller(protection).connect(address, hello, timeout_s, token=token, version=version)
-
-
-async def client_handshake(
-    stream: Stream,
-    hello: Hello,
-    timeout_s: float,
-    *,
-    token: bytes = b"",
-    version: int = PROTOCOL_VERSION,
-) -> Stream:
-    """Says hello and waits for the welcome. Closes the stream unless it succeeds."""
-    try:
-        with trio.fail_after(timeout_s):
-            await _say_hello(stream, hello, token, version)
-    except BaseException as error:
-        await trio.aclose_forcefully(stream)
-        if isinstance(error, trio.TooSlowError):
-            raise PeerError(f"no handshake within {timeout_s:g} s; is that a postcopy port?") from None
-        if isinstance(error, trio.BrokenResourceError):
-            raise PeerError(broken(error)) from error
-        raise
-    return stream
 
 
 async def _say_hello(stream: Stream, hello: Hello, token: bytes, version: int) -> None:

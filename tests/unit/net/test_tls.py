@@ -359,6 +359,26 @@ async def test_connections_that_were_begun_too_early(certificates: Path) -> None
             await one.control.aclose()
 
 
+async def test_connections_that_were_begun_too_early_do_not_outlast_a_pause(certificates: Path) -> None:
+    ours, theirs = await protection(certificates / "host-a"), await protection(certificates / "host-b")
+    async with a_migration(ours, theirs) as (_, caller, called):
+        link, there, _ = await comes_back(caller, called)
+        for one in (link, there):
+            await one.control.aclose()
+        caller.pause()
+        assert len(caller._caller._early) == 3
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(caller.next_link)
+            await wait_all_tasks_blocked()
+            assert not caller._caller._early
+            nursery.cancel_scope.cancel()
+
+
+def test_a_data_connection_to_where_no_interface_leads() -> None:
+    with pytest.raises(PeerError, match="fe80::1%gone0"):
+        connecting.Opening(c.Address("fe80::1%gone0", 7), connecting._Secured(None, ""))
+
+
 async def test_nothing_is_begun_early_where_that_was_in_vain(certificates: Path) -> None:
     ours, theirs = await protection(certificates / "host-a"), await protection(certificates / "host-b")
     async with a_migration(ours, theirs) as (acceptor, caller, called):
