@@ -163,8 +163,10 @@ class TlsStream(trio.abc.HalfCloseableStream):
             found: Any = ffi.new("struct pc_tls_peer *")
             check(lib.pc_tls_peer(self._struct, found), "reading the peer's certificate")
             names = [name.partition(":") for name in _text(found.names).split("\n") if ":" in name]
+            subject = _text(found.subject)
             self._peer = PeerCertificate(
-                subject=c_text(found.subject),
+                # One that would be shown as another one is none, as one that does not fit.
+                subject=subject if subject.isprintable() else "",
                 names=tuple((kind, text) for kind, _, text in names),
                 not_after_s=int(found.not_after_s),
                 fingerprint=c_text(found.fingerprint),

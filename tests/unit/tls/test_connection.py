@@ -8,13 +8,19 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 import trio
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
 from trio.testing import wait_all_tasks_blocked
 
-from postcopy.tls import Credentials, TlsError, TlsStream, detach, in_place, stream_of
+from postcopy.tls import Credentials, TlsError, TlsStream, _authority, detach, in_place, stream_of
 from postcopy.tls._authority import issue, new_authority
 
 MUCH = 8 << 20  # more than any two socket buffers hold
@@ -295,3 +301,33 @@ async def test_what_is_no_name(host: Path, name: str) -> None:
     async with here, there:
         with pytest.raises(TlsError, match="is no name that a certificate could have"):
             await credentials.connect(here, name)
+
+
+@pytest.mark.parametrize(
+    ("common_name", "subject"),
+    [
+        ("host,O=Example", r"CN=host\,O=Example"),
+        ("b\u00fccher ", "CN=b\u00fccher\\ "),
+        ("host\u202e1", ""),
+        ("host\u00a01", ""),
+        ("host\n1", r"CN=host\0A1"),
+        ("host\0", r"CN=host\00"),
+    ],
+)
+async def test_what_a_subject_is(tmp_path: Path, common_name: str, subject: str) -> None:
+    """As patterns are matched against: all of it, as RFC 2253 has it; none where a person would read another one."""
+    new_authority(tmp_path / "ca")
+    issue(tmp_path / "ca", ["host-a"], tmp_path / "host")
+    authority, key = _authority._load_authority(tmp_path / "ca", datetime.now(UTC))
+    made = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+    ends = datetime.now(UTC) + timedelta(days=1)
+    certificate = _authority._certificate(
+        name, authority.subject, made.public_key(), key.public_key(), datetime.now(UTC), ends
+    ).sign(key, SHA256())
+    (tmp_path / "host" / "client-cert.pem").write_bytes(certificate.public_bytes(Encoding.PEM))
+    (tmp_path / "host" / "client-key.pem").write_bytes(_authority._key_pem(made))
+    async with pair(tmp_path / "host") as (_, server):
+        assert server.peer.subject == subject
+        assert server.peer.name == (subject or f"certificate {server.peer.fingerprint}")
+        assert server.peer.names == ()
