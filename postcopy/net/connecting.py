@@ -97,8 +97,8 @@ class Caller:
     def __init__(self, protection: Protection = LOCAL) -> None:
         self.protection = protection
         self.early = 0  # how many data connections there were last time
-        self.answered = False  # something was at the other end, the last time
         self._name = ""  # of the peer, as it was called last
+        self._context: Context | None = None  # of the last control connection: its data connections have the same
         self._last: _Secured | None = None
         self._early: list[Opening] = []
 
@@ -124,12 +124,10 @@ class Caller:
         `ProtocolError`, `ResourceError`, `ConfigurationError`.
         """
         self.close_early()
-        self.answered = False
         self._name = name or address.host.partition("%")[0]
         while True:
-            secured = await self._secured()
+            secured = await self._looked_up()
             plain = await open_stream(address, timeout_s, self.protection)
-            self.answered = True
             try:
                 if early:
                     self._begin_early(address_of(plain), secured, early)
@@ -158,7 +156,7 @@ class Caller:
                 raise _named(error, address) from error
             except (PeerError, ProtocolError):
                 pass  # the peer may have closed it, which has waited: another one
-        opening = Opening(address, await self._secured())
+        opening = Opening(address, self._secured())
         try:
             return await self._open_data(opening, hello, token, version)
         except (PeerError, ProtocolError) as error:
@@ -218,14 +216,18 @@ class Caller:
 
     # ---- the handshakes
 
-    async def _secured(self) -> _Secured:
-        credentials, name = self.protection.credentials, self._name
-        if credentials is None:
-            return _Secured(None, name)
-        context, last = await credentials.context(server=False), self._last
-        if last is not None and last.context is context and last.name == name:
+    async def _looked_up(self) -> _Secured:
+        """With the certificates as they are now."""
+        if (credentials := self.protection.credentials) is not None:
+            self._context = await credentials.context(server=False)
+        return self._secured()
+
+    def _secured(self) -> _Secured:
+        assert (self._context is None) == (self.protection.credentials is None)
+        last = self._last
+        if last is not None and last.context is self._context and last.name == self._name:
             return last
-        return _Secured(context, name)
+        return _Secured(self._context, self._name)
 
     async def _greet(self, stream: Stream, secured: _Secured, hello: Hello, token: bytes, version: int) -> None:
         """`PeerError`, `ProtocolError`."""

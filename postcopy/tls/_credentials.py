@@ -6,7 +6,8 @@
 
 Before each connection the files are looked at (device, inode, size, time of the last change), and read again when they
 are others: certificates can be renewed while a migration is paused. Those that cannot be used, as in the middle of a
-renewal, are logged, and the ones that were read last stay in use; at the start they are an error.
+renewal, are logged, and the ones that were read last stay in use; at the start they are an error. Connections that are
+made at the same time share a look: it waits for a worker thread, on a busy host for longer than a handshake takes.
 
 A private key must belong to this user or to root, and nobody else may read it, but for a group that root lets. No file
 may be one that everybody can write: who writes ``ca-cert.pem`` says who is let in.
@@ -51,6 +52,8 @@ class Credentials:
         self.authorisation = Authorisation(authz)
         self._read: dict[bool, tuple[Context, Identity]] = {}  # by role
         self._problems: dict[bool, str] = {}  # that were logged
+        self._looks = 0  # at the files, that have begun
+        self._looked: dict[bool, int] = {}  # by role: the number of the last one that is done
         self._reading = trio.Lock()
         self._thread = trio.CapacityLimiter(1)
         self._hangs = False
@@ -65,7 +68,8 @@ class Credentials:
         credentials = cls(directory, authz)
         for server, wanted in ((True, listens), (False, connects)):
             if wanted:
-                await credentials._renewed(server)
+                async with credentials._reading:
+                    await credentials._renewed(server)
         return credentials
 
     def not_after_s(self, *, server: bool) -> int | None:
@@ -76,22 +80,27 @@ class Credentials:
         """Reads again what is in use, as after SIGHUP. Errors as `load` when that cannot be used: connections are then
         made with what was read before."""
         for server in list(self._read):
-            await self._renewed(server)
+            async with self._reading:
+                await self._renewed(server)
 
     async def context(self, *, server: bool) -> Context:
         """For the next connection; `server`: of the side that listens. Errors as `load`, but none where there are
         certificates that were good before."""
-        try:
-            context = await self._renewed(server)
-        except PostcopyError as error:
-            if server not in self._read:
-                raise
-            if self._problems.get(server) != str(error):
-                log.warning("%s; the certificates that were read before stay in use", error)
-            self._problems[server] = str(error)
+        asked = self._looks
+        async with self._reading:
+            if server not in self._read or self._looked.get(server, 0) <= asked:  # none has begun since
+                look = self._looks = self._looks + 1
+                try:
+                    await self._renewed(server)
+                    self._problems.pop(server, None)
+                except PostcopyError as error:
+                    if server not in self._read:
+                        raise
+                    if self._problems.get(server) != str(error):
+                        log.warning("%s; the certificates that were read before stay in use", error)
+                    self._problems[server] = str(error)
+                self._looked[server] = look
             return self._read[server][0]
-        self._problems.pop(server, None)
-        return context
 
     async def accept(self, stream: trio.SocketStream) -> TlsStream:
         """A connection that was accepted, with its handshake done. `TlsError`, `trio.BrokenResourceError`; those of
@@ -106,15 +115,14 @@ class Credentials:
         await tls.handshake()
         return tls
 
-    async def _renewed(self, server: bool) -> Context:
-        async with self._reading:
-            context, known = self._read.get(server, (None, None))
-            fresh = await self._read_again(server, known)
-            if fresh is not None:
-                self._read[server] = fresh
-                if context is not None:
-                    log.info("%s: the certificates for the %s were read again", self.directory, ROLES[server])
-            return self._read[server][0]
+    async def _renewed(self, server: bool) -> None:
+        """With `_reading`."""
+        context, known = self._read.get(server, (None, None))
+        fresh = await self._read_again(server, known)
+        if fresh is not None:
+            self._read[server] = fresh
+            if context is not None:
+                log.info("%s: the certificates for the %s were read again", self.directory, ROLES[server])
 
     async def _read_again(self, server: bool, known: Identity | None) -> tuple[Context, Identity] | None:
         # Not on a thread of a migration, which has few, and needs them: what hangs here must end no machine.

@@ -395,6 +395,30 @@ async def test_nothing_is_begun_early_where_that_was_in_vain(certificates: Path)
         assert acceptor.bad_handshakes <= bad + 3
 
 
+async def test_all_is_begun_early_again_where_the_network_was_cut(
+    certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recovery that is slower than the one before would only be cut more easily."""
+    ours, theirs = await protection(certificates / "host-a"), await protection(certificates / "host-b")
+    async with a_migration(ours, theirs) as (acceptor, caller, called):
+        secure, cuts = acceptor._secure, 0
+
+        async def cut(*arguments: Any) -> bool:
+            nonlocal cuts
+            cuts += 1
+            if cuts <= 4:  # the control connection, and what was begun with it
+                raise trio.BrokenResourceError("cut")
+            return bool(await secure(*arguments))
+
+        monkeypatch.setattr(acceptor, "_secure", cut)
+        link, there, session = await comes_back(caller, called)
+        assert isinstance(link, c.CallingLink)
+        assert len(link._caller._early) == 3
+        assert await exchange(await both_channels(link, there, session)) == [(True, True)] * 3
+        for one in (link, there):
+            await one.control.aclose()
+
+
 # ---- unfinished handshakes
 
 

@@ -205,3 +205,35 @@ async def test_a_call_that_was_cancelled_while_it_read(host: Path, monkeypatch: 
         await wait_all_tasks_blocked()
         answers.set()
     assert credentials.not_after_s(server=True) is not None
+
+
+@pytest.mark.parametrize("usable", [True, False])
+async def test_connections_that_are_made_together_share_a_look_at_the_files(
+    host: Path, monkeypatch: pytest.MonkeyPatch, usable: bool
+) -> None:
+    """But none that had begun before they asked."""
+    credentials = await load(host)
+    looks, read = 0, _credentials._read
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            trio.from_thread.run_sync(begin_others)
+        return read(*arguments)
+
+    def begin_others() -> None:
+        for _ in range(20):
+            nursery.start_soon(ask)
+
+    async def ask() -> None:
+        await credentials.context(server=True)
+
+    monkeypatch.setattr(_credentials, "_read", counted)
+    if not usable:
+        (host / "server-key.pem").unlink()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask)
+    assert looks == 2
+    await ask()
+    assert looks == 3
