@@ -21,6 +21,7 @@ Action = Literal["send", "take"]
 """What the peer does: it sends a machine to here, or takes one from here."""
 ACTIONS: tuple[Action, ...] = ("send", "take")
 MAX_PATTERN = 1024
+_CHARACTER = r"(?:\\.|[^\\])"  # of a subject: a comma that is escaped is a part of a value, and begins no attribute
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class PeerCertificate:
     @property
     def known_as(self) -> str:
         """All its names, for messages."""
-        return ", ".join([*(text for _, text in self.names), self.subject])
+        return ", ".join([text for _, text in (*self.names, ("", self.subject)) if text]) or "a peer without a name"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Pattern:
         )
 
     def _is_subject(self, peer: PeerCertificate) -> bool:
-        return matches(self.text, peer.subject, ".")
+        return matches(self.text, peer.subject, _CHARACTER)
 
     def _is_name(self, peer: PeerCertificate) -> bool:
         folded = self.text.lower().removesuffix(".")

@@ -78,12 +78,18 @@ PEERLESS = PeerCertificate("", (), 0)
 def test_a_certificate_without_names() -> None:
     assert not Authorisation(["*.example", "CN=*", "send:host1"]).allows("send", PEERLESS)
     assert Authorisation(["*"]).allows("send", PEERLESS)
+    assert PEERLESS.known_as == "a peer without a name"
 
 
 def test_a_subject_that_pretends_to_be_another_one() -> None:
     """RFC 2253 escapes what a value may not look like."""
     liar = PeerCertificate(r"CN=host1\,O=Example,O=Other", (), 0)
     assert not Authorisation(["CN=host1,O=Example", "CN=host1,*", "*,O=Example"]).allows("send", liar)
+    liar = PeerCertificate(r"CN=evil\,O=Example", (), 0)  # one name, and no organisation
+    assert not Authorisation(["CN=*,O=Example", "*,O=Example", "CN=*l,O=*"]).allows("send", liar)
+    assert Authorisation([r"CN=*\,O=Example", "CN=*"]).allows("send", liar)
+    honest = PeerCertificate(r"CN=a\\,O=Example", (), 0)  # a name that ends with a backslash
+    assert Authorisation(["CN=*,O=Example"]).allows("send", honest)
 
 
 @pytest.mark.parametrize("text", ["", "send:", "take: ", "a\nb", "x" * 2000])
