@@ -17,6 +17,7 @@ import logging
 import os
 import shlex
 import stat
+import time
 from collections.abc import Sequence
 
 import trio
@@ -105,6 +106,8 @@ class Credentials:
             fresh = await run_sync(_read, self.directory, server, known)
             if fresh is not None:
                 self._read[server] = fresh
+                if fresh[0].not_after_s <= time.time():
+                    log.warning("%s: the %s's certificate has expired: issue it again", self.directory, ROLES[server])
                 if context is not None:
                     log.info("%s: the %s's certificate was renewed", self.directory, ROLES[server])
             return self._read[server][0]
@@ -119,6 +122,9 @@ def _read(directory: str, server: bool, known: Identity | None) -> tuple[Context
     if identity == known:
         return None
     pem = [_read_file(ca), _read_file(certificate), _read_file(key, private=True)]
+    for path, what, data in zip(paths, ("CERTIFICATE", "CERTIFICATE", "PRIVATE KEY"), pem, strict=True):
+        if f"{what}-----".encode() not in data:  # OpenSSL says "unsupported" of a key, and not of which file
+            raise ConfigurationError(f"{path} has no {what.lower()} in PEM")
     if b"ENCRYPTED" in pem[2]:
         raise ConfigurationError(
             f"{key}: the key is encrypted, and nobody is here who could type its passphrase; decrypt it: openssl pkey"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,35 @@ async def test_an_encrypted_key(host: Path) -> None:
     key.write_bytes(private.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption))
     with pytest.raises(ConfigurationError, match=r"the key is encrypted, .*: openssl pkey -in .* -out NEW"):
         await load(host)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("ca-cert.pem", "has no certificate in PEM"),
+        ("server-cert.pem", "has no certificate in PEM"),
+        ("server-key.pem", "has no private key in PEM"),
+    ],
+)
+async def test_files_that_were_mixed_up(host: Path, name: str, reason: str) -> None:
+    other = "server-key.pem" if name != "server-key.pem" else "server-cert.pem"
+    content = (host / other).read_bytes()
+    (host / name).write_bytes(content)
+    with pytest.raises(ConfigurationError, match=f"/{name} {reason}"):
+        await load(host)
+
+
+async def test_a_certificate_that_has_expired_is_said(
+    made: Path, host: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where nobody can connect with it: at the start, and when a good one is replaced by it."""
+    credentials = await load(host)
+    assert not caplog.text
+    issue(made / "ca", ["host-a"], host, days=1, now=datetime.now(UTC) - timedelta(days=2))
+    for again in (credentials.reload(), load(host)):
+        caplog.clear()
+        await again
+        assert "the server's certificate has expired: issue it again" in caplog.text
 
 
 @pytest.fixture
