@@ -112,7 +112,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
         """`name`: of a side that connects, the DNS name or IP address that the peer's certificate must have. `session`:
         what `session` of an earlier connection to the same peer has said, to resume."""
         pointer: Any = ffi.new("struct pc_tls **")
-        expected: Any = name.encode() if name else ffi.NULL
+        expected: Any = name.removesuffix(".").encode() if name else ffi.NULL  # (no name in a certificate has that)
         result = lib.pc_tls_new(context.struct, socket.fileno(), expected, session, len(session), pointer)
         if result == -errno.EINVAL:
             raise TlsError(f"{name[:80]!r} is no name that a certificate could have")

@@ -342,6 +342,7 @@ class TestCommand:
             (("issue", "{}", "--host", "a", "--out", ""), 2, "an empty name is no file's"),
             (("new-ca", ""), 2, "an empty name is no file's"),
             (("show", "{}"), 2, "has no certificate"),
+            (("show", "{}/none"), 2, "No such file"),
             (("shwo", "{}"), 2, "did you mean show?"),
         ],
     )

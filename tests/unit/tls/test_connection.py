@@ -275,7 +275,13 @@ async def test_what_is_no_session_is_no_harm(host: Path) -> None:
 
 async def test_the_name_that_was_called(host: Path) -> None:
     credentials = await Credentials.load(host, listens=True, connects=True)
-    for name, good in (("127.0.0.1", True), ("HOST-A", True), ("host-b", False), ("127.0.0.2", False)):
+    for name, good in (
+        ("127.0.0.1", True),
+        ("HOST-A", True),
+        ("host-a.", True),
+        ("host-b", False),
+        ("127.0.0.2", False),
+    ):
         here, there = plain_pair()
         async with here, there, trio.open_nursery() as nursery:
 
