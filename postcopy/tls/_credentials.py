@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import trio
 
 from postcopy._blocking import run_sync
-from postcopy._files import absolute, open_regular
+from postcopy._files import absolute, explain_bad_name, open_regular
 from postcopy.errors import ConfigurationError, PostcopyError
 from postcopy.tls._connection import Context, TlsStream
 from postcopy.tls._names import Authorisation
@@ -43,6 +43,8 @@ class Credentials:
 
     def __init__(self, directory: str | os.PathLike[str], authz: Sequence[str] = ()) -> None:
         """Nothing is read yet: see `load`."""
+        if reason := explain_bad_name(os.fspath(directory)):
+            raise ConfigurationError(f"tls: {reason}")
         self.directory = absolute(os.fspath(directory))
         self.authorisation = Authorisation(authz)
         self._read: dict[bool, tuple[Context, Identity]] = {}  # by role

@@ -94,8 +94,9 @@ class Authorisation:
     """Which peers may do what."""
 
     def __init__(self, patterns: Sequence[str] = ()) -> None:
-        """`ConfigurationError` for one that makes no sense."""
-        self._patterns = [parse_pattern(text) for text in patterns]
+        """`ConfigurationError` for one that makes no sense. A single text is one pattern: as a list of characters its
+        ``*`` would be anybody."""
+        self._patterns = [parse_pattern(text) for text in ([patterns] if isinstance(patterns, str) else patterns)]
 
     def allows(self, action: Action, peer: PeerCertificate) -> bool:
         """Without any pattern: whoever has a certificate that is good here."""

@@ -140,6 +140,12 @@ async def test_links_are_followed(links: Path) -> None:
     await load(links)
 
 
+async def test_an_empty_name_is_not_the_current_directory(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(host)
+    with pytest.raises(ConfigurationError, match="an empty name"):
+        Credentials("")
+
+
 async def test_a_pattern_that_makes_no_sense(host: Path) -> None:
     with pytest.raises(ConfigurationError, match="names no peer"):
         await Credentials.load(host, listens=True, connects=False, authz=["send:"])

@@ -72,6 +72,11 @@ def test_whoever_has_a_certificate_without_any_pattern() -> None:
     assert Authorisation().allows("take", PEERLESS)
 
 
+def test_one_pattern_that_is_no_list() -> None:
+    assert Authorisation("send:*.other.example").allows("send", PEER) is False
+    assert Authorisation("*").allows("send", PEER)
+
+
 PEERLESS = PeerCertificate("", (), 0)
 
 
