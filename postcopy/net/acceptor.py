@@ -125,6 +125,7 @@ class Acceptor:
         self._waiting: list[str] = []  # identities
         self._half_open: dict[trio.CancelScope, str] = {}  # oldest first, and the host of each
         self._log_limit = LogLimit()  # any host that can connect could fill the log
+        self._refusal_log_limit = LogLimit()  # of peers with a certificate, which no others keep out of the log
         self._send_link, self._links = trio.open_memory_channel[Link](MAX_WAITING)
 
     @classmethod
@@ -270,7 +271,8 @@ class Acceptor:
         except Refusal as refusal:
             self.refused += 1
             # (The first two ask again and again; the last one is reported by the caller.)
-            if refusal.code not in (Code.PAUSED, Code.TOO_OFTEN, Code.ITSELF) and self._log_limit.due():
+            limit = self._refusal_log_limit if isinstance(stream, TlsStream) else self._log_limit
+            if refusal.code not in (Code.PAUSED, Code.TOO_OFTEN, Code.ITSELF) and limit.due():
                 log.warning("%s: %s connection refused: %s", peer, hello.channel, refusal)
             await stream.send_all(handshake.send_refused(str(refusal), refusal.code, refusal.token))
             if isinstance(refusal.code, Ended):  # proven to a peer that has proven itself

@@ -208,6 +208,10 @@ def show(directory: str | Path, *, now: datetime | None = None) -> tuple[list[Ce
     when there is none."""
     now = _whole_seconds(now)
     directory = Path(directory)
+    try:
+        os.stat(directory / ".")  # for which it must be one that this user may look into
+    except OSError as error:
+        raise ConfigurationError(f"{directory}: {error.strerror}") from error
     loaded = {
         name: _load_certificates(directory / f"{name}-cert.pem")
         for name in ("ca", *ROLES)

@@ -22,12 +22,13 @@ import logging
 import os
 import shlex
 import stat
+import time
 from collections.abc import Sequence
 
 import trio
 
 from postcopy._blocking import no_thread
-from postcopy._files import absolute, open_regular
+from postcopy._files import absolute, explain_bad_name, open_regular
 from postcopy.errors import ConfigurationError, PostcopyError, ResourceError
 from postcopy.tls._connection import Context, TlsStream
 from postcopy.tls._names import Authorisation
@@ -48,6 +49,8 @@ class Credentials:
 
     def __init__(self, directory: str | os.PathLike[str], authz: Sequence[str] = ()) -> None:
         """Nothing is read yet: see `load`."""
+        if reason := explain_bad_name(os.fspath(directory)):
+            raise ConfigurationError(f"tls: {reason}")
         self.directory = absolute(os.fspath(directory))
         self.authorisation = Authorisation(authz)
         self._read: dict[bool, tuple[Context, Identity]] = {}  # by role
@@ -121,6 +124,8 @@ class Credentials:
         fresh = await self._read_again(server, known)
         if fresh is not None:
             self._read[server] = fresh
+            if fresh[0].not_after_s <= time.time():
+                log.warning("%s: the %s's certificate has expired: issue it again", self.directory, ROLES[server])
             if context is not None:
                 log.info("%s: the certificates for the %s were read again", self.directory, ROLES[server])
 
@@ -148,6 +153,9 @@ def _read(directory: str, server: bool, known: Identity | None) -> tuple[Context
     if identity == known:
         return None
     pem = [_read_file(ca), _read_file(certificate), _read_file(key, private=True)]
+    for path, what, data in zip(paths, ("CERTIFICATE", "CERTIFICATE", "PRIVATE KEY"), pem, strict=True):
+        if f"{what}-----".encode() not in data:  # OpenSSL says "unsupported" of a key, and not of which file
+            raise ConfigurationError(f"{path} has no {what.lower()} in PEM")
     if b"ENCRYPTED" in pem[2]:
         raise ConfigurationError(
             f"{key}: the key is encrypted, and nobody is here who could type its passphrase; decrypt it: openssl pkey"

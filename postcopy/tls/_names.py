@@ -53,7 +53,7 @@ class PeerCertificate:
     @property
     def known_as(self) -> str:
         """All its names, for messages."""
-        return ", ".join([*(text for _, text in self.names), self.subject])
+        return ", ".join([text for _, text in (*self.names, ("", self.subject)) if text]) or "a peer without a name"
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,9 @@ class Authorisation:
     """Which peers may do what."""
 
     def __init__(self, patterns: Sequence[str] = ()) -> None:
-        """`ConfigurationError` for one that makes no sense."""
-        self._patterns = [parse_pattern(text) for text in patterns]
+        """`ConfigurationError` for one that makes no sense. A single text is one pattern: as a list of characters its
+        ``*`` would be anybody."""
+        self._patterns = [parse_pattern(text) for text in ([patterns] if isinstance(patterns, str) else patterns)]
 
     def allows(self, action: Action, peer: PeerCertificate) -> bool:
         """Without any pattern: whoever has a certificate that is good here."""

@@ -240,6 +240,22 @@ async def test_a_peer_that_may_not(certificates: Path, side: str, does: str, wha
             assert acceptor.unauthorised == acceptor.refused == count
 
 
+async def test_noise_keeps_no_refusal_out_of_the_log(certificates: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Lines of those that have proven nothing are few in a while, and use up those of peers with a certificate in no
+    case."""
+    caller = connecting.Caller(await protection(certificates / "host-a"))
+    async with listening(await protection(certificates / "host-b", "send:host-c"), "dest") as acceptor:
+        for _ in range(3):
+            async with await trio.open_tcp_stream("127.0.0.1", acceptor.addresses[0].port) as noise:
+                await noise.send_all(b"\x16\x03\x01\x00\x01\x00")
+                await noise.send_eof()
+                await noise.receive_some()
+        with pytest.raises(p.RefusedError):
+            await caller.connect(acceptor.addresses[0], p.Hello("control", "source", 0, b"", 0))
+    assert caplog.text.count("TLS handshake") == 1
+    assert caplog.text.count("host-a may not send a machine to here") == 1
+
+
 @pytest.mark.parametrize(("side", "does"), [("source", "take"), ("dest", "send")])
 async def test_a_peer_that_is_called_and_may_not(certificates: Path, side: str, does: str) -> None:
     """A source gives its machine to no destination that is not named, and the other way round."""

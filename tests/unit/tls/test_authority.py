@@ -362,7 +362,10 @@ class TestCommand:
             (("new-ca", "{}/ca", "--name", ""), 2, "1 to 64 characters"),
             (("issue", "{}", "--out", "{}/tls"), 2, "--host"),
             (("issue", "{}", "--host", "a", "--out", "{}/tls"), 2, "ca-cert.pem is not there"),
+            (("issue", "{}", "--host", "a", "--out", ""), 2, "an empty name is no file's"),
+            (("new-ca", ""), 2, "an empty name is no file's"),
             (("show", "{}"), 2, "has no certificate"),
+            (("show", "{}/none"), 2, "No such file"),
             (("shwo", "{}"), 2, "did you mean show?"),
         ],
     )

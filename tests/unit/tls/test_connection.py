@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
-from collections.abc import AsyncIterator
+import tempfile
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,13 +16,13 @@ from pathlib import Path
 import pytest
 import trio
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 from trio.testing import wait_all_tasks_blocked
 
-from postcopy.tls import Credentials, TlsError, TlsStream, _authority, detach, in_place, stream_of
+from postcopy.tls import Credentials, TlsError, TlsStream, detach, in_place, stream_of
 from postcopy.tls._authority import issue, new_authority
 
 MUCH = 8 << 20  # more than any two socket buffers hold
@@ -48,7 +50,9 @@ async def pair(host: Path, session: bytes = b"") -> AsyncIterator[tuple[TlsStrea
 
 
 @asynccontextmanager
-async def connected(credentials: Credentials, session: bytes = b"") -> AsyncIterator[tuple[TlsStream, TlsStream]]:
+async def connected(
+    credentials: Credentials, session: bytes = b"", name: str = "host-a"
+) -> AsyncIterator[tuple[TlsStream, TlsStream]]:
     here, there = plain_pair()
     server: list[TlsStream] = []
 
@@ -59,7 +63,7 @@ async def connected(credentials: Credentials, session: bytes = b"") -> AsyncIter
         async with here, there:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(accept)
-                client = await credentials.connect(here, "host-a", session)
+                client = await credentials.connect(here, name, session)
             yield client, server[0]
 
 
@@ -303,6 +307,77 @@ async def test_what_is_no_name(host: Path, name: str) -> None:
             await credentials.connect(here, name)
 
 
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, list[x509.GeneralName]], Path]:
+    """``foreign("CN", [names])``: a host's directory, by an authority that lets through what ours would not."""
+    where = tmp_path_factory.mktemp("foreign")
+    new_authority(where / "ca")
+    ca = x509.load_pem_x509_certificate((where / "ca/ca-cert.pem").read_bytes())
+    ca_key = serialization.load_pem_private_key((where / "ca/ca-key.pem").read_bytes(), None)
+
+    def make(common_name: str, names: list[x509.GeneralName]) -> Path:
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)] if common_name else [])
+        now = datetime.now(UTC)
+        builder = x509.CertificateBuilder(ca.subject, subject, key.public_key(), x509.random_serial_number())
+        builder = builder.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(hours=1))
+        if names:
+            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        certificate = builder.sign(ca_key, SHA256())  # type: ignore[arg-type]
+        out = Path(tempfile.mkdtemp(dir=where))
+        (out / "ca-cert.pem").write_bytes((where / "ca/ca-cert.pem").read_bytes())
+        for role in ("server", "client"):
+            (out / f"{role}-cert.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+            form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+            (out / f"{role}-key.pem").write_bytes(key.private_bytes(*form))
+            (out / f"{role}-key.pem").chmod(0o600)
+        return out
+
+    return make
+
+
+def dns(*names: str) -> list[x509.GeneralName]:
+    return [x509.DNSName._init_without_validation(name) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("common_name", "names", "good"),
+    [
+        ("host-b.example.org", [], False),  # a subject is no name
+        ("host-b.example.org", [x509.UniformResourceIdentifier("spiffe://example.org/x")], False),
+        ("", dns("h*.example.org", "*t-b.example.org", "*.org", "*"), False),
+        ("", dns("host-b.example.org\0.evil"), False),
+        ("", dns("*.example.org"), True),
+        ("", dns("x" * 4096, *(f"h{number}.example" for number in range(1000)), "host-b.example.org"), True),
+    ],
+)
+async def test_what_names_a_peer(
+    foreign: Callable[[str, list[x509.GeneralName]], Path], common_name: str, names: list[x509.GeneralName], good: bool
+) -> None:
+    credentials = await Credentials.load(foreign(common_name, names), listens=True, connects=True)
+    here, there = plain_pair()
+    async with here, there, trio.open_nursery() as nursery:
+
+        async def accept() -> None:
+            with contextlib.suppress(TlsError):
+                await credentials.accept(there)
+
+        nursery.start_soon(accept)
+        with contextlib.nullcontext() if good else pytest.raises(TlsError, match="is not for host-b"):
+            await credentials.connect(here, "host-b.example.org")
+
+
+async def test_a_peer_whose_names_no_line_could_hold(foreign: Callable[[str, list[x509.GeneralName]], Path]) -> None:
+    """What comes from a certificate is printed and logged: nothing of it begins a line, moves a cursor, or is cut."""
+    bad = "evil\n2026 error\x1b[2J\u202e\x85"
+    names = dns("a\nb", "a b", "x\x1b[2J", "nul\0", "", "last.example.org", "127.0.0.1")
+    credentials = await Credentials.load(foreign(bad, names), listens=True, connects=True)
+    async with connected(credentials, name="last.example.org") as (client, _):
+        assert client.peer.names == (("dns", "last.example.org"), ("dns", "127.0.0.1"))
+        assert "\n" not in client.peer.known_as
+        assert "\x1b" not in client.peer.known_as
+
+
 @pytest.mark.parametrize(
     ("common_name", "subject"),
     [
@@ -314,20 +389,10 @@ async def test_what_is_no_name(host: Path, name: str) -> None:
         ("host\0", r"CN=host\00"),
     ],
 )
-async def test_what_a_subject_is(tmp_path: Path, common_name: str, subject: str) -> None:
+async def test_what_a_subject_is(
+    foreign: Callable[[str, list[x509.GeneralName]], Path], common_name: str, subject: str
+) -> None:
     """As patterns are matched against: all of it, as RFC 2253 has it; none where a person would read another one."""
-    new_authority(tmp_path / "ca")
-    issue(tmp_path / "ca", ["host-a"], tmp_path / "host")
-    authority, key = _authority._load_authority(tmp_path / "ca", datetime.now(UTC))
-    made = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
-    ends = datetime.now(UTC) + timedelta(days=1)
-    certificate = _authority._certificate(
-        name, authority.subject, made.public_key(), key.public_key(), datetime.now(UTC), ends
-    ).sign(key, SHA256())
-    (tmp_path / "host" / "client-cert.pem").write_bytes(certificate.public_bytes(Encoding.PEM))
-    (tmp_path / "host" / "client-key.pem").write_bytes(_authority._key_pem(made))
-    async with pair(tmp_path / "host") as (_, server):
+    credentials = await Credentials.load(foreign(common_name, dns("host-a")), listens=True, connects=True)
+    async with connected(credentials) as (_, server):
         assert server.peer.subject == subject
-        assert server.peer.name == (subject or f"certificate {server.peer.fingerprint}")
-        assert server.peer.names == ()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,35 @@ async def test_an_encrypted_key(host: Path) -> None:
         await load(host)
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("ca-cert.pem", "has no certificate in PEM"),
+        ("server-cert.pem", "has no certificate in PEM"),
+        ("server-key.pem", "has no private key in PEM"),
+    ],
+)
+async def test_files_that_were_mixed_up(host: Path, name: str, reason: str) -> None:
+    other = "server-key.pem" if name != "server-key.pem" else "server-cert.pem"
+    content = (host / other).read_bytes()
+    (host / name).write_bytes(content)
+    with pytest.raises(ConfigurationError, match=f"/{name} {reason}"):
+        await load(host)
+
+
+async def test_a_certificate_that_has_expired_is_said(
+    made: Path, host: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where nobody can connect with it: at the start, and when a good one is replaced by it."""
+    credentials = await load(host)
+    assert not caplog.text
+    issue(made / "ca", ["host-a"], host, days=1, now=datetime.now(UTC) - timedelta(days=2))
+    for again in (credentials.reload(), load(host)):
+        caplog.clear()
+        await again
+        assert "the server's certificate has expired: issue it again" in caplog.text
+
+
 @pytest.fixture
 def links(host: Path, tmp_path: Path) -> Path:
     where = tmp_path / "links"
@@ -122,6 +152,12 @@ def links(host: Path, tmp_path: Path) -> Path:
 async def test_links_are_followed(links: Path) -> None:
     """As those of certbot, and of a secret in Kubernetes."""
     await load(links)
+
+
+async def test_an_empty_name_is_not_the_current_directory(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(host)
+    with pytest.raises(ConfigurationError, match="an empty name"):
+        Credentials("")
 
 
 async def test_a_pattern_that_makes_no_sense(host: Path) -> None:

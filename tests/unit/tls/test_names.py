@@ -72,12 +72,18 @@ def test_whoever_has_a_certificate_without_any_pattern() -> None:
     assert Authorisation().allows("take", PEERLESS)
 
 
+def test_one_pattern_that_is_no_list() -> None:
+    assert Authorisation("send:*.other.example").allows("send", PEER) is False
+    assert Authorisation("*").allows("send", PEER)
+
+
 PEERLESS = PeerCertificate("", (), 0)
 
 
 def test_a_certificate_without_names() -> None:
     assert not Authorisation(["*.example", "CN=*", "send:host1"]).allows("send", PEERLESS)
     assert Authorisation(["*"]).allows("send", PEERLESS)
+    assert PEERLESS.known_as == "a peer without a name"
 
 
 def test_a_subject_that_pretends_to_be_another_one() -> None:
@@ -88,6 +94,7 @@ def test_a_subject_that_pretends_to_be_another_one() -> None:
     for subject in (r"CN=host1\,O=Example", r"CN=host1\+O=Example", r"CN=a\\\,O=Example"):
         for pattern in ("CN=*,O=Example", "*,O=Example", "CN=host*+O=Example"):
             assert not Authorisation([pattern]).allows("send", PeerCertificate(subject, (), 0))
+    assert Authorisation(["CN=*"]).allows("send", liar)
     honest = PeerCertificate(r"CN=a\\,O=Example", (), 0)  # its name ends with a backslash
     assert Authorisation(["CN=*,O=Example"]).allows("send", honest)
 
