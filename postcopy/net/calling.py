@@ -55,8 +55,8 @@ class CallingLink(Link):
         asked: Address,
         side: str,
         version: int,
-        replaceable: bool = False,
-        caller: Caller | None = None,
+        replaceable: bool,
+        caller: Caller,
     ) -> None:
         """`asked`: the address of the route that has answered. `PeerError` when the peer is gone already; the stream
         is then closed."""
@@ -68,7 +68,7 @@ class CallingLink(Link):
         self._route = route
         self._side = side
         self._replaceable = replaceable
-        self._caller = caller or Caller()
+        self._caller = caller
         route.answered(asked, self.peer)
 
     @classmethod

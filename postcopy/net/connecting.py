@@ -263,19 +263,6 @@ async def _advance(opening: Opening) -> None:
         await opening.stream()  # what fails is seen when it is needed
 
 
-async def connect(
-    address: Address,
-    hello: Hello,
-    timeout_s: float = HANDSHAKE_TIMEOUT_S,
-    *,
-    token: bytes = b"",
-    version: int = PROTOCOL_VERSION,
-    protection: Protection = LOCAL,
-) -> tuple[Stream, int]:
-    """One connection; see `Caller.connect`."""
-    return await Caller(protection).connect(address, hello, timeout_s, token=token, version=version)
-
-
 async def _say_hello(stream: Stream, hello: Hello, token: bytes, version: int) -> None:
     handshake = ClientHandshake(hello, token, version)
     await stream.send_all(handshake.send_hello())

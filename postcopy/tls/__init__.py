@@ -21,17 +21,15 @@ from postcopy.tls._connection import (
     stream_of,
 )
 from postcopy.tls._credentials import Credentials
-from postcopy.tls._names import ACTIONS, Action, Authorisation, Pattern, PeerCertificate, parse_pattern
+from postcopy.tls._names import Action, Authorisation, PeerCertificate, parse_pattern
 
 __all__ = [
-    "ACTIONS",
     "Action",
     "Authorisation",
     "Context",
     "Credentials",
     "DataChannel",
     "InPlace",
-    "Pattern",
     "PeerCertificate",
     "TlsError",
     "TlsStream",
