@@ -62,11 +62,11 @@ def test_inside_a_handshake(side: Start, operator: Callable[[str], Any], image: 
             one.wait_status("postcopy-paused")
         for count, way in itertools.product((0, 1, 5, 100, 400, 1000), ("reset", "close")):
             relay.cuts += [(tls.after(count), None, way), (None, tls.after(count), way)]
-        cuts = len(relay.cuts)
+        cuts, before = len(relay.cuts), relay.cut
         relay.up()
         operator("source").ask("set", "--max-bandwidth", "none")
         completes(image, source, dest)
-        assert relay.cut >= cuts
+        assert relay.cut - before > cuts // 2  # the others ended before they came to it
 
 
 def test_inside_a_record(side: Start, image: Path) -> None:
