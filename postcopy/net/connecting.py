@@ -169,7 +169,7 @@ class Caller:
         except BaseException as error:
             opening.close()
             if isinstance(error, trio.BrokenResourceError):
-                raise PeerError(broken(error)) from error
+                raise broken(error) from error
             raise
         return stream
 
@@ -237,7 +237,7 @@ class Caller:
                 self._check_authorised(stream, "take" if hello.side == "source" else "send")
             await _say_hello(stream, hello, token, version)
         except trio.BrokenResourceError as error:
-            raise PeerError(broken(error)) from error
+            raise broken(error) from error
         if isinstance(stream, TlsStream) and (session := stream.session):
             self._last = replace(secured, session=session)
 
@@ -270,12 +270,13 @@ async def _say_hello(stream: Stream, hello: Hello, token: bytes, version: int) -
         handshake.receive_data(await stream.receive_some(wanted))
 
 
-def broken(error: trio.BrokenResourceError) -> str:
+def broken(error: trio.BrokenResourceError) -> PeerError:
+    """What it was. Under TLS 1.3 a client has done its handshake before it hears that its certificate is refused."""
     cause = error.__cause__
     if isinstance(cause, OSError) and cause.errno == errno.EPROTO:
-        return str(cause.strerror)  # of TLS: it says all there is to say
+        return TlsError(str(cause.strerror))  # it says all there is to say
     reason = f" ({cause.strerror})" if isinstance(cause, OSError) and cause.strerror else ""
-    return f"the connection broke during the handshake{reason}"
+    return PeerError(f"the connection broke during the handshake{reason}")
 
 
 def keep_alive(fd: FdHolder, silence_s: float) -> FdHolder:
