@@ -124,6 +124,7 @@ class Acceptor:
         self._credentials = protection.credentials
         self._waiting: list[str] = []  # identities
         self._half_open: dict[trio.CancelScope, str] = {}  # oldest first, and the host of each
+        self._silent: set[trio.CancelScope] = set()  # those of them that have said nothing yet since TLS was agreed on
         self._log_limit = LogLimit()  # any host that can connect could fill the log
         self._refusal_log_limit = LogLimit()  # of peers with a certificate, which no others keep out of the log
         self._send_link, self._links = trio.open_memory_channel[Link](MAX_WAITING)
@@ -198,12 +199,16 @@ class Acceptor:
             log.exception("%s: cannot be greeted", peer)
         finally:
             self._half_open.pop(scope, None)
+            self._silent.discard(scope)
             if not taken:
                 stream.socket.close()
 
     def _give_up_one(self) -> None:
+        """Of the host that has the most: first one that its peer has begun before it needs it, and begins again. A host
+        whose machines all recover at once has many of these, and no attempt is lost with one."""
         [(greedy, _)] = Counter(self._half_open.values()).most_common(1)
-        oldest = next(scope for scope, host in self._half_open.items() if host == greedy)
+        its = [scope for scope, host in self._half_open.items() if host == greedy]
+        oldest = next((scope for scope in its if scope in self._silent), its[0])
         del self._half_open[oldest]
         oldest.cancel()
 
@@ -224,6 +229,7 @@ class Acceptor:
             with trio.move_on_at(deadline), contextlib.suppress(trio.BrokenResourceError):
                 await self._wait_for_end(plain)
             raise
+        self._silent.add(scope)
         return await self._handshake(stream, peer, scope)
 
     def _check_authorised(self, stream: Stream, hello: Hello) -> None:
@@ -244,6 +250,7 @@ class Acceptor:
         try:
             while wanted := handshake.wanted():
                 handshake.receive_data(await stream.receive_some(wanted))
+                self._silent.discard(scope)
                 if handshake.has_preamble and not answered:
                     answered = True
                     await stream.send_all(handshake.send_preamble())

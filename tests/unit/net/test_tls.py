@@ -463,6 +463,32 @@ async def test_a_host_takes_no_places_of_another_one(certificates: Path, monkeyp
             await trio.aclose_forcefully(each)
 
 
+async def test_a_host_that_has_too_many_loses_those_that_it_needs_later(
+    certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the one before them, whose handshake is going on."""
+    monkeypatch.setattr(acceptor_module, "MAX_HALF_OPEN", 4)
+    ours = await protection(certificates / "host-a")
+    assert ours.credentials is not None
+    async with listening(await protection(certificates / "host-b")) as acceptor:
+        address = acceptor.addresses[0]
+        plain = [await trio.open_tcp_stream(address.host, address.port)]
+        while not acceptor._half_open:  # noqa: ASYNC110  (a table)
+            await trio.sleep(0.01)
+        first = next(iter(acceptor._half_open))
+        for count in range(1, 7):
+            plain.append(await trio.open_tcp_stream(address.host, address.port))
+            await ours.credentials.connect(plain[-1], "127.0.0.1")
+            while len(acceptor._silent) < min(count, 3):  # noqa: ASYNC110  (a table)
+                await trio.sleep(0.01)
+        while acceptor.bad_handshakes < 3:  # noqa: ASYNC110  (a counter)
+            await trio.sleep(0.01)
+        assert first in acceptor._half_open
+        assert not first.cancel_called
+        for each in plain:
+            await trio.aclose_forcefully(each)
+
+
 @pytest.mark.parametrize(
     ("address", "host"),
     [("192.0.2.7", "192.0.2.7"), ("2001:db8:1:2:3::4", "2001:db8:1:2::/64"), ("fe80::1%eth0", "fe80::/64")],
