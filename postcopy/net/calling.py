@@ -55,8 +55,8 @@ class CallingLink(Link):
         asked: Address,
         side: str,
         version: int,
-        replaceable: bool = False,
-        caller: Caller | None = None,
+        replaceable: bool,
+        caller: Caller,
     ) -> None:
         """`asked`: the address of the route that has answered. `PeerError` when the peer is gone already; the stream
         is then closed."""
@@ -68,7 +68,7 @@ class CallingLink(Link):
         self._route = route
         self._side = side
         self._replaceable = replaceable
-        self._caller = caller or Caller()
+        self._caller = caller
         route.answered(asked, self.peer)
 
     @classmethod
@@ -219,6 +219,7 @@ class CallingReconnector(Reconnector):
 
     async def _attempt(self, how: Ended | None = None) -> tuple[Address, Stream | None]:
         """When it is due, one call: which address was asked, and what it has answered. `EndedElsewhere`."""
+        self._caller.close_early()  # no peer keeps them for as long as a pause may be
         now_s = trio.current_time()
         self._lost_s = min(self._lost_s, now_s)
         if self._pause_s and await self._route.pause(self._pause_s * random.uniform(0.5, 1)):

@@ -55,15 +55,15 @@ class Opening:
         self._address = address
         self.secured = secured
         self._stream: Stream | None = None
-        [(family, kind, _, _, name), *_] = socket.getaddrinfo(
-            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
-        )
         try:
+            [(family, kind, _, _, name), *_] = socket.getaddrinfo(
+                address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+            )
             self._socket = trio.socket.socket(family, kind)
         except OSError as error:
             if error.errno in NO_FILES:
                 raise out_of_files(error.errno or 0, f"cannot connect to {address}") from error
-            raise self._failed(error.errno) from error
+            raise PeerError(f"{address}: {error.strerror}") from error  # as when an interface is gone
         handle = socket.socket(fileno=self._socket.fileno())
         try:
             number = handle.connect_ex(name)
@@ -154,7 +154,7 @@ class Caller:
                 return await self._open_data(early, hello, token, version)
             except RefusedError as error:
                 raise _named(error, address) from error
-            except PeerError:
+            except (PeerError, ProtocolError):
                 pass  # the peer may have closed it, which has waited: another one
         opening = Opening(address, self._secured())
         try:
@@ -169,7 +169,7 @@ class Caller:
         except BaseException as error:
             opening.close()
             if isinstance(error, trio.BrokenResourceError):
-                raise PeerError(broken(error)) from error
+                raise broken(error) from error
             raise
         return stream
 
@@ -237,7 +237,7 @@ class Caller:
                 self._check_authorised(stream, "take" if hello.side == "source" else "send")
             await _say_hello(stream, hello, token, version)
         except trio.BrokenResourceError as error:
-            raise PeerError(broken(error)) from error
+            raise broken(error) from error
         if isinstance(stream, TlsStream) and (session := stream.session):
             self._last = replace(secured, session=session)
 
@@ -263,41 +263,6 @@ async def _advance(opening: Opening) -> None:
         await opening.stream()  # what fails is seen when it is needed
 
 
-async def connect(
-    address: Address,
-    hello: Hello,
-    timeout_s: float = HANDSHAKE_TIMEOUT_S,
-    *,
-    token: bytes = b"",
-    version: int = PROTOCOL_VERSION,
-    protection: Protection = LOCAL,
-) -> tuple[Stream, int]:
-    """One connection; see `Caller.connect`."""
-    return await Caller(protection).connect(address, hello, timeout_s, token=token, version=version)
-
-
-async def client_handshake(
-    stream: Stream,
-    hello: Hello,
-    timeout_s: float,
-    *,
-    token: bytes = b"",
-    version: int = PROTOCOL_VERSION,
-) -> Stream:
-    """Says hello and waits for the welcome. Closes the stream unless it succeeds."""
-    try:
-        with trio.fail_after(timeout_s):
-            await _say_hello(stream, hello, token, version)
-    except BaseException as error:
-        await trio.aclose_forcefully(stream)
-        if isinstance(error, trio.TooSlowError):
-            raise PeerError(f"no handshake within {timeout_s:g} s; is that a postcopy port?") from None
-        if isinstance(error, trio.BrokenResourceError):
-            raise PeerError(broken(error)) from error
-        raise
-    return stream
-
-
 async def _say_hello(stream: Stream, hello: Hello, token: bytes, version: int) -> None:
     handshake = ClientHandshake(hello, token, version)
     await stream.send_all(handshake.send_hello())
@@ -305,12 +270,13 @@ async def _say_hello(stream: Stream, hello: Hello, token: bytes, version: int) -
         handshake.receive_data(await stream.receive_some(wanted))
 
 
-def broken(error: trio.BrokenResourceError) -> str:
+def broken(error: trio.BrokenResourceError) -> PeerError:
+    """What it was. Under TLS 1.3 a client has done its handshake before it hears that its certificate is refused."""
     cause = error.__cause__
     if isinstance(cause, OSError) and cause.errno == errno.EPROTO:
-        return str(cause.strerror)  # of TLS: it says all there is to say
+        return TlsError(str(cause.strerror))  # it says all there is to say
     reason = f" ({cause.strerror})" if isinstance(cause, OSError) and cause.strerror else ""
-    return f"the connection broke during the handshake{reason}"
+    return PeerError(f"the connection broke during the handshake{reason}")
 
 
 def keep_alive(fd: FdHolder, silence_s: float) -> FdHolder:

@@ -14,7 +14,7 @@ from trio.testing import MockClock
 
 from postcopy import net as c
 from postcopy import wire as p
-from postcopy.net import backoff
+from postcopy.net import backoff, connecting
 from tests.unit.net.support import SESSION, hang_up, open_acceptor
 
 
@@ -108,7 +108,7 @@ async def test_a_peer_that_comes_back_again_and_again(autojump_clock: MockClock)
         for epoch in range(1, 200):
             hello = p.Hello("control", "dest", 0, SESSION.migration, epoch)
             try:
-                stream, _ = await c.connect(acceptor.addresses[0], hello, token=SESSION.token)
+                stream, _ = await connecting.Caller().connect(acceptor.addresses[0], hello, token=SESSION.token)
             except p.RefusedError as refused:
                 codes.add(refused.code)
             else:
@@ -120,7 +120,7 @@ async def test_a_peer_that_comes_back_again_and_again(autojump_clock: MockClock)
         assert backoff.FREE_RETURNS < acceptor.accepted - 1 < backoff.FREE_RETURNS + 40
         called.went_on()
         hello = p.Hello("control", "dest", 0, SESSION.migration, 200)
-        stream, _ = await c.connect(acceptor.addresses[0], hello, token=SESSION.token)
+        stream, _ = await connecting.Caller().connect(acceptor.addresses[0], hello, token=SESSION.token)
         await trio.aclose_forcefully((await called.next_link())[0].control)
         await trio.aclose_forcefully(stream)
 
