@@ -23,7 +23,7 @@ CASES = [
     ("source --machine kvm --connect a:65536", 2, "at most 65535"),
     ("dest --connect 127.0.0.1:1", 1, "connection refused; start the other side first"),
     ("dest --connect nosuchhost.invalid:7", 1, "cannot be resolved"),
-    ("dest --listen 192.0.2.1:7", 1, "name an address of this host"),
+    ("dest --listen 192.0.2.1:7 --insecure", 1, "name an address of this host"),
     ("dest --listen :0 --backing tape", 2, "--backing: memfd, anon or hugetlb, not 'tape'"),
     ("dest --listen :0 --run-for soon", 2, "--run-for: seconds, as 2.5 or 200ms, not 'soon'"),
     ("dest --listen :0 --dump /nonexistent/file", 2, "directory /nonexistent does not exist"),

@@ -92,6 +92,7 @@ ELSEWHERE = {  # page: the tests that do what it says; that its commands and opt
     "docs/firecracker.md": "tests/integration/test_firecracker_page.py",
     "docs/qemu.md": "tests/integration/test_qemu_page.py",
     "docs/programs.md": "tests/integration/test_program.py",
+    "docs/fuzzing.md": "tests/fuzz/test_targets.py",
     "docs/lab.md": "tests/integration/test_lab.py",
     "docs/lazy-memory.md": "tests/integration/test_lazy.py",
     "docs/machines.md": "tests/integration/test_network.py",

@@ -68,7 +68,7 @@ def test_both_ends_know_each_other(side: Start, image: Path, listens: str) -> No
     secured = ("--tls", named("both", "127.0.0.1", "vm1.example"))
     arguments = {
         "dest": ("dest", "--json", "--dump", copy, *secured, "--tls-authz", "send:vm1.example"),
-        "source": (*source_of(image), *secured, "--tls-authz", "take:vm?.example", "--tls-authz", "take:vm1.*"),
+        "source": (*source_of(image), *secured, "--tls-authz", "take:vm1.*"),
     }
     listener = side(*arguments[listens], "--listen", "127.0.0.1:0")
     caller = side(*arguments["source" if listens == "dest" else "dest"], "--connect", listener.address)
@@ -133,7 +133,7 @@ CASES: dict[str, tuple[Callable[[], Arguments], Callable[[], Arguments], str, st
         lambda: ("--tls", tls.directory()),
         lambda: ("--tls", tls.directory(), "--tls-authz", "send:127.0.0.1"),
         "may not take a machine from here, as far as --tls-authz of this host says",
-        "",  # it has not been told, which is the source's affair
+        "",  # the source hangs up without a reason: what it allows is its own configuration
     ),
 }
 
@@ -178,7 +178,7 @@ def as_client(directory: Path) -> tuple[object, ...]:
 
 @pytest.mark.needs("openssl")
 def test_openssl_gets_in_with_a_certificate_only(side: Start) -> None:
-    """Nothing of ours is said to who has not shown one: no preamble, no name of a machine."""
+    """Without one it gets no byte of the protocol: no preamble, no name of a machine."""
     dest = side("dest", "--json", "--listen", "127.0.0.1:0", "--tls", tls.directory())
     trusting = ("-verify_return_error", "-verify_ip", "127.0.0.1", "-CAfile", tls.directory() / "ca-cert.pem")
     for arguments, reason in (

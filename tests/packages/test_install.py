@@ -69,10 +69,10 @@ DEMO = "postcopy demo --machine rv64 --memory 16MiB"
 
 def test_with_venv_as_a_user(system: debian.Root) -> None:
     system(f"{INDEX} python3 -m venv ~/postcopy && ~/postcopy/bin/pip install postcopy", user=True, timeout_s=120)
-    said = system(f"PATH=~/postcopy/bin:$PATH; {DEMO} && python -m {DEMO} --tls", user=True)
-    assert said.count("nonce") >= 2
+    said = system(f"PATH=~/postcopy/bin:$PATH; {DEMO} --tls", user=True)
+    assert "nonce" in said
     assert "0 bytes in clear" in said
-    assert "rv64" in system("~/postcopy/bin/postcopy probe", user=True)
+    assert "rv64" in system("~/postcopy/bin/python -m postcopy probe", user=True)
     assert "60-postcopy.rules" in system("ls ~/postcopy/share/postcopy ~/postcopy/share/man/man1", user=True)
     program = "from postcopy._files import share_file; print(share_file('60-postcopy.rules'))"
     rule = system(f'~/postcopy/bin/python -c "{program}"', user=True).strip()

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo shows of TLS: certificates that it makes for both sides, strangers who are refused, and what somebody
-on the network can read."""
+"""What the demo shows of TLS: certificates that it makes for both sides, strangers that are refused, and what a host on
+the network can read."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ _ENCRYPTED = 23  # the type of a record (RFC 8446, 5.1); the others (20 to 22) o
 
 
 class Watch:
-    """Sees what goes over connections, and counts what of it is no encrypted record of TLS."""
+    """Sees what goes over connections, and counts what is in records of TLS, encrypted or not, and what is in none."""
 
     def __init__(self) -> None:
         self._halves: dict[tuple[int, bool], _Half] = {}
@@ -55,7 +56,8 @@ class Watch:
 
 
 class _Half:
-    """One direction of a connection, divided into records; from the first byte on that begins none it has none."""
+    """One direction of a connection, divided into records of TLS. From the first byte on that is not part of one, all
+    the rest of that direction counts as readable."""
 
     def __init__(self) -> None:
         self._header = b""
@@ -63,7 +65,8 @@ class _Half:
         self._left: float = 0
 
     def split(self, data: bytes) -> Iterator[tuple[int | None, int]]:
-        """Type and size of the next pieces of records; None: of what is none. (A header that is not whole waits.)"""
+        """Type of record and number of bytes, for each piece of `data`; type None: not TLS. The bytes of a header are
+        counted when it is whole."""
         at = 0
         while at < len(data):
             if self._left:
@@ -104,6 +107,8 @@ def make_certificates(directory: Path, source: Host | None, dest: Host | None) -
         for side, host in sides.items():
             names = [LOOPBACK, *((host.name, host.ipv4) if host is not None else ())]
             issue(directory / authority, names, directory / f"{side}.tls", days=1)
+    # The stranger trusts the destination: otherwise it would be the stranger that refuses, and nothing would be shown.
+    shutil.copy(directory / "ca" / "ca-cert.pem", directory / "stranger.tls")
     return {side: str(directory / f"{side}.tls") for side in ("source", "dest")}
 
 
@@ -124,6 +129,8 @@ async def refuse_strangers(directory: Path, address: str, host: Host | None, out
             await stranger.good_end()
             said = ""
         except PostcopyError as error:
+            if stranger.result is None:
+                raise  # it has not come so far as to be refused
             said = str(error).removeprefix("stranger: ")
         found.append(Stranger(how=how, let_in=not said, said=said))
         output.say(f"demo: a stranger {how}: {said or 'NOT REFUSED'}")

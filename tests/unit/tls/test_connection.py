@@ -32,7 +32,7 @@ MUCH = 8 << 20  # more than any two socket buffers hold
 def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("tls")
     new_authority(where / "ca")
-    issue(where / "ca", ["host-a", "127.0.0.1"], where / "host")
+    issue(where / "ca", ["host-a", "127.0.0.1", "xn--bcher-kva.example"], where / "host")
     return where / "host"
 
 
@@ -77,7 +77,7 @@ async def receive_all(stream: trio.abc.ReceiveStream) -> bytes:
 async def test_both_ways_and_an_orderly_end(host: Path) -> None:
     async with pair(host) as (client, server):
         assert (client.peer.name, client.peer.resumed) == ("host-a", False)
-        assert server.peer.names == (("dns", "host-a"), ("ip", "127.0.0.1"))
+        assert server.peer.names == (("dns", "host-a"), ("ip", "127.0.0.1"), ("dns", "xn--bcher-kva.example"))
         assert server.peer.subject == "CN=host-a"
         assert client.peer.fingerprint != server.peer.fingerprint
         sent = os.urandom(MUCH)
@@ -271,6 +271,9 @@ async def test_to_the_core_and_back(host: Path) -> None:
         await again.send_all(b"after")
         assert await server.receive_some() == b"after"
         channel = detach(again)
+        for use in (lambda: detach(again), lambda: again.peer):
+            with pytest.raises(trio.ClosedResourceError):
+                use()
         channel.close()
         channel.close()
         with pytest.raises(trio.BrokenResourceError):
@@ -303,13 +306,8 @@ async def test_what_is_no_session_is_no_harm(host: Path) -> None:
 
 async def test_the_name_that_was_called(host: Path) -> None:
     credentials = await Credentials.load(host, listens=True, connects=True)
-    for name, good in (
-        ("127.0.0.1", True),
-        ("HOST-A", True),
-        ("host-a.", True),
-        ("host-b", False),
-        ("127.0.0.2", False),
-    ):
+    good_names, bad_names = ("127.0.0.1", "HOST-A", "host-a.", "b\u00fccher.example"), ("host-b", "127.0.0.2")
+    for name, good in [(name, name in good_names) for name in good_names + bad_names]:
         here, there = plain_pair()
         async with here, there, trio.open_nursery() as nursery:
 
@@ -326,6 +324,15 @@ async def test_the_name_that_was_called(host: Path) -> None:
             else:
                 with pytest.raises(TlsError, match=f"not for {name}, but for .*host-a.* --tls-hostname"):
                     await credentials.connect(here, name)
+
+
+@pytest.mark.parametrize("name", ["a\0host-a", "host a\n", "x" * 300, "a..b", "\udc80"])
+async def test_what_is_no_name(host: Path, name: str) -> None:
+    credentials = await Credentials.load(host, listens=False, connects=True)
+    here, there = plain_pair()
+    async with here, there:
+        with pytest.raises(TlsError, match="is no name that a certificate could have"):
+            await credentials.connect(here, name)
 
 
 @pytest.fixture(scope="module")
@@ -397,3 +404,23 @@ async def test_a_peer_whose_names_no_line_could_hold(foreign: Callable[[str, lis
         assert client.peer.names == (("dns", "last.example.org"), ("dns", "127.0.0.1"))
         assert "\n" not in client.peer.known_as
         assert "\x1b" not in client.peer.known_as
+
+
+@pytest.mark.parametrize(
+    ("common_name", "subject"),
+    [
+        ("host,O=Example", r"CN=host\,O=Example"),
+        ("b\u00fccher ", "CN=b\u00fccher\\ "),
+        ("host\u202e1", ""),
+        ("host\u00a01", ""),
+        ("host\n1", r"CN=host\0A1"),
+        ("host\0", r"CN=host\00"),
+    ],
+)
+async def test_what_a_subject_is(
+    foreign: Callable[[str, list[x509.GeneralName]], Path], common_name: str, subject: str
+) -> None:
+    """As patterns are matched against: all of it, as RFC 2253 has it; none where a person would read another one."""
+    credentials = await Credentials.load(foreign(common_name, dns("host-a")), listens=True, connects=True)
+    async with connected(credentials) as (_, server):
+        assert server.peer.subject == subject
