@@ -304,7 +304,7 @@ def test_bad_handshakes_of_all_kinds(daemon: Daemon, neighbour: Beside, version:
             with contextlib.suppress(Refused, Closed):
                 line.greet(channel, "source", **fields)
                 raise AssertionError(f"welcome: {channel} {fields}")
-    half = [Line.open(program.address, version) for _ in range(200)]  # more than may be in that state
+    half = [Line.open(program.address, version) for _ in range(300)]  # more than may be in that state
     beside.finish()
     for line in half:
         line.close()

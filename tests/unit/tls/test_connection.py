@@ -146,6 +146,34 @@ async def test_a_send_that_was_cancelled_has_broken_the_stream(host: Path) -> No
             await receive_all(server)
 
 
+async def test_a_send_that_need_not_wait_is_done_or_not_begun(host: Path) -> None:
+    """Cancelled while other tasks run, as by a signal: what says why this side ends comes after it."""
+    async with pair(host) as (client, server):
+        with trio.CancelScope() as scope:
+            sender = trio.lowlevel.current_task()
+
+            class CancelAtFirstYield(trio.abc.Instrument):
+                def after_task_step(self, task: trio.lowlevel.Task) -> None:
+                    if task is sender:
+                        scope.cancel()
+
+            instrument = CancelAtFirstYield()
+            trio.lowlevel.add_instrument(instrument)
+            try:
+                await client.send_all(b"sent")
+            finally:
+                trio.lowlevel.remove_instrument(instrument)
+        assert scope.cancel_called
+        assert not scope.cancelled_caught
+        assert await server.receive_some() == b"sent"
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await client.send_all(b"not begun")
+        assert scope.cancelled_caught
+        await client.send_all(b"nothing is torn")
+        assert await server.receive_some() == b"nothing is torn"
+
+
 async def test_a_read_that_was_cancelled_has_lost_nothing(host: Path) -> None:
     async with pair(host) as (client, server):
         with trio.move_on_after(0.01):
