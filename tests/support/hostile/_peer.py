@@ -617,6 +617,8 @@ class Listener:
 
     def take_what_waits(self) -> None:
         """Takes and closes all connections that have been made already."""
+        while self._connected:
+            self._connected.pop().close()
         with contextlib.suppress(TimeoutError):
             while True:
                 self.accept(0.3).close()
@@ -632,26 +634,34 @@ class Listener:
         threading.Thread(target=take, daemon=True).start()
 
     def backlog(self) -> bool:
-        """Whether somebody has connected, and nobody has spoken to him yet."""
-        return bool(self._silent) or bool(select.select([self._socket], [], [], 0)[0])
+        """Whether there is a connection that was not accepted yet, or one that waits for an answer."""
+        if self._silent or select.select([self._socket], [], [], 0)[0]:
+            return True
+        if line := self._first_to_speak(0):
+            self._connected.insert(0, line)
+        return line is not None
 
     def speaker(self, timeout_s: float) -> Line:
         """The first of those that have connected which says something: a caller may connect before it has anything to
         say, and hang up without."""
         deadline = time.monotonic() + timeout_s
-        while True:
-            left_s = max(0.0, deadline - time.monotonic())
-            ready = select.select([self._socket, *(line.sock for line in self._connected)], [], [], left_s)[0]
-            if not ready:
-                raise TimeoutError(f"nobody has said anything within {timeout_s:g} s")
-            for line in [line for line in self._connected if line.sock in ready]:
-                self._connected.remove(line)
-                with contextlib.suppress(ConnectionError):
-                    if line.sock.recv(1, socket.MSG_PEEK):
-                        return line
-                line.close()
-            if self._socket in ready:
-                self._connected.append(self.accept(timeout_s))
+        while (left_s := deadline - time.monotonic()) > 0:
+            if line := self._first_to_speak(left_s):
+                return line
+        raise TimeoutError(f"nobody has said anything within {timeout_s:g} s")
+
+    def _first_to_speak(self, timeout_s: float) -> Line | None:
+        """None as well when something else has happened: a new connection, or one that has ended without a word."""
+        ready = select.select([self._socket, *(line.sock for line in self._connected)], [], [], timeout_s)[0]
+        for line in [line for line in self._connected if line.sock in ready]:
+            self._connected.remove(line)
+            with contextlib.suppress(ConnectionError):
+                if line.sock.recv(1, socket.MSG_PEEK):
+                    return line
+            line.close()
+        if self._socket in ready:
+            self._connected.append(self.accept())
+        return None
 
     def hello(self, timeout_s: float = TIMEOUT_S) -> tuple[Line, Fields]:
         """The next client that speaks our version, after its hello; one that calls with a newer one calls again."""
