@@ -100,9 +100,11 @@ class _LentPager:
             self._held.append((attach, index, channel))
 
     def image_is_known(self) -> None:
-        held, self._held = self._held, None
-        for attach, index, channel in held or ():
-            self._attach(attach, index, channel)
+        while self._held:  # one after the other: those that are left after an error are closed by `close`
+            attach, index, channel = self._held.pop(0)
+            fd, tls = channel.detach()
+            attach(index, fd, tls=tls)
+        self._held = None
 
     # ---- what has been done already, and what is not the migration's to do
 

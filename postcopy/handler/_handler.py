@@ -534,6 +534,8 @@ class Handler:
             descriptors, about = Descriptors.sort(fds)
         except PostcopyError as error:
             log.error("%s: %s; it is left to another version of postcopy", key, error)
+            if self._unfit is not None:  # which is there still
+                self._unfit.append(f"{key}: {error}")
             return None
         try:
             if descriptors.image >= 0 and about.image is not None:

@@ -82,14 +82,14 @@ class ControlHandler:
 
     async def _recover(self, arguments: Json) -> AllSteered:
         address, hostname = None, arguments.get("tls-hostname")
+        undecided = self._undecided(arguments.get("machine"))
         if "to" in arguments:
+            if len(undecided) > 1:
+                names = ", ".join(owned.name for owned, _ in undecided)
+                raise ControlError("BadArguments", f"several migrations: {names}; choose with --machine NAME")
             address = await peer_address(self._service, arguments)
         elif hostname is not None:
             raise ControlError("BadArguments", "tls-hostname goes with a new address")
-        undecided = self._undecided(arguments.get("machine"))
-        if address is not None and len(undecided) > 1:
-            names = ", ".join(owned.name for owned, _ in undecided)
-            raise ControlError("BadArguments", f"several migrations: {names}; choose with --machine NAME")
         return _all_that_can(undecided, lambda migration: migration.recover(address, hostname))
 
     async def _set(self, arguments: Json) -> Settings:

@@ -435,8 +435,8 @@ class Daemon(Service):
         return EndedMachine(machine=owned.name)
 
     async def _request_migrate(self, arguments: Json) -> Steered:
-        address = await peer_address(self, arguments)
         owned = find(self.machines, arguments.get("machine"))
+        address = await peer_address(self, arguments)
         # The last migration has ended, as `status` says, and only something of it has not been closed yet.
         while owned.finishing:
             await self.changes.wait()

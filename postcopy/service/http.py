@@ -33,8 +33,9 @@ from postcopy.net import (
     open_listeners,
     parse_address,
 )
+from postcopy.net.acceptor import TLS_RECORD
 from postcopy.service._contain import contained
-from postcopy.tls import Credentials
+from postcopy.tls import Credentials, TlsStream
 from postcopy.wire import MAGIC
 
 IDLE_TIMEOUT_S = 15.0
@@ -48,6 +49,14 @@ log = logging.getLogger(__name__)
 def parse_metrics_address(text: str) -> Address:
     """``HOST:PORT``; without a host it is the loopback interface, ``*`` is every one."""
     return parse_address(LOOPBACK + text if text.startswith(":") else text, listening=True)
+
+
+async def _begins_tls(stream: trio.SocketStream) -> bool:
+    """Whether what the client says first is not plain HTTP; nothing of it is taken."""
+    await trio.lowlevel.wait_readable(stream.socket)
+    with contextlib.suppress(OSError):  # of a connection that is broken, which the handshake says
+        return await stream.socket.recv(1, trio.socket.MSG_PEEK) in (b"", TLS_RECORD)
+    return True
 
 
 class HttpServer:
@@ -133,7 +142,7 @@ class HttpServer:
             try:
                 if secured is None:
                     assert self._credentials is not None
-                    secured = await self._credentials.accept(stream)
+                    secured = await self._credentials.accept(stream) if await _begins_tls(stream) else stream
                 go_on = await self._exchange(connection, secured)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 go_on = False  # it left
@@ -188,6 +197,9 @@ class HttpServer:
             await answer(error.error_status_hint, b"this is not HTTP/1.1\n")
             return False
         assert request is not None
+        if self.encrypted and not isinstance(stream, TlsStream):
+            await answer(400, b"use https, and a client certificate: these metrics are served with TLS only\n")
+            return False
         if request.target.partition(b"?")[0] != self._path.encode():
             await answer(404, f"the metrics are at {self._path}\n".encode())
         elif request.method not in (b"GET", b"HEAD"):

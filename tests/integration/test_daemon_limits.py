@@ -138,7 +138,7 @@ def test_frozen_peer(
     migrate = spawn_child(command)
     at.wait("it", lambda here: (here["x"]["migration"] or {}).get("status") == "connecting")
     if end == "cancel":
-        assert [one["machine"] for one in at.tell("migrate-cancel")["migrations"]] == ["x"]
+        assert [one["machine"] for one in at.request("migrate-cancel")["migrations"]] == ["x"]
         done = migrate.wait(60)
         assert done.returncode == 1
         assert "cancelled" in done.stderr
@@ -146,11 +146,11 @@ def test_frozen_peer(
         at.wait("x", lambda here: here["x"]["guest"]["operations"] > before)
         first.signal(signal.SIGTERM)
     elif end == "end":
-        at.ask("end", "--force")
+        at.request("end", force=True)
         assert at.machines() == {}
         first.signal(signal.SIGTERM)
     elif end == "quit":
-        at.ask("quit", "--force")
+        at.request("quit", force=True)
     else:
         first.signal(signal.SIGTERM)
     assert first.end()[0] == 0

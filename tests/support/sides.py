@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
@@ -143,17 +144,22 @@ class Operator:
     def tell(self, *arguments: object) -> Json:
         return parse_answer(self.ask(*arguments, "--json")[0], [str(one) for one in arguments])
 
-    def machines(self) -> dict[str, Json]:
-        """Asked without a process in between, since it is asked often."""
+    def request(self, command: str, **arguments: object) -> Json:
+        """Its answer, without a process in between: for what is asked often, or has to be there in time."""
         self._until_it_listens()
         with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rw") as file:
             connection.settimeout(DEADLINE_S)
             connection.connect(str(self.path))
-            file.write('{"execute": "status"}\n')
+            file.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
             file.flush()
             assert "postcopy" in parse_control_line(file.readline())
-            answer = parse_control_line(file.readline(), "status")
-            return {machine["name"]: machine for machine in answer["return"]["machines"]}
+            answer = parse_control_line(file.readline(), command)
+            assert "return" in answer, answer
+            returned: Json = answer["return"]
+            return returned
+
+    def machines(self) -> dict[str, Json]:
+        return {machine["name"]: machine for machine in self.request("status")["machines"]}
 
     def wait(self, what: str, found: Callable[[dict[str, Json]], bool]) -> dict[str, Json]:
         deadline = time.monotonic() + DEADLINE_S

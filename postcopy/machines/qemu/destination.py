@@ -63,7 +63,7 @@ from postcopy.machines.qemu._look import (
 )
 from postcopy.machines.qemu.qmp import Asked, QemuError, QemuInDoubt, QemuUnreachable
 from postcopy.machines.qemu.source import EVENTS, IGNORE_SHARED, QemuMachine, open_pipe
-from postcopy.memory import Memory
+from postcopy.memory import Memory, MemoryKind, check_memory
 from postcopy.uffd import UffdFeature, Userfaultfd
 from postcopy.units import format_size
 
@@ -142,6 +142,9 @@ class ArrivingQemu(GuardedProcess, QemuMachine):
 
     async def prepare(self) -> None:
         if self._command is not None:
+            # Before anything is started for an offer that cannot be held; what QEMU then has is promised below.
+            if small := sum(one.size_bytes for one in self._layout if one.page_bytes == PAGE_SIZES[0]):
+                check_memory(MemoryKind.MEMFD, small)
             await self._start(self._command)
         else:
             await self._connect()

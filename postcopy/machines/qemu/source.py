@@ -78,6 +78,7 @@ _UNDER_WAY = frozenset(
 )
 _FINISHING = "finish-migrate"
 _DESCRIPTION = re.compile(rb"\x06(?=.{4}\{)", re.DOTALL)
+_ASCII = bytes(range(128))
 _MOVED = "postmigrate"
 _STOPPED_BY_US = frozenset({"paused", _MOVED, _FINISHING})
 _STOPPED_FOR_A_LOOK = frozenset({"paused"})
@@ -652,9 +653,10 @@ class _Stream:
 def _without_description(state: bytes) -> bytes:
     """A state ends in a description of itself, for debugging: its length, and so much JSON, a third of it all in a
     small guest. A destination skips it; it is replaced by an empty one."""
-    for mark in _DESCRIPTION.finditer(state):
+    ascii_from = len(state.rstrip(_ASCII))  # looked for once: a guest can have marks without end in its devices
+    for mark in _DESCRIPTION.finditer(state, max(0, ascii_from - 5)):
         at = mark.end()
-        if int.from_bytes(state[at : at + 4], "big") == len(state) - at - 4 and state[at + 4 :].isascii():
+        if int.from_bytes(state[at : at + 4], "big") == len(state) - at - 4 and at + 4 >= ascii_from:
             return state[:at] + bytes(4)
     return state
 

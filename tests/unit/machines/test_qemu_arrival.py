@@ -586,3 +586,16 @@ async def test_a_command_that_starts_nothing_is_named(guest: Stood, command: str
     with pytest.raises(ConfigurationError, match=why):
         await machine.prepare()
     await machine.close()
+
+
+async def test_nothing_is_started_for_what_this_host_cannot_hold(guest: Stood, tmp_path: Path) -> None:
+    machine = create_destination(
+        "qemu",
+        guest.config,
+        [BlockLayout(one.name, 1 << 46, one.page_bytes) for one in guest.layout],
+        HostOptions(qemu=QEMU_OPTION.parse(f"touch {tmp_path}/started"), name="vm1"),
+    )
+    with pytest.raises(ResourceError, match="memory"):
+        await machine.prepare()
+    await machine.close()
+    assert not await trio.Path(tmp_path / "started").exists()

@@ -660,3 +660,14 @@ def test_what_a_state_says_of_itself_is_not_sent() -> None:
         whole = state + b"\x06" + len(said).to_bytes(4, "big") + said
         assert source._without_description(whole) == state + b"\x06" + bytes(4)
     assert source._without_description(state) == state
+
+
+def test_what_a_guest_has_put_into_its_devices_is_not_taken_for_the_description() -> None:
+    """Marks with the right length, but not all that follows them is ASCII."""
+    marks, rest = 1000, b"\xff" + b"{" * 1000
+    size = marks * 6 + len(rest)
+    state = b"".join(b"\x06" + (size - at * 6 - 5).to_bytes(4, "big") + b"{" for at in range(marks)) + rest
+    assert source._without_description(state) == state
+    said = b'{"page_size": 4096}'
+    whole = state + b"\x06" + len(said).to_bytes(4, "big") + said
+    assert source._without_description(whole) == state + b"\x06" + bytes(4)

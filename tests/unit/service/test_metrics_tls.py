@@ -83,7 +83,10 @@ async def test_a_scraper_with_a_certificate() -> None:
 @pytest.mark.usefixtures("_beyond")
 async def test_all_others_learn_nothing() -> None:
     async with served(protection()) as server:
-        assert b"HTTP" not in await plain(server)
+        told = await plain(server)
+        assert told.startswith(b"HTTP/1.1 400 ")
+        assert b"use https" in told
+        assert b"the metrics\n" not in told
         impostor = Credentials(tls.other_site().issue("scraper"))
         stream = await trio.open_tcp_stream("127.0.0.1", server.addresses[0].port)
         # It trusts the authority of the server, and has a certificate of another one.
