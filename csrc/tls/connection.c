@@ -143,7 +143,7 @@ static int bio_read(BIO *bio, char *buffer, size_t bytes, size_t *read_bytes)
 
         for (ssize_t i = 0; i < got && i < 16; i++)
             begin[i] = buffer[i] > ' ' && buffer[i] <= '~' ? buffer[i] : '.';
-        tls->socket_error = -pc_fail(EPROTO, tls->why, sizeof(tls->why), "the other end does not use TLS: it began with \"%s\"", begin);
+        tls->socket_error = -pc_fail(EPROTO, tls->why, sizeof(tls->why), "the other end does not use TLS (it began with \"%s\"): give --tls DIR on both hosts", begin);
         return 0;
     }
     tls->heard = true;

@@ -163,7 +163,7 @@ static const char *of_alert(int alert)
     case SSL_AD_BAD_CERTIFICATE:
     case SSL_AD_UNSUPPORTED_CERTIFICATE:
     case SSL_AD_CERTIFICATE_UNKNOWN:
-        return "the certificate here does not do: its log says why";
+        return "it does not accept the certificate here: its log says why";
     case SSL_AD_CERTIFICATE_REQUIRED:
         return "it wants a certificate, and none was sent";
     case SSL_AD_PROTOCOL_VERSION:

@@ -271,7 +271,7 @@ static void plain_bytes_are_told(void)
         CHECK_EQ(pc_tls_handshake(wire.ends[end]), PC_TLS_READABLE);
         give(&wire, end, "POSTCOPY\n", 9); /* fewer than the header of a record has to be enough */
         CHECK_EQ(pc_tls_handshake(wire.ends[end]), -EPROTO);
-        CHECK(!strcmp(pc_tls_why(wire.ends[end]), "the other end does not use TLS: it began with \"POSTCOPY.\""));
+        CHECK(!strcmp(pc_tls_why(wire.ends[end]), "the other end does not use TLS (it began with \"POSTCOPY.\"): give --tls DIR on both hosts"));
         close_wire(&wire);
     }
     close_site(&site);
