@@ -121,7 +121,7 @@ CASES: dict[str, tuple[Callable[[], Arguments], Callable[[], Arguments], str, st
         lambda: ("--tls", named("elsewhere", "elsewhere.example")),
         lambda: ("--tls", tls.directory()),
         "is not for 127.0.0.1, but for dns:elsewhere.example",
-        "the peer has ended the TLS connection: the certificate here does not do",
+        "the peer has ended the TLS connection: it does not accept the certificate here",
     ),
     "a source that may not send": (
         lambda: ("--tls", tls.directory(), "--tls-authz", "take:*", "--tls-authz", "send:*.example"),

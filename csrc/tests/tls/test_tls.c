@@ -210,8 +210,8 @@ static void who_is_not_let_in(void)
     struct identity other = make_identity(&(struct wish){.name = "another CA", .from_s = -DAY_S, .until_s = DAY_S});
     struct wish expired = {.until_s = -60}, early = {.from_s = 3600}, of_other = {.ca = &other}, server_only = {.usage = "serverAuth"};
 
-    refuse(&site, NULL, NULL, "other.example", CLIENT, "is not for other.example, but for dns:" SERVER_NAME, "the certificate here does not do");
-    refuse(&site, NULL, NULL, "127.0.0.2", CLIENT, "is not for 127.0.0.2", "the certificate here does not do");
+    refuse(&site, NULL, NULL, "other.example", CLIENT, "is not for other.example, but for dns:" SERVER_NAME, "it does not accept the certificate here");
+    refuse(&site, NULL, NULL, "127.0.0.2", CLIENT, "is not for 127.0.0.2", "it does not accept the certificate here");
     refuse(&site, variant(&site, 1, &expired, NULL), NULL, SERVER_NAME, CLIENT, "has expired (", "the certificate here has expired");
     refuse(&site, NULL, variant(&site, 0, &expired, NULL), SERVER_NAME, SERVER, "(CN=the client,O=a test\\, only) has expired (", "has expired");
     refuse(&site, NULL, variant(&site, 0, &early, NULL), SERVER_NAME, SERVER, "compare the clocks", "the certificate here");
