@@ -470,6 +470,8 @@ static bool set_name(struct pc_tls *tls)
         return false;
     if (tls->context->server || pc_openssl.X509_VERIFY_PARAM_set1_ip_asc(pc_openssl.SSL_get0_param(tls->openssl), tls->hostname))
         return true;
+    /* A name is a DNS name of the certificate: a subject is any text that a CA lets through, and is no name where there is none. */
+    pc_openssl.SSL_set_hostflags(tls->openssl, X509_CHECK_FLAG_NEVER_CHECK_SUBJECT | X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS);
     return pc_openssl.SSL_set1_host(tls->openssl, tls->hostname) &&
            pc_openssl.SSL_ctrl(tls->openssl, SSL_CTRL_SET_TLSEXT_HOSTNAME, TLSEXT_NAMETYPE_host_name, tls->hostname);
 }

@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from postcopy.cli._parser import add_command
+from postcopy.service.options import parse_path
 from postcopy.units import argument, parse_whole
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " whoever has that key can be any host.",
         [("", "postcopy tls new-ca ca")],
     )
-    new_ca.add_argument("directory", metavar="CA-DIR", help="directory to make")
+    new_ca.add_argument("directory", type=argument(parse_path), metavar="CA-DIR", help="directory to make")
     new_ca.add_argument(
         "--name", metavar="NAME", help="its name (default: of this host's name, the date and a random number)"
     )
@@ -46,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " with, and their keys. In a directory that is there it renews them.",
         [("", "postcopy tls issue ca --host host-a --host 192.0.2.1 --out host-a.tls")],
     )
-    issue.add_argument("authority", metavar="CA-DIR", help="directory that `new-ca` has made")
+    issue.add_argument(
+        "authority", type=argument(parse_path), metavar="CA-DIR", help="directory that `new-ca` has made"
+    )
     issue.add_argument(
         "--host",
         action="append",
@@ -55,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="name or address by which others connect to it; repeat it for each",
     )
-    issue.add_argument("--out", required=True, metavar="DIR", help="directory to write to")
+    issue.add_argument("--out", type=argument(parse_path), required=True, metavar="DIR", help="directory to write to")
     add_days(issue, 30)
 
     show = add_command(
@@ -66,7 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " status is 0 when nothing is.",
         [("", "postcopy tls show /etc/postcopy/tls")],
     )
-    show.add_argument("directory", metavar="DIR", help="directory of --tls, or of an authority")
+    show.add_argument(
+        "directory", type=argument(parse_path), metavar="DIR", help="directory of --tls, or of an authority"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

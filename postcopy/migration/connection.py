@@ -277,8 +277,10 @@ class Control(Generic[P]):
             pass  # seen again at the next reading
         finally:
             self._patience_s -= time.monotonic() - began_s
-            if self.protocol.unread or self.protocol.ended:
-                receiver.cancel()  # it has to look
+            # What the stream itself holds, or has found to be its end, does not make the socket readable.
+            with contextlib.suppress(trio.ClosedResourceError):
+                if self.protocol.unread or self.protocol.ended or stream.pending:
+                    receiver.cancel()  # it has to look
         return message
 
     def _sorted(self, message: Message) -> Message | None:

@@ -18,7 +18,7 @@ from postcopy.net.acceptor import Acceptor, Asking, MAX_HALF_OPEN, MAX_WAITING, 
 from postcopy.net.addresses import Address, Route, parse_address, read_peer_file
 from postcopy.net.backoff import LogLimit
 from postcopy.net.calling import CallingLink
-from postcopy.net.connecting import HANDSHAKE_TIMEOUT_S, client_handshake, connect, keep_alive
+from postcopy.net.connecting import HANDSHAKE_TIMEOUT_S, keep_alive
 from postcopy.net.endings import Code, Endings, Session
 from postcopy.net.link import ChannelKey, Link, OpenChannels, PAUSED_BY_OPERATOR, Reconnector
 from postcopy.net.protection import LOCAL, Protection, is_loopback
@@ -29,6 +29,6 @@ __all__ = [
     "HANDSHAKE_TIMEOUT_S", "LOCAL", "MAX_HALF_OPEN", "MAX_WAITING", "OFFER_TIMEOUT_S", "PAUSED_BY_OPERATOR",
     "Acceptor", "Address", "Asking", "CallingLink", "ChannelKey", "Code", "Endings", "Link", "LogLimit",
     "OpenChannels", "Protection", "Reconnector", "Route", "Session", "accept_from", "address_of",
-    "check_reachable", "client_handshake", "connect", "everywhere", "is_loopback", "keep_alive", "listening_addresses",
+    "check_reachable", "everywhere", "is_loopback", "keep_alive", "listening_addresses",
     "open_listeners", "open_stream", "parse_address", "read_peer_file",
 ]

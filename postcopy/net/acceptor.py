@@ -20,8 +20,8 @@ Error handling: `ResourceError` for an address that cannot be listened on. What 
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -125,6 +125,7 @@ class Acceptor:
         self._waiting: list[str] = []  # identities
         self._half_open: dict[trio.CancelScope, str] = {}  # oldest first, and the host of each
         self._log_limit = LogLimit()  # any host that can connect could fill the log
+        self._refusal_log_limit = LogLimit()  # of peers with a certificate, which no others keep out of the log
         self._send_link, self._links = trio.open_memory_channel[Link](MAX_WAITING)
 
     @classmethod
@@ -180,7 +181,7 @@ class Acceptor:
             peer = str(address)
             if len(self._half_open) >= MAX_HALF_OPEN:
                 self._give_up_one()
-            self._half_open[scope] = _host(address)
+            self._half_open[scope] = address.network
             scope.deadline = trio.current_time() + HANDSHAKE_TIMEOUT_S
             with scope:
                 taken = await self._secure(stream, peer, scope)
@@ -210,16 +211,18 @@ class Acceptor:
         """TLS, where that is what is spoken here; then the handshake."""
         if self._credentials is None:
             return await self._handshake(plain, peer, scope)
-        await trio.lowlevel.wait_readable(plain.socket)
+        first = TLS_RECORD
         with contextlib.suppress(OSError):  # a connection that is broken: see below
-            if await plain.socket.recv(1, trio.socket.MSG_PEEK) not in (b"", TLS_RECORD):
-                return await self._handshake(plain, peer, scope)  # which tells it
-        stream = TlsStream(plain.socket, await self._credentials.context(server=True))
+            first = await plain.socket.recv(1, trio.socket.MSG_PEEK) or TLS_RECORD
+        if first != TLS_RECORD:
+            return await self._handshake(plain, peer, scope)  # which tells it, and no more
         try:
-            await stream.handshake()
+            stream = await self._credentials.accept(plain)
         except TlsError:
-            with contextlib.suppress(trio.BrokenResourceError):
-                await self._wait_for_end(plain)  # so that it gets our alert
+            # Its end is waited for, so that it gets our alert; but what was wrong is logged also where none comes.
+            deadline, scope.deadline = scope.deadline, math.inf
+            with trio.move_on_at(deadline), contextlib.suppress(trio.BrokenResourceError):
+                await self._wait_for_end(plain)
             raise
         return await self._handshake(stream, peer, scope)
 
@@ -268,7 +271,8 @@ class Acceptor:
         except Refusal as refusal:
             self.refused += 1
             # (The first two ask again and again; the last one is reported by the caller.)
-            if refusal.code not in (Code.PAUSED, Code.TOO_OFTEN, Code.ITSELF) and self._log_limit.due():
+            limit = self._refusal_log_limit if isinstance(stream, TlsStream) else self._log_limit
+            if refusal.code not in (Code.PAUSED, Code.TOO_OFTEN, Code.ITSELF) and limit.due():
                 log.warning("%s: %s connection refused: %s", peer, hello.channel, refusal)
             await stream.send_all(handshake.send_refused(str(refusal), refusal.code, refusal.token))
             if isinstance(refusal.code, Ended):  # proven to a peer that has proven itself
@@ -368,11 +372,3 @@ async def _receive_offer(stream: Stream, version: int) -> bytes:
         if not isinstance(message, Offer):
             raise PeerError(f"began with {message.TYPE}, not with an offer")
     return bytes(said)
-
-
-def _host(address: Address) -> str:
-    """Who is counted as one: a network of IPv6 has more addresses than there are places."""
-    with contextlib.suppress(ValueError):
-        number = ipaddress.IPv6Address(address.host.partition("%")[0])
-        return str(ipaddress.IPv6Network((int(number) >> 64 << 64, 64)))
-    return address.host

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 from collections.abc import Callable
@@ -21,6 +22,15 @@ log = logging.getLogger(__name__)
 class Address:
     host: str  # name or number, without brackets; empty to listen everywhere
     port: int
+
+    @property
+    def network(self) -> str:
+        """What is counted as one host, of a number: for IPv6 its /64, in which one host may have as many addresses as
+        it likes."""
+        with contextlib.suppress(ValueError):
+            number = ipaddress.IPv6Address(self.host.partition("%")[0])
+            return str(ipaddress.IPv6Network((int(number) >> 64 << 64, 64)))
+        return self.host
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host or '*'}:{self.port}"

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The side that connects: it opens the control connection and all data channels, and calls again when they are lost.
 
-A lost peer is called at once, then several times a second, at another address when one is named (`Route`). What counts
-is not that a connection came about but that the migration *went on* over it: after calls that only connect, the pauses
-grow. Any host may answer there: one that does not prove that it knows the token decides nothing.
+A lost peer is called at once, then several times a second, after a minute less often, at another address when one is
+named (`Route`). What counts is not that a connection came about but that the migration *went on* over it: where calls
+only connect, the pauses still grow. Any host may answer there: one that does not prove that it knows the token decides
+nothing.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class CallingLink(Link):
         asked: Address,
         side: str,
         version: int,
-        replaceable: bool = False,
-        caller: Caller | None = None,
+        replaceable: bool,
+        caller: Caller,
     ) -> None:
         """`asked`: the address of the route that has answered. `PeerError` when the peer is gone already; the stream
         is then closed."""
@@ -67,7 +68,7 @@ class CallingLink(Link):
         self._route = route
         self._side = side
         self._replaceable = replaceable
-        self._caller = caller or Caller()
+        self._caller = caller
         route.answered(asked, self.peer)
 
     @classmethod
@@ -173,7 +174,7 @@ class CallingReconnector(Reconnector):
         self._version = version
         self._replaceable = replaceable
         self._caller = caller or Caller()
-        self._in_vain = False  # the last attempt was answered, and failed
+        self._in_vain = False  # the last attempt was refused
         self._pause_s = 0.0  # before the next attempt
         self._lost_s = math.inf  # when the search began
         self._log_limit = backoff.LogLimit()
@@ -182,7 +183,6 @@ class CallingReconnector(Reconnector):
         super().went_on()
         self._pause_s = min(self._pause_s, backoff.CAP_S)
         self._lost_s = math.inf
-        self._in_vain = False
 
     def recover(self) -> None:
         super().recover()
@@ -200,7 +200,6 @@ class CallingReconnector(Reconnector):
                 link = CallingLink(
                     stream, self._route, asked, self._side, self._version, self._replaceable, self._caller
                 )
-                self._lengthen_pause(backoff.PATIENT_CAP_S)  # no success yet: see `went_on`
                 return link, self._session
 
     async def announce(self, how: Ended) -> None:
@@ -220,10 +219,13 @@ class CallingReconnector(Reconnector):
 
     async def _attempt(self, how: Ended | None = None) -> tuple[Address, Stream | None]:
         """When it is due, one call: which address was asked, and what it has answered. `EndedElsewhere`."""
+        self._caller.close_early()  # no peer keeps them for as long as a pause may be
         now_s = trio.current_time()
         self._lost_s = min(self._lost_s, now_s)
         if self._pause_s and await self._route.pause(self._pause_s * random.uniform(0.5, 1)):
             self._pause_s, self._lost_s, self._log_limit = 0.0, trio.current_time(), backoff.LogLimit()
+        # (also where this one is answered: that is no success yet, see `went_on`)
+        self._pause_s = min(max(2 * self._pause_s, backoff.FIRST_S), backoff.cap_s(self._lost_s))
         while self.paused and how is None:  # what is said with `how` makes no connection
             await self._changed.wait()
         # Each attempt has an epoch of its own: one that was lost on its way must not be taken for the next one.
@@ -241,14 +243,14 @@ class CallingReconnector(Reconnector):
                 version=self._version,
                 early=early,
             )
+            self._in_vain = False
             if not self.paused or how is not None:
                 return asked, stream
             stream.socket.close()
         except (PeerError, ProtocolError, ResourceError, ConfigurationError) as error:
-            self._in_vain = self._caller.answered
+            # (one that was only cut may be the next to succeed, and is short with all that can be begun early)
+            self._in_vain = isinstance(error, RefusedError | ProtocolError | TlsError)
             self._explain(error)  # (an address of a peer file may be one that is refused)
-        patient = trio.current_time() - self._lost_s > backoff.PATIENT_AFTER_S
-        self._lengthen_pause(backoff.PATIENT_CAP_S if patient else max(backoff.CAP_S, self._pause_s))
         return asked, None
 
     def _explain(self, error: PostcopyError) -> None:
@@ -265,6 +267,3 @@ class CallingReconnector(Reconnector):
             # (what only an operator can mend is told one who looks at warnings)
             level = logging.WARNING if wrong or isinstance(error, TlsError | ConfigurationError) else logging.INFO
             log.log(level, "not connected again yet: %s%s", error, "; is that the right address?" * wrong)
-
-    def _lengthen_pause(self, cap_s: float) -> None:
-        self._pause_s = min(max(2 * self._pause_s, backoff.FIRST_S), cap_s)

@@ -55,15 +55,15 @@ class Opening:
         self._address = address
         self.secured = secured
         self._stream: Stream | None = None
-        [(family, kind, _, _, name), *_] = socket.getaddrinfo(
-            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
-        )
         try:
+            [(family, kind, _, _, name), *_] = socket.getaddrinfo(
+                address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+            )
             self._socket = trio.socket.socket(family, kind)
         except OSError as error:
             if error.errno in NO_FILES:
                 raise out_of_files(error.errno or 0, f"cannot connect to {address}") from error
-            raise self._failed(error.errno) from error
+            raise PeerError(f"{address}: {error.strerror}") from error  # as when an interface is gone
         handle = socket.socket(fileno=self._socket.fileno())
         try:
             number = handle.connect_ex(name)
@@ -97,8 +97,8 @@ class Caller:
     def __init__(self, protection: Protection = LOCAL) -> None:
         self.protection = protection
         self.early = 0  # how many data connections there were last time
-        self.answered = False  # something was at the other end, the last time
         self._name = ""  # of the peer, as it was called last
+        self._context: Context | None = None  # of the last control connection: its data connections have the same
         self._last: _Secured | None = None
         self._early: list[Opening] = []
 
@@ -124,12 +124,10 @@ class Caller:
         `ProtocolError`, `ResourceError`, `ConfigurationError`.
         """
         self.close_early()
-        self.answered = False
         self._name = name or address.host.partition("%")[0]
         while True:
-            secured = await self._secured()
+            secured = await self._looked_up()
             plain = await open_stream(address, timeout_s, self.protection)
-            self.answered = True
             try:
                 if early:
                     self._begin_early(address_of(plain), secured, early)
@@ -156,9 +154,9 @@ class Caller:
                 return await self._open_data(early, hello, token, version)
             except RefusedError as error:
                 raise _named(error, address) from error
-            except PeerError:
+            except (PeerError, ProtocolError):
                 pass  # the peer may have closed it, which has waited: another one
-        opening = Opening(address, await self._secured())
+        opening = Opening(address, self._secured())
         try:
             return await self._open_data(opening, hello, token, version)
         except (PeerError, ProtocolError) as error:
@@ -218,14 +216,18 @@ class Caller:
 
     # ---- the handshakes
 
-    async def _secured(self) -> _Secured:
-        credentials, name = self.protection.credentials, self._name
-        if credentials is None:
-            return _Secured(None, name)
-        context, last = await credentials.context(server=False), self._last
-        if last is not None and last.context is context and last.name == name:
+    async def _looked_up(self) -> _Secured:
+        """With the certificates as they are now."""
+        if (credentials := self.protection.credentials) is not None:
+            self._context = await credentials.context(server=False)
+        return self._secured()
+
+    def _secured(self) -> _Secured:
+        assert (self._context is None) == (self.protection.credentials is None)
+        last = self._last
+        if last is not None and last.context is self._context and last.name == self._name:
             return last
-        return _Secured(context, name)
+        return _Secured(self._context, self._name)
 
     async def _greet(self, stream: Stream, secured: _Secured, hello: Hello, token: bytes, version: int) -> None:
         """`PeerError`, `ProtocolError`."""
@@ -259,41 +261,6 @@ def _named(error: PeerError | ProtocolError, address: Address) -> PeerError | Pr
 async def _advance(opening: Opening) -> None:
     with contextlib.suppress(PostcopyError, trio.BrokenResourceError, trio.ClosedResourceError, OSError):
         await opening.stream()  # what fails is seen when it is needed
-
-
-async def connect(
-    address: Address,
-    hello: Hello,
-    timeout_s: float = HANDSHAKE_TIMEOUT_S,
-    *,
-    token: bytes = b"",
-    version: int = PROTOCOL_VERSION,
-    protection: Protection = LOCAL,
-) -> tuple[Stream, int]:
-    """One connection; see `Caller.connect`."""
-    return await Caller(protection).connect(address, hello, timeout_s, token=token, version=version)
-
-
-async def client_handshake(
-    stream: Stream,
-    hello: Hello,
-    timeout_s: float,
-    *,
-    token: bytes = b"",
-    version: int = PROTOCOL_VERSION,
-) -> Stream:
-    """Says hello and waits for the welcome. Closes the stream unless it succeeds."""
-    try:
-        with trio.fail_after(timeout_s):
-            await _say_hello(stream, hello, token, version)
-    except BaseException as error:
-        await trio.aclose_forcefully(stream)
-        if isinstance(error, trio.TooSlowError):
-            raise PeerError(f"no handshake within {timeout_s:g} s; is that a postcopy port?") from None
-        if isinstance(error, trio.BrokenResourceError):
-            raise broken(error) from error
-        raise
-    return stream
 
 
 async def _say_hello(stream: Stream, hello: Hello, token: bytes, version: int) -> None:

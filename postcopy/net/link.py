@@ -36,7 +36,7 @@ def channel_keys(shards: int, bulk_channels: int) -> list[ChannelKey]:
 
 
 def identity(certificate: PeerCertificate | None, peer: Address) -> str:
-    return certificate.name if certificate is not None else peer.host
+    return certificate.name if certificate is not None else peer.network
 
 
 class Reconnector(abc.ABC):
@@ -112,13 +112,15 @@ class Link(abc.ABC):
 
     @property
     def identity(self) -> str:
-        """Who the peer is: the name in its certificate; without TLS the address of its host."""
+        """Who the peer is, for what is counted by peer: the name in its certificate; without TLS its host, or the /64
+        network of that. Another connection of the same migration may have another one, as after a renewal: what proves
+        that it is the same peer is the token."""
         return identity(self.certificate, self.peer)
 
     def reconnect_to(self, address: Address, tls_hostname: str | None = None) -> None:
         """When the connection is lost (or has been), the peer is looked for there, under another name in its
-        certificate where one is given. `ConfigurationError` on the side
-        that listens: it takes the peer from wherever it comes."""
+        certificate where one is given. `ConfigurationError` on the side that listens: it takes the peer from wherever
+        it comes."""
         raise ConfigurationError(
             f"this side listens, and takes its peer from any address: {address} can only be named at the other side"
         )

@@ -94,12 +94,14 @@ class ListeningReconnector(Reconnector):
         self._ended: Ended | None = None  # as the peer has come to say
         self._returns = 0  # since it went on
         self._next_s = -math.inf  # from when on it may come again
+        self._lost_s = math.inf  # when it came for the first time since it went on
 
     def went_on(self) -> None:
         super().went_on()
         # (a little less patient than the side that calls, which has such a pause too)
         self._returns = min(self._returns, backoff.FREE_RETURNS + 3)
         self._next_s = -math.inf
+        self._lost_s = math.inf
 
     async def announce(self, how: Ended) -> None:
         if self._version >= 3:  # else it could not be understood
@@ -130,12 +132,13 @@ class ListeningReconnector(Reconnector):
         if self._has_lasted():
             self._returns = 0
         now_s = trio.current_time()
+        self._lost_s = min(self._lost_s, now_s)
         if now_s < self._next_s:
             raise Refusal("came back too often without going on", Code.TOO_OFTEN, token)
         self._returns += 1
         if self._returns > backoff.FREE_RETURNS:
             pause_s = backoff.FIRST_S * 2 ** min(self._returns - backoff.FREE_RETURNS, 20)
-            self._next_s = now_s + min(pause_s, backoff.PATIENT_CAP_S) / 2  # as often as we would call ourselves
+            self._next_s = now_s + min(pause_s, backoff.cap_s(self._lost_s)) / 2  # as often as we would call ourselves
 
     def enter(self, link: Link) -> None:
         self.close()

@@ -17,27 +17,23 @@ from postcopy.tls._connection import (
     TlsError,
     TlsStream,
     detach,
-    free_tls,
     in_place,
     stream_of,
 )
 from postcopy.tls._credentials import Credentials
-from postcopy.tls._names import ACTIONS, Action, Authorisation, Pattern, PeerCertificate, parse_pattern
+from postcopy.tls._names import Action, Authorisation, PeerCertificate, parse_pattern
 
 __all__ = [
-    "ACTIONS",
     "Action",
     "Authorisation",
     "Context",
     "Credentials",
     "DataChannel",
     "InPlace",
-    "Pattern",
     "PeerCertificate",
     "TlsError",
     "TlsStream",
     "detach",
-    "free_tls",
     "in_place",
     "parse_pattern",
     "stream_of",

@@ -6,10 +6,10 @@ An authority is a directory with ``ca-cert.pem`` and ``ca-key.pem``. What it iss
 ``server-*`` (who listens) and ``client-*`` (who connects). Serial numbers are random, so that there is no state but
 these files.
 
-To issue again into the same directory is how certificates are renewed. That replaces two pairs of files; between the
-two renames of a pair a reader finds a certificate and a key that do not belong together, and has to read again. The
-owner, the group and the mode of each file stay. Whom a host trusts stays too: ``ca-cert.pem`` may have several
-authorities in it, and is written only where there is none.
+To issue again into the same directory is how certificates are renewed. That replaces two pairs of files, when all of
+them have been written; between the two renames of a pair a reader finds a certificate and a key that do not belong
+together, and has to read again. The owner, the group and the mode of each file stay. Whom a host trusts stays too:
+``ca-cert.pem`` may have several authorities in it, and is written only where there is none.
 
 This is the only module that imports ``cryptography``. Everything here blocks on I/O, for milliseconds.
 """
@@ -19,8 +19,10 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shlex
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -189,10 +191,11 @@ def issue(
     try:
         directory.mkdir(mode=0o755, exist_ok=True)
         if not _trusts(directory / CA_CERT, ca):
-            files.insert(0, (CA_CERT, ca.public_bytes(Encoding.PEM), 0o644))
-        with locked_directory(directory):  # two that issue at once would leave pairs that do not belong together
+            files.append((CA_CERT, ca.public_bytes(Encoding.PEM), 0o644))  # (the last one is there first)
+        # Two that issue at once, or a full disk, would leave pairs that do not belong together.
+        with locked_directory(directory), ExitStack() as written:
             for file, data, mode in files:
-                _replace(directory / file, data, mode)
+                written.enter_context(_replacing(directory / file, data, mode))
     except BlockingIOError as error:
         raise ConfigurationError(f"{out}: another process issues certificates into this directory") from error
     except OSError as error:
@@ -205,6 +208,10 @@ def show(directory: str | Path, *, now: datetime | None = None) -> tuple[list[Ce
     when there is none."""
     now = _whole_seconds(now)
     directory = Path(directory)
+    try:
+        os.stat(directory / ".")  # for which it must be one that this user may look into
+    except OSError as error:
+        raise ConfigurationError(f"{directory}: {error.strerror}") from error
     loaded = {
         name: _load_certificates(directory / f"{name}-cert.pem")
         for name in ("ca", *ROLES)
@@ -336,7 +343,9 @@ def _load_key(path: Path, certificate: x509.Certificate) -> CertificateIssuerPri
     try:
         key = load_pem_private_key(data, None)
     except TypeError as error:
-        raise ConfigurationError(f"{path} is encrypted; decrypt it: openssl pkey -in {path}") from error
+        raise ConfigurationError(
+            f"{path}: the key is encrypted; decrypt it: openssl pkey -in {shlex.quote(str(path))} -out NEW"
+        ) from error
     except (ValueError, UnsupportedAlgorithm) as error:
         raise ConfigurationError(f"{path} has no private key in PEM that can be read") from error
     form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
@@ -359,14 +368,17 @@ def _trusts(path: Path, ca: x509.Certificate) -> bool:
     return True
 
 
-def _replace(path: Path, data: bytes, mode: int) -> None:
+@contextmanager
+def _replacing(path: Path, data: bytes, mode: int) -> Iterator[None]:
+    """`path` is this when the block has ended."""
     old = path.stat() if path.exists() else None
     if old is not None:
-        mode |= stat.S_IMODE(old.st_mode) & 0o640
+        mode = stat.S_IMODE(old.st_mode) & (mode | 0o040)
     with replacing(str(path), mode) as fd:
         write_all(fd, data)
         if old is not None and (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
             os.fchown(fd, old.st_uid, old.st_gid)
+        yield
 
 
 def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:

@@ -112,10 +112,10 @@ class TlsStream(trio.abc.HalfCloseableStream):
         """`name`: of a side that connects, the DNS name or IP address that the peer's certificate must have. `session`:
         what `session` of an earlier connection to the same peer has said, to resume."""
         pointer: Any = ffi.new("struct pc_tls **")
-        expected: Any = name.encode() if name else ffi.NULL
+        expected: Any = _as_in_certificate(name) if name else ffi.NULL
         result = lib.pc_tls_new(context.struct, socket.fileno(), expected, session, len(session), pointer)
         if result == -errno.EINVAL:
-            raise TlsError(f"{name[:80]!r} is no name that a certificate could have")
+            raise _no_name(name)
         check(result, "beginning TLS")
         self._adopt(socket, ffi.gc(pointer[0], lib.pc_tls_free))
 
@@ -158,11 +158,15 @@ class TlsStream(trio.abc.HalfCloseableStream):
     def peer(self) -> PeerCertificate:
         """After the handshake."""
         if self._peer is None:
+            if self._struct == ffi.NULL:
+                raise trio.ClosedResourceError("it was given away")
             found: Any = ffi.new("struct pc_tls_peer *")
             check(lib.pc_tls_peer(self._struct, found), "reading the peer's certificate")
             names = [name.partition(":") for name in _text(found.names).split("\n") if ":" in name]
+            subject = _text(found.subject)
             self._peer = PeerCertificate(
-                subject=c_text(found.subject),
+                # One that would be shown as another one is none, as one that does not fit.
+                subject=subject if subject.isprintable() else "",
                 names=tuple((kind, text) for kind, _, text in names),
                 not_after_s=int(found.not_after_s),
                 fingerprint=c_text(found.fingerprint),
@@ -220,7 +224,8 @@ class TlsStream(trio.abc.HalfCloseableStream):
     # ---- as a stream
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        await trio.lowlevel.checkpoint()
+        # Not cancelled between here and the first byte, as that of a socket: a caller that has looked whether it is
+        # cancelled knows that nothing was torn. (To acquire the lock lets other tasks run.)
         async with self._sending:
             with memoryview(data) as view:
                 sent = 0
@@ -230,7 +235,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
                     if not more:
                         try:
                             await trio.lowlevel.wait_writable(self.socket)
-                        except trio.Cancelled:
+                        except BaseException:
                             self._torn = True
                             raise
 
@@ -269,10 +274,9 @@ class TlsStream(trio.abc.HalfCloseableStream):
 
     def detach(self) -> DataChannel:
         """For the core; the stream must not be used any more. The socket blocks from here on."""
+        fd = _detach(self.socket)
         struct, self._struct = self._struct, ffi.NULL
         ffi.gc(struct, None)  # type: ignore[arg-type]  # (the core frees it)
-        fd = FdHolder(self.socket.detach())
-        os.set_blocking(fd.fd, True)
         return DataChannel(fd, struct)
 
     # ---- private
@@ -306,23 +310,21 @@ class DataChannel:
 
     def detach(self) -> tuple[int, Any]:
         """Descriptor and `struct pc_tls` (or None), as `attach_urgent` and `attach_bulk` take them."""
+        fd = self.fd.detach()
         tls, self._tls = self._tls, None
-        return self.fd.detach(), tls
+        return fd, tls
 
     def close(self) -> None:
         """Twice does no harm."""
-        free_tls(self._tls)
-        self._tls = None
+        tls, self._tls = self._tls, None
+        if tls is not None:
+            lib.pc_tls_free(tls)
         self.fd.close()
 
 
 def detach(stream: trio.SocketStream | TlsStream) -> DataChannel:
     """The connection of a stream, blocking, for the core; the stream must not be used any more."""
-    if isinstance(stream, TlsStream):
-        return stream.detach()
-    fd = FdHolder(stream.socket.detach())
-    os.set_blocking(fd.fd, True)
-    return DataChannel(fd)
+    return stream.detach() if isinstance(stream, TlsStream) else DataChannel(_detach(stream.socket))
 
 
 def stream_of(fd: int, tls: Any = None) -> trio.SocketStream | TlsStream:
@@ -331,10 +333,25 @@ def stream_of(fd: int, tls: Any = None) -> trio.SocketStream | TlsStream:
     return trio.SocketStream(socket) if tls is None else TlsStream.adopt(socket, tls)
 
 
-def free_tls(tls: Any) -> None:
-    """Of what `DataChannel.detach` has said, where no core takes it."""
-    if tls is not None:
-        lib.pc_tls_free(tls)
+def _as_in_certificate(name: str) -> bytes:
+    try:
+        if name.isprintable():
+            return name.removesuffix(".").encode("idna")
+    except UnicodeError:
+        pass
+    raise _no_name(name)
+
+
+def _no_name(name: str) -> TlsError:
+    return TlsError(f"{name[:80]!r} is no name that a certificate could have")
+
+
+def _detach(socket: trio.socket.SocketType) -> FdHolder:
+    if socket.fileno() < 0:
+        raise trio.ClosedResourceError("it was closed here")
+    fd = FdHolder(socket.detach())
+    os.set_blocking(fd.fd, True)
+    return fd
 
 
 def _lost(error: OSError) -> trio.BrokenResourceError | trio.ClosedResourceError:

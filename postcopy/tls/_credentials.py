@@ -6,9 +6,14 @@
 
 Before each connection the files are looked at (device, inode, size, time of the last change), and read again when they
 are others: certificates can be renewed while a migration is paused. Those that cannot be used, as in the middle of a
-renewal, are logged, and the ones that were read last stay in use; at the start they are an error.
+renewal, are logged, and the ones that were read last stay in use; at the start they are an error. Connections that are
+made at the same time share a look: it waits for a worker thread, on a busy host for longer than a handshake takes.
 
-A private key must belong to this user or to root, and nobody else may read it, but for a group that root lets.
+A private key must belong to this user or to root, and nobody else may read it, but for a group that root lets. No file
+may be one that everybody can write: who writes ``ca-cert.pem`` says who is let in.
+
+The directory may be on a file system that hangs. A connection waits for it `READ_TIMEOUT_S` and goes on with what was
+read last; one thread at most is left behind in the kernel, and as long as it is there nobody waits.
 """
 
 from __future__ import annotations
@@ -17,13 +22,14 @@ import logging
 import os
 import shlex
 import stat
+import time
 from collections.abc import Sequence
 
 import trio
 
-from postcopy._blocking import run_sync
-from postcopy._files import absolute, open_regular
-from postcopy.errors import ConfigurationError, PostcopyError
+from postcopy._blocking import no_thread
+from postcopy._files import absolute, explain_bad_name, open_regular
+from postcopy.errors import ConfigurationError, PostcopyError, ResourceError
 from postcopy.tls._connection import Context, TlsStream
 from postcopy.tls._names import Authorisation
 
@@ -31,6 +37,7 @@ CA = "ca-cert.pem"
 ROLES = {True: "server", False: "client"}  # by whether it listens
 HOW_TO_ISSUE = "`postcopy tls new-ca CA` and `postcopy tls issue CA --host NAME --out DIR` make what is needed"
 MAX_FILE_BYTES = 1 << 20  # the certificates that a distribution trusts are a fourth of it
+READ_TIMEOUT_S = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +49,17 @@ class Credentials:
 
     def __init__(self, directory: str | os.PathLike[str], authz: Sequence[str] = ()) -> None:
         """Nothing is read yet: see `load`."""
+        if reason := explain_bad_name(os.fspath(directory)):
+            raise ConfigurationError(f"tls: {reason}")
         self.directory = absolute(os.fspath(directory))
         self.authorisation = Authorisation(authz)
         self._read: dict[bool, tuple[Context, Identity]] = {}  # by role
         self._problems: dict[bool, str] = {}  # that were logged
+        self._looks = 0  # at the files, that have begun
+        self._looked: dict[bool, int] = {}  # by role: the number of the last one that is done
         self._reading = trio.Lock()
+        self._thread = trio.CapacityLimiter(1)
+        self._hangs = False
 
     @classmethod
     async def load(
@@ -54,11 +67,12 @@ class Credentials:
     ) -> Credentials:
         """Reads what these roles need; another one is read when it is taken. `ConfigurationError` for files that are
         not there or cannot be used, and for a pattern of `authz` that makes no sense; `ResourceError` for a host
-        without OpenSSL."""
+        without OpenSSL, and for a file system that does not answer."""
         credentials = cls(directory, authz)
         for server, wanted in ((True, listens), (False, connects)):
             if wanted:
-                await credentials._renewed(server)
+                async with credentials._reading:
+                    await credentials._renewed(server)
         return credentials
 
     def not_after_s(self, *, server: bool) -> int | None:
@@ -69,22 +83,27 @@ class Credentials:
         """Reads again what is in use, as after SIGHUP. Errors as `load` when that cannot be used: connections are then
         made with what was read before."""
         for server in list(self._read):
-            await self._renewed(server)
+            async with self._reading:
+                await self._renewed(server)
 
     async def context(self, *, server: bool) -> Context:
         """For the next connection; `server`: of the side that listens. Errors as `load`, but none where there are
         certificates that were good before."""
-        try:
-            context = await self._renewed(server)
-        except PostcopyError as error:
-            if server not in self._read:
-                raise
-            if self._problems.get(server) != str(error):
-                log.warning("%s; the certificates that were read before stay in use", error)
-            self._problems[server] = str(error)
+        asked = self._looks
+        async with self._reading:
+            if server not in self._read or self._looked.get(server, 0) <= asked:  # none has begun since
+                look = self._looks = self._looks + 1
+                try:
+                    await self._renewed(server)
+                    self._problems.pop(server, None)
+                except PostcopyError as error:
+                    if server not in self._read:
+                        raise
+                    if self._problems.get(server) != str(error):
+                        log.warning("%s; the certificates that were read before stay in use", error)
+                    self._problems[server] = str(error)
+                self._looked[server] = look
             return self._read[server][0]
-        self._problems.pop(server, None)
-        return context
 
     async def accept(self, stream: trio.SocketStream) -> TlsStream:
         """A connection that was accepted, with its handshake done. `TlsError`, `trio.BrokenResourceError`; those of
@@ -99,15 +118,30 @@ class Credentials:
         await tls.handshake()
         return tls
 
-    async def _renewed(self, server: bool) -> Context:
-        async with self._reading:
-            context, known = self._read.get(server, (None, None))
-            fresh = await run_sync(_read, self.directory, server, known)
-            if fresh is not None:
-                self._read[server] = fresh
-                if context is not None:
-                    log.info("%s: the %s's certificate was renewed", self.directory, ROLES[server])
-            return self._read[server][0]
+    async def _renewed(self, server: bool) -> None:
+        """With `_reading`."""
+        context, known = self._read.get(server, (None, None))
+        fresh = await self._read_again(server, known)
+        if fresh is not None:
+            self._read[server] = fresh
+            if fresh[0].not_after_s <= time.time():
+                log.warning("%s: the %s's certificate has expired: issue it again", self.directory, ROLES[server])
+            if context is not None:
+                log.info("%s: the certificates for the %s were read again", self.directory, ROLES[server])
+
+    async def _read_again(self, server: bool, known: Identity | None) -> tuple[Context, Identity] | None:
+        # Not on a thread of a migration, which has few, and needs them: what hangs here must end no machine.
+        if not self._hangs or self._thread.available_tokens:
+            self._hangs = False
+            with trio.move_on_after(READ_TIMEOUT_S):
+                try:
+                    return await trio.to_thread.run_sync(
+                        _read, self.directory, server, known, limiter=self._thread, abandon_on_cancel=True
+                    )
+                except (RuntimeError, MemoryError) as error:
+                    raise no_thread("reading certificates") from error
+            self._hangs = True
+        raise ResourceError(f"{self.directory}: its file system has not answered within {READ_TIMEOUT_S:g} s")
 
 
 def _read(directory: str, server: bool, known: Identity | None) -> tuple[Context, Identity] | None:
@@ -119,6 +153,9 @@ def _read(directory: str, server: bool, known: Identity | None) -> tuple[Context
     if identity == known:
         return None
     pem = [_read_file(ca), _read_file(certificate), _read_file(key, private=True)]
+    for path, what, data in zip(paths, ("CERTIFICATE", "CERTIFICATE", "PRIVATE KEY"), pem, strict=True):
+        if f"{what}-----".encode() not in data:  # OpenSSL says "unsupported" of a key, and not of which file
+            raise ConfigurationError(f"{path} has no {what.lower()} in PEM")
     if b"ENCRYPTED" in pem[2]:
         raise ConfigurationError(
             f"{key}: the key is encrypted, and nobody is here who could type its passphrase; decrypt it: openssl pkey"
@@ -140,8 +177,7 @@ def _read_file(path: str, *, private: bool = False) -> bytes:
     try:
         fd = open_regular(path)
         with os.fdopen(fd, "rb") as file:
-            if private:
-                _check_private(path, os.fstat(fd))
+            (_check_private if private else _check_public)(path, os.fstat(fd))
             data = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError as error:
         raise ConfigurationError(f"{path} is not there; {HOW_TO_ISSUE}") from error
@@ -162,3 +198,8 @@ def _check_private(path: str, found: os.stat_result) -> None:
     if extra := stat.S_IMODE(found.st_mode) & 0o177 & ~allowed:
         why = "others can read the key" if extra & 0o044 else "others can use the key's file"
         raise ConfigurationError(f"{path}: {why}: chmod {mode} {name}")
+
+
+def _check_public(path: str, found: os.stat_result) -> None:
+    if found.st_mode & stat.S_IWOTH:
+        raise ConfigurationError(f"{path}: everybody can change it: chmod o-w {shlex.quote(path)}")

@@ -194,12 +194,13 @@ def test_connections_without_end(daemon: Daemon, neighbour: Beside, version: int
             line.greet("control", "source")
             line.reset()
         kept = []
-        for _ in range(300):
+        for _ in range(400):
             line = Line.open(program.address, version)
             with contextlib.suppress(Closed):
                 line.send(wire.preamble(version))
             kept.append(line)
-        assert program.descriptors() < before + 200
+        kept[-1].take(8)  # all have been accepted
+        assert program.descriptors() < before + 300  # 256 may be in a handshake
     pulse.check(LATENCY_S)
     for line in kept:
         line.reset()

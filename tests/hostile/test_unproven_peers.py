@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tls
 
 from hostile import _wire as wire
 from hostile._peer import Closed, Destination, Line, Listener, Machine, Neighbour, Refused, Source
@@ -304,10 +306,52 @@ def test_bad_handshakes_of_all_kinds(daemon: Daemon, neighbour: Beside, version:
             with contextlib.suppress(Refused, Closed):
                 line.greet(channel, "source", **fields)
                 raise AssertionError(f"welcome: {channel} {fields}")
-    half = [Line.open(program.address, version) for _ in range(200)]  # more than may be in that state
+    half = [Line.open(program.address, version) for _ in range(300)]  # more than may be in that state
     beside.finish()
     for line in half:
         line.close()
+
+
+def client_hello() -> bytes:
+    written = ssl.MemoryBIO()
+    client = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), written, server_hostname="x")
+    with contextlib.suppress(ssl.SSLWantReadError):
+        client.do_handshake()
+    return written.read()
+
+
+def test_bad_handshakes_of_tls(daemon: Daemon, start: Start, version: int) -> None:
+    """Of hosts without a certificate: what is no TLS, what TLS has too much of, and more half handshakes than there are
+    places. Who has one comes in beside all of them, and the log has a few lines."""
+    program, _ = daemon("d", "--tls", tls.directory())
+    hello = client_hello()
+    one_byte = b"".join(b"\x16\x03\x01\x00\x01" + hello[at : at + 1] for at in range(5, len(hello)))
+    nothing_said = program.error_bytes()
+    for said in (
+        wire.preamble(version) + wire.hello("control", "source", version=version),
+        b"\x16" + os.urandom(4096),
+        b"\x16\x03\x01\xff\xff" + bytes(70000),  # longer than a record may be
+        b"\x16\x03\x01\x00\x00" * 5000,  # records of nothing
+        b"\x16\x03\x01\x40\x00\x01\xff\xff\xff" + bytes(16380) + (b"\x16\x03\x01\x40\x00" + bytes(16384)) * 9,
+        one_byte,
+        hello + hello,
+        hello + b"\x14\x03\x03\x00\x01\x01" * 5000,
+        hello + b"\x15\x03\x03\x00\x02\x01\x5a" * 5000,  # alerts that mean nothing
+        *(hello[:cut] for cut in range(1, len(hello), 40)),
+    ):
+        line = Line.open(program.address, version)
+        with contextlib.suppress(Closed):
+            line.send(said)
+        line.reset()
+    half = [Line.open(program.address, version) for _ in range(300)]
+    for line in half:
+        with contextlib.suppress(Closed):
+            line.send(hello)
+    half[-1].take(1)  # all have been accepted
+    to = ("--connect", program.where, "--tls", tls.directory(), "--on-failure", "exit")
+    source = start("source", "--json", *RV64, *to)
+    assert source.end() == 0, source.tail()
+    assert program.error_bytes() - nothing_said < 4000, program.errors()
 
 
 def test_another_token(daemon: Daemon, neighbour: Beside, version: int) -> None:

@@ -23,6 +23,7 @@ from lines import _check_event
 from vmm import PAGE, Vmm, start_vmm
 
 import postcopy
+from postcopy import _files
 from postcopy._stop import Stop
 from postcopy.dataplane.pager import ChannelKind, Event, EventType, Pager
 from postcopy.errors import ConfigurationError, CoreError, PostcopyError, ProtocolError, ResourceError
@@ -647,6 +648,11 @@ def test_descriptors_are_made_as_a_whole_or_not_at_all() -> None:
 
 
 class TestWorkingSets:
+    @pytest.fixture(autouse=True)
+    def disk(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One that others keep busy may take as long for one fsync as a test waits for all."""
+        monkeypatch.setattr(_files, "_sync", lambda fd: None)
+
     async def test_a_recording_that_is_over_is_left_alone_by_the_next_process(
         self, tmp_path: Path, image: Path
     ) -> None:

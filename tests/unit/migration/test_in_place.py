@@ -29,10 +29,10 @@ from postcopy.wire import DestinationProtocol, State
 class Side:
     """A destination in a pause, which waits for a `commit`, and its peer's socket."""
 
-    def __init__(self, here: socket.socket, there: socket.socket) -> None:
+    def __init__(self, here: trio.abc.HalfCloseableStream, there: socket.socket) -> None:
         self.protocol = DestinationProtocol()
         self.protocol._state = State.PREPARED
-        self.control = Control(trio.SocketStream(trio.socket.from_stdlib_socket(here)), self.protocol)
+        self.control = Control(here, self.protocol, 3600.0)  # (nothing is found only since there was no sign of life)
         self.peer = there
         self.steps = 0  # of the other tasks of this thread
         self.at_a_step: Callable[[], None] = lambda: None
@@ -60,13 +60,17 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def in_a_hurry(ends: type[Exception] | None = None, match: str | None = None) -> AsyncIterator[Side]:
-    """`ends`: what its connection ends with, and then what is inside is cancelled."""
+async def in_a_hurry(
+    ends: type[Exception] | None = None, match: str | None = None, stream: TlsStream | None = None
+) -> AsyncIterator[Side]:
+    """`ends`: what its connection ends with, and then what is inside is cancelled. `stream`: that connection, where it
+    is no pair of sockets."""
+    found: list[type[Exception]] = []
     here, there = socket.socketpair()
     there.setblocking(False)
-    found: list[type[Exception]] = []
+    plain = trio.SocketStream(trio.socket.from_stdlib_socket(here))
     with there:
-        side = Side(here, there)
+        side = Side(stream or plain, there)
         with trio.fail_after(30):
             async with trio.open_nursery() as nursery:
 
@@ -87,6 +91,7 @@ async def in_a_hurry(ends: type[Exception] | None = None, match: str | None = No
                 nursery.cancel_scope.cancel()
         assert found == [ends] * (ends is not None)
         await side.control._stream.aclose()
+        await plain.aclose()
 
 
 async def test_a_message_is_sent_and_received_while_no_other_task_runs() -> None:
@@ -219,8 +224,11 @@ class Wire:
             end.close()
 
 
-async def test_half_a_record_is_nothing_yet(tmp_path: Path) -> None:
-    """Not an end, and nothing that the other tasks would have to run for."""
+@asynccontextmanager
+async def under_tls(
+    tmp_path: Path, ends: type[Exception] | None = None, match: str | None = None
+) -> AsyncIterator[tuple[Side, TlsStream, Wire]]:
+    """As `in_a_hurry`, its peer, and what is between them."""
     new_authority(tmp_path / "ca")
     issue(tmp_path / "ca", ["host-a"], tmp_path / "host")
     credentials = await Credentials.load(tmp_path / "host", listens=True, connects=True)
@@ -237,31 +245,60 @@ async def test_half_a_record_is_nothing_yet(tmp_path: Path) -> None:
                 while nursery.child_tasks:
                     wire.carry()
                     await trio.lowlevel.checkpoint()
-            side = Side.__new__(Side)
-            side.protocol, side.steps, side.at_a_step = DestinationProtocol(), 0, lambda: None
-            side.protocol._state = State.PREPARED
-            side.control = Control(client, side.protocol)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(side.control.run)
-                await wait_all_tasks_blocked()
-                nursery.start_soon(side.others)
-                side.control.hurry()
-                message = p.encode(p.Commit())
-                assert server.write_now(message) == len(message)
-                record = wire.to_client()
-                wire.pass_on(record[:-7])
-
-                def rest() -> None:
-                    wire.until_client_has_read()
-                    wire.pass_on(record[-7:])
-
-                thread = threading.Thread(target=rest)
-                thread.start()
-                assert isinstance(await side.control.receive(p.Commit), p.Commit)
-                thread.join()
-                await side.control.send(running := side.protocol.send(p.Running(1, 1)))
-                assert side.steps == 0
-                wire.carry()
-                assert server.read_now() == running
-                nursery.cancel_scope.cancel()
+        async with in_a_hurry(ends, match, client) as side:
+            yield side, server, wire
     wire.close()
+
+
+async def test_half_a_record_is_nothing_yet(tmp_path: Path) -> None:
+    """Not an end, and nothing that the other tasks would have to run for."""
+    async with under_tls(tmp_path) as (side, server, wire):
+        message = p.encode(p.Commit())
+        assert server.write_now(message) == len(message)
+        record = wire.to_client()
+        wire.pass_on(record[:-7])
+
+        def rest() -> None:
+            wire.until_client_has_read()
+            wire.pass_on(record[-7:])
+
+        thread = threading.Thread(target=rest)
+        thread.start()
+        assert isinstance(await side.control.receive(p.Commit), p.Commit)
+        thread.join()
+        await side.control.send(running := side.protocol.send(p.Running(1, 1)))
+        assert side.steps == 0
+        wire.carry()
+        assert server.read_now() == running
+
+
+@pytest.mark.parametrize("how", ["in order", "by nonsense", "behind a message"])
+async def test_an_end_that_was_read_in_place(tmp_path: Path, how: str) -> None:
+    """Nothing more will make the socket readable: the receiver has to look, and not when it has heard nothing for
+    long."""
+    reason = "TLS failed" if how == "by nonsense" else "closed the control connection"
+    async with under_tls(tmp_path, ConnectionLost, reason) as (side, server, wire):
+        if how == "by nonsense":
+            wire.pass_on(b"\x17\x03\x03\x00\x20" + bytes(32))
+        else:
+            if how == "behind a message":
+                assert server.write_now(p.encode(p.Commit()))
+            assert server._close_notify() == 0
+            wire.carry()
+        if how == "behind a message":
+            await side.control.receive(p.Commit)
+        await side.control.receive(p.Commit)
+
+
+async def test_more_than_one_read_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the stream still holds behind the message that was waited for is received too."""
+    monkeypatch.setattr(connection, "RECEIVE_BYTES", len(p.encode(p.Commit())))
+    async with under_tls(tmp_path) as (side, server, wire):
+        assert server.write_now(p.encode(p.Commit()) + p.encode(p.Ping(3)))
+        wire.carry()
+        await side.control.receive(p.Commit)
+        side.control.no_hurry()
+        while (answer := server.read_now()) is None:
+            await trio.lowlevel.checkpoint()
+            wire.carry()
+        assert answer == p.encode(p.Pong(3))

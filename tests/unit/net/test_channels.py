@@ -151,7 +151,7 @@ async def test_frames_right_behind_the_welcome_belong_to_the_core() -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(eager)
         hello = p.Hello("bulk", "source", 0, b"m" * 16, 0)
-        fd = detach((await c.connect(c.Address("127.0.0.1", port), hello))[0])
+        fd = detach((await connecting.Caller().connect(c.Address("127.0.0.1", port), hello))[0])
     assert os.read(fd.fd.fd, 100) == b"FRAME"
     fd.close()
     await listener.aclose()
@@ -176,7 +176,7 @@ async def test_refused_by_name(hello: p.Hello, token: bytes, reason: str) -> Non
         link = await c.CallingLink.open(address, "dest")
         seen = await acceptor.next_link()
         with seen.channel_set(SESSION), pytest.raises(PeerError, match=reason):
-            await c.connect(address, hello, token=token)
+            await connecting.Caller().connect(address, hello, token=token)
         await link.control.aclose()
         await seen.control.aclose()
 
@@ -187,9 +187,9 @@ async def test_channel_twice() -> None:
         seen = await acceptor.next_link()
         hello = p.Hello("urgent", "dest", 0, b"m" * 16, 0)
         with seen.channel_set(SESSION):
-            first, _ = await c.connect(address, hello, token=SESSION.token)
+            first, _ = await connecting.Caller().connect(address, hello, token=SESSION.token)
             with pytest.raises(PeerError, match="urgent channel 0 is connected already"):
-                await c.connect(address, hello, token=SESSION.token)
+                await connecting.Caller().connect(address, hello, token=SESSION.token)
         await first.aclose()
         await link.control.aclose()
         await seen.control.aclose()
@@ -328,11 +328,13 @@ def test_arbitrary_server(data: bytes, well_begun: bool) -> None:
         await there.send_all((p.PREAMBLE if well_begun else b"") + data)
         await there.send_eof()
         try:
-            await c.client_handshake(here, p.Hello("control", "dest", 0, b"", 0), 1)
+            with trio.fail_after(60):
+                await connecting.Caller()._greet(
+                    here, connecting._Secured(None, ""), p.Hello("control", "dest", 0, b"", 0), b"", p.PROTOCOL_VERSION
+                )
         except PostcopyError:
             pass
-        else:
-            await here.aclose()
+        await here.aclose()
         await there.aclose()
 
     trio.run(main)
@@ -375,7 +377,9 @@ async def test_who_may_not_come_back(epoch: int, token: bytes, reason: str) -> N
             again, _ = await caller.next_link()
             taken, _ = await called.next_link()
             with pytest.raises(p.RefusedError, match=reason):
-                await c.connect(address, p.Hello("control", "dest", 0, SESSION.migration, epoch), token=token)
+                await connecting.Caller().connect(
+                    address, p.Hello("control", "dest", 0, SESSION.migration, epoch), token=token
+                )
             await taken.control.send_all(b"still ours")
             assert await again.control.receive_some(100) == b"still ours"
             third, session = await caller.next_link()

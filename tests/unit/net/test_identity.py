@@ -16,7 +16,7 @@ from trio.testing import MockClock
 from postcopy import net as c
 from postcopy import wire as p
 from postcopy.errors import ConfigurationError, PeerError, ProtocolError
-from postcopy.net import listening
+from postcopy.net import connecting, listening
 from postcopy.wire import Ended, EndedElsewhere
 from tests.unit.net.support import OFFER, SESSION, hang_up, looks_again, open_acceptor
 from tests.unit.wire.support import source_in
@@ -102,7 +102,7 @@ async def test_without_the_token_nobody_comes_back(token: bytes, ended: str) -> 
         with there.reconnector(SESSION) as reconnector:
             hello = p.Hello("control", "dest", 0, SESSION.migration, 9, ended)
             with pytest.raises(p.RefusedError, match="wrong token") as refused:
-                await c.connect(address, hello, token=token)
+                await connecting.Caller().connect(address, hello, token=token)
             assert not refused.value.proven
             assert isinstance(reconnector, listening.ListeningReconnector)
             assert reconnector.session == SESSION
@@ -144,7 +144,7 @@ async def test_a_peer_that_comes_back_too_late_learns_how_it_has_ended(how: Ende
             assert told.value.how is how
         # Somebody who only knows the id learns nothing.
         with pytest.raises(p.RefusedError, match="wrong token"):
-            await c.connect(
+            await connecting.Caller().connect(
                 acceptor.addresses[0], p.Hello("control", "dest", 0, SESSION.migration, 9), token=OTHER_TOKEN.token
             )
         await hang_up(here, there)

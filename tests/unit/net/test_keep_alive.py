@@ -17,7 +17,7 @@ from postcopy import net as c
 from postcopy import wire as p
 from postcopy._fd import FdHolder
 from postcopy.errors import ResourceError
-from postcopy.net import calling
+from postcopy.net import calling, connecting
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ async def test_no_descriptors_left() -> None:
             while True:
                 held.append(os.dup(0))
         with pytest.raises(ResourceError, match=r"cannot connect to 127.0.0.1:.*Too many open files.*ulimit"):
-            await c.connect(address, p.Hello("control", "dest", 0, b"", 0))
+            await connecting.Caller().connect(address, p.Hello("control", "dest", 0, b"", 0))
         with trio.move_on_after(0.2) as scope:
             await reconnector.next_link()
         assert scope.cancelled_caught

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,13 +13,14 @@ from typing import Any
 
 import pytest
 import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from postcopy import net as c
 from postcopy import wire as p
 from postcopy.errors import ConfigurationError, PeerError
 from postcopy.net import acceptor as acceptor_module
 from postcopy.net import connecting
-from postcopy.tls import Credentials, DataChannel, TlsStream, stream_of
+from postcopy.tls import Credentials, DataChannel, TlsError, TlsStream, stream_of
 from postcopy.tls._authority import issue, new_authority
 from tests.unit.net.support import SESSION
 
@@ -144,6 +146,28 @@ async def test_those_that_do_not_come_to_terms(
         assert (logged or "the peer has ended the TLS connection") in caplog.text
 
 
+async def test_a_peer_that_is_refused_and_stays(
+    certificates: Path, caplog: pytest.LogCaptureFixture, mock_clock: MockClock
+) -> None:
+    """What was wrong with it is logged, not that it took too long."""
+    stranger = await Credentials.load(certificates / "stranger", listens=False, connects=True)
+    async with listening(await protection(certificates / "host-a")) as acceptor:
+        plain = await trio.open_tcp_stream(acceptor.addresses[0].host, acceptor.addresses[0].port)
+        stream = TlsStream(plain.socket, await stranger.context(server=False), "127.0.0.1")
+        async with stream:
+            with pytest.raises(TlsError):
+                await stream.handshake()
+            [scope] = acceptor._half_open
+            while scope.deadline != math.inf:  # it has been refused there too
+                await wait_all_tasks_blocked()
+            mock_clock.jump(connecting.HANDSHAKE_TIMEOUT_S)
+            while acceptor._half_open:
+                await wait_all_tasks_blocked()
+    assert acceptor.bad_handshakes == 1
+    assert "the peer has ended the TLS connection" in caplog.text
+    assert "in time" not in caplog.text
+
+
 async def test_the_name_of_a_route(certificates: Path) -> None:
     ours, theirs = await protection(certificates / "host-a"), await protection(certificates / "elsewhere")
     async with listening(theirs) as acceptor:
@@ -214,6 +238,22 @@ async def test_a_peer_that_may_not(certificates: Path, side: str, does: str, wha
                 await caller.connect(acceptor.addresses[0], hello, token=SESSION.token)
             assert caught.value.code == c.Code.UNAUTHORISED
             assert acceptor.unauthorised == acceptor.refused == count
+
+
+async def test_noise_keeps_no_refusal_out_of_the_log(certificates: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Lines of those that have proven nothing are few in a while, and use up those of peers with a certificate in no
+    case."""
+    caller = connecting.Caller(await protection(certificates / "host-a"))
+    async with listening(await protection(certificates / "host-b", "send:host-c"), "dest") as acceptor:
+        for _ in range(3):
+            async with await trio.open_tcp_stream("127.0.0.1", acceptor.addresses[0].port) as noise:
+                await noise.send_all(b"\x16\x03\x01\x00\x01\x00")
+                await noise.send_eof()
+                await noise.receive_some()
+        with pytest.raises(p.RefusedError):
+            await caller.connect(acceptor.addresses[0], p.Hello("control", "source", 0, b"", 0))
+    assert caplog.text.count("TLS handshake") == 1
+    assert caplog.text.count("host-a may not send a machine to here") == 1
 
 
 @pytest.mark.parametrize(("side", "does"), [("source", "take"), ("dest", "send")])
@@ -335,6 +375,26 @@ async def test_connections_that_were_begun_too_early(certificates: Path) -> None
             await one.control.aclose()
 
 
+async def test_connections_that_were_begun_too_early_do_not_outlast_a_pause(certificates: Path) -> None:
+    ours, theirs = await protection(certificates / "host-a"), await protection(certificates / "host-b")
+    async with a_migration(ours, theirs) as (_, caller, called):
+        link, there, _ = await comes_back(caller, called)
+        for one in (link, there):
+            await one.control.aclose()
+        caller.pause()
+        assert len(caller._caller._early) == 3
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(caller.next_link)
+            await wait_all_tasks_blocked()
+            assert not caller._caller._early
+            nursery.cancel_scope.cancel()
+
+
+def test_a_data_connection_to_where_no_interface_leads() -> None:
+    with pytest.raises(PeerError, match="fe80::1%gone0"):
+        connecting.Opening(c.Address("fe80::1%gone0", 7), connecting._Secured(None, ""))
+
+
 async def test_nothing_is_begun_early_where_that_was_in_vain(certificates: Path) -> None:
     ours, theirs = await protection(certificates / "host-a"), await protection(certificates / "host-b")
     async with a_migration(ours, theirs) as (acceptor, caller, called):
@@ -349,6 +409,30 @@ async def test_nothing_is_begun_early_where_that_was_in_vain(certificates: Path)
         while acceptor._half_open:  # noqa: ASYNC110  (a table)
             await trio.sleep(0.01)
         assert acceptor.bad_handshakes <= bad + 3
+
+
+async def test_all_is_begun_early_again_where_the_network_was_cut(
+    certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recovery that is slower than the one before would only be cut more easily."""
+    ours, theirs = await protection(certificates / "host-a"), await protection(certificates / "host-b")
+    async with a_migration(ours, theirs) as (acceptor, caller, called):
+        secure, cuts = acceptor._secure, 0
+
+        async def cut(*arguments: Any) -> bool:
+            nonlocal cuts
+            cuts += 1
+            if cuts <= 4:  # the control connection, and what was begun with it
+                raise trio.BrokenResourceError("cut")
+            return bool(await secure(*arguments))
+
+        monkeypatch.setattr(acceptor, "_secure", cut)
+        link, there, session = await comes_back(caller, called)
+        assert isinstance(link, c.CallingLink)
+        assert len(link._caller._early) == 3
+        assert await exchange(await both_channels(link, there, session)) == [(True, True)] * 3
+        for one in (link, there):
+            await one.control.aclose()
 
 
 # ---- unfinished handshakes
@@ -384,7 +468,7 @@ async def test_a_host_takes_no_places_of_another_one(certificates: Path, monkeyp
     [("192.0.2.7", "192.0.2.7"), ("2001:db8:1:2:3::4", "2001:db8:1:2::/64"), ("fe80::1%eth0", "fe80::/64")],
 )
 def test_what_counts_as_one_host(address: str, host: str) -> None:
-    assert acceptor_module._host(c.Address(address, 1)) == host
+    assert c.Address(address, 1).network == host
 
 
 async def test_certificates_are_looked_at_before_anybody_can_call(certificates: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from postcopy import net as c
 from postcopy import wire as p
 from postcopy.errors import PeerError, ProtocolError
+from postcopy.net import connecting
 from tests.unit.net.support import OFFER, open_acceptor
 
 HELLO = p.Hello("control", "source", 0, b"", 0)
@@ -27,7 +28,7 @@ def one_place(asking: c.Asking) -> str:
 
 
 async def hello(acceptor: c.Acceptor) -> trio.SocketStream:
-    stream, _ = await c.connect(acceptor.addresses[0], HELLO)
+    stream, _ = await connecting.Caller().connect(acceptor.addresses[0], HELLO)
     assert isinstance(stream, trio.SocketStream)
     return stream
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import ssl
@@ -26,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import (
 from postcopy._files import locked_directory
 from postcopy.cli._main import main
 from postcopy.errors import ConfigurationError
+from postcopy.tls import _authority
 from postcopy.tls._authority import issue, new_authority, parse_host, show
 
 FILES = {"ca-cert.pem", "server-cert.pem", "server-key.pem", "client-cert.pem", "client-key.pem"}
@@ -163,6 +165,10 @@ class TestRenewal:
         issue(ca, HOSTS, host)
         assert (modes(host)["server-key.pem"], modes(host)["client-key.pem"]) == (0o640, 0o640)
         assert key.stat().st_gid == (65010 if os.geteuid() == 0 else os.getegid())
+        key.chmod(0o400)
+        (host / "server-cert.pem").chmod(0o640)
+        issue(ca, HOSTS, host)
+        assert (modes(host)["server-key.pem"], modes(host)["server-cert.pem"]) == (0o400, 0o640)
 
     def test_change_of_the_authority(self, ca: Path, host: Path, tmp_path: Path) -> None:
         """Whom a host trusts is changed by hand; then hosts of both trust each other."""
@@ -194,6 +200,23 @@ class TestRenewal:
         with pytest.raises(ConfigurationError, match="a directory"):
             issue(ca, HOSTS, host)
         assert {path.name for path in host.iterdir()} == FILES
+
+    def test_a_disk_that_is_full(self, ca: Path, host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In the middle of it: no pair is left that does not belong together."""
+        before = {path.name: path.read_bytes() for path in host.iterdir()}
+        calls = 0
+
+        def write(fd: int, data: bytes) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 4:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.write(fd, data)
+
+        monkeypatch.setattr(_authority, "write_all", write)
+        with pytest.raises(ConfigurationError, match="No space left"):
+            issue(ca, HOSTS, host)
+        assert before == {path.name: path.read_bytes() for path in host.iterdir()}
 
 
 class TestAuthority:
@@ -339,7 +362,10 @@ class TestCommand:
             (("new-ca", "{}/ca", "--name", ""), 2, "1 to 64 characters"),
             (("issue", "{}", "--out", "{}/tls"), 2, "--host"),
             (("issue", "{}", "--host", "a", "--out", "{}/tls"), 2, "ca-cert.pem is not there"),
+            (("issue", "{}", "--host", "a", "--out", ""), 2, "an empty name is no file's"),
+            (("new-ca", ""), 2, "an empty name is no file's"),
             (("show", "{}"), 2, "has no certificate"),
+            (("show", "{}/none"), 2, "No such file"),
             (("shwo", "{}"), 2, "did you mean show?"),
         ],
     )

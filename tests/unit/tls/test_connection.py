@@ -3,15 +3,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
-from collections.abc import AsyncIterator
+import tempfile
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 import trio
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.x509.oid import NameOID
 from trio.testing import wait_all_tasks_blocked
 
 from postcopy.tls import Credentials, TlsError, TlsStream, detach, in_place, stream_of
@@ -24,7 +32,7 @@ MUCH = 8 << 20  # more than any two socket buffers hold
 def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("tls")
     new_authority(where / "ca")
-    issue(where / "ca", ["host-a", "127.0.0.1"], where / "host")
+    issue(where / "ca", ["host-a", "127.0.0.1", "xn--bcher-kva.example"], where / "host")
     return where / "host"
 
 
@@ -42,7 +50,9 @@ async def pair(host: Path, session: bytes = b"") -> AsyncIterator[tuple[TlsStrea
 
 
 @asynccontextmanager
-async def connected(credentials: Credentials, session: bytes = b"") -> AsyncIterator[tuple[TlsStream, TlsStream]]:
+async def connected(
+    credentials: Credentials, session: bytes = b"", name: str = "host-a"
+) -> AsyncIterator[tuple[TlsStream, TlsStream]]:
     here, there = plain_pair()
     server: list[TlsStream] = []
 
@@ -53,7 +63,7 @@ async def connected(credentials: Credentials, session: bytes = b"") -> AsyncIter
         async with here, there:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(accept)
-                client = await credentials.connect(here, "host-a", session)
+                client = await credentials.connect(here, name, session)
             yield client, server[0]
 
 
@@ -67,7 +77,7 @@ async def receive_all(stream: trio.abc.ReceiveStream) -> bytes:
 async def test_both_ways_and_an_orderly_end(host: Path) -> None:
     async with pair(host) as (client, server):
         assert (client.peer.name, client.peer.resumed) == ("host-a", False)
-        assert server.peer.names == (("dns", "host-a"), ("ip", "127.0.0.1"))
+        assert server.peer.names == (("dns", "host-a"), ("ip", "127.0.0.1"), ("dns", "xn--bcher-kva.example"))
         assert server.peer.subject == "CN=host-a"
         assert client.peer.fingerprint != server.peer.fingerprint
         sent = os.urandom(MUCH)
@@ -132,6 +142,34 @@ async def test_a_send_that_was_cancelled_has_broken_the_stream(host: Path) -> No
         await client.aclose()
         with pytest.raises(trio.BrokenResourceError):  # what came is no message's end
             await receive_all(server)
+
+
+async def test_a_send_that_need_not_wait_is_done_or_not_begun(host: Path) -> None:
+    """Cancelled while other tasks run, as by a signal: what says why this side ends comes after it."""
+    async with pair(host) as (client, server):
+        with trio.CancelScope() as scope:
+            sender = trio.lowlevel.current_task()
+
+            class CancelAtFirstYield(trio.abc.Instrument):
+                def after_task_step(self, task: trio.lowlevel.Task) -> None:
+                    if task is sender:
+                        scope.cancel()
+
+            instrument = CancelAtFirstYield()
+            trio.lowlevel.add_instrument(instrument)
+            try:
+                await client.send_all(b"sent")
+            finally:
+                trio.lowlevel.remove_instrument(instrument)
+        assert scope.cancel_called
+        assert not scope.cancelled_caught
+        assert await server.receive_some() == b"sent"
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await client.send_all(b"not begun")
+        assert scope.cancelled_caught
+        await client.send_all(b"nothing is torn")
+        assert await server.receive_some() == b"nothing is torn"
 
 
 async def test_a_read_that_was_cancelled_has_lost_nothing(host: Path) -> None:
@@ -233,6 +271,9 @@ async def test_to_the_core_and_back(host: Path) -> None:
         await again.send_all(b"after")
         assert await server.receive_some() == b"after"
         channel = detach(again)
+        for use in (lambda: detach(again), lambda: again.peer):
+            with pytest.raises(trio.ClosedResourceError):
+                use()
         channel.close()
         channel.close()
         with pytest.raises(trio.BrokenResourceError):
@@ -265,7 +306,8 @@ async def test_what_is_no_session_is_no_harm(host: Path) -> None:
 
 async def test_the_name_that_was_called(host: Path) -> None:
     credentials = await Credentials.load(host, listens=True, connects=True)
-    for name, good in (("127.0.0.1", True), ("HOST-A", True), ("host-b", False), ("127.0.0.2", False)):
+    good_names, bad_names = ("127.0.0.1", "HOST-A", "host-a.", "b\u00fccher.example"), ("host-b", "127.0.0.2")
+    for name, good in [(name, name in good_names) for name in good_names + bad_names]:
         here, there = plain_pair()
         async with here, there, trio.open_nursery() as nursery:
 
@@ -282,3 +324,103 @@ async def test_the_name_that_was_called(host: Path) -> None:
             else:
                 with pytest.raises(TlsError, match=f"not for {name}, but for .*host-a.* --tls-hostname"):
                     await credentials.connect(here, name)
+
+
+@pytest.mark.parametrize("name", ["a\0host-a", "host a\n", "x" * 300, "a..b", "\udc80"])
+async def test_what_is_no_name(host: Path, name: str) -> None:
+    credentials = await Credentials.load(host, listens=False, connects=True)
+    here, there = plain_pair()
+    async with here, there:
+        with pytest.raises(TlsError, match="is no name that a certificate could have"):
+            await credentials.connect(here, name)
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, list[x509.GeneralName]], Path]:
+    """``foreign("CN", [names])``: a host's directory, by an authority that lets through what ours would not."""
+    where = tmp_path_factory.mktemp("foreign")
+    new_authority(where / "ca")
+    ca = x509.load_pem_x509_certificate((where / "ca/ca-cert.pem").read_bytes())
+    ca_key = serialization.load_pem_private_key((where / "ca/ca-key.pem").read_bytes(), None)
+
+    def make(common_name: str, names: list[x509.GeneralName]) -> Path:
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)] if common_name else [])
+        now = datetime.now(UTC)
+        builder = x509.CertificateBuilder(ca.subject, subject, key.public_key(), x509.random_serial_number())
+        builder = builder.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(hours=1))
+        if names:
+            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        certificate = builder.sign(ca_key, SHA256())  # type: ignore[arg-type]
+        out = Path(tempfile.mkdtemp(dir=where))
+        (out / "ca-cert.pem").write_bytes((where / "ca/ca-cert.pem").read_bytes())
+        for role in ("server", "client"):
+            (out / f"{role}-cert.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+            form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+            (out / f"{role}-key.pem").write_bytes(key.private_bytes(*form))
+            (out / f"{role}-key.pem").chmod(0o600)
+        return out
+
+    return make
+
+
+def dns(*names: str) -> list[x509.GeneralName]:
+    return [x509.DNSName._init_without_validation(name) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("common_name", "names", "good"),
+    [
+        ("host-b.example.org", [], False),  # a subject is no name
+        ("host-b.example.org", [x509.UniformResourceIdentifier("spiffe://example.org/x")], False),
+        ("", dns("h*.example.org", "*t-b.example.org", "*.org", "*"), False),
+        ("", dns("host-b.example.org\0.evil"), False),
+        ("", dns("*.example.org"), True),
+        ("", dns("x" * 4096, *(f"h{number}.example" for number in range(1000)), "host-b.example.org"), True),
+    ],
+)
+async def test_what_names_a_peer(
+    foreign: Callable[[str, list[x509.GeneralName]], Path], common_name: str, names: list[x509.GeneralName], good: bool
+) -> None:
+    credentials = await Credentials.load(foreign(common_name, names), listens=True, connects=True)
+    here, there = plain_pair()
+    async with here, there, trio.open_nursery() as nursery:
+
+        async def accept() -> None:
+            with contextlib.suppress(TlsError):
+                await credentials.accept(there)
+
+        nursery.start_soon(accept)
+        with contextlib.nullcontext() if good else pytest.raises(TlsError, match="is not for host-b"):
+            await credentials.connect(here, "host-b.example.org")
+
+
+async def test_a_peer_whose_names_no_line_could_hold(foreign: Callable[[str, list[x509.GeneralName]], Path]) -> None:
+    """What comes from a certificate is printed and logged: nothing of it begins a line, moves a cursor, or is cut."""
+    bad = "evil\n2026 error\x1b[2J\u202e\x85"
+    names = dns("a\nb", "a b", "x\x1b[2J", "nul\0", "", "last.example.org", "127.0.0.1")
+    credentials = await Credentials.load(foreign(bad, names), listens=True, connects=True)
+    async with connected(credentials, name="last.example.org") as (client, _):
+        assert client.peer.names == (("dns", "last.example.org"), ("dns", "127.0.0.1"))
+        assert "\n" not in client.peer.known_as
+        assert "\x1b" not in client.peer.known_as
+
+
+@pytest.mark.parametrize(
+    ("common_name", "subject"),
+    [
+        ("host,O=Example", r"CN=host\,O=Example"),
+        ("b\u00fccher ", "CN=b\u00fccher\\ "),
+        ("host\u202e1", ""),
+        ("host\u00a01", ""),
+        ("host\n1", r"CN=host\0A1"),
+        ("host\0", r"CN=host\00"),
+    ],
+)
+async def test_what_a_subject_is(
+    foreign: Callable[[str, list[x509.GeneralName]], Path], common_name: str, subject: str
+) -> None:
+    """As patterns are matched against: all of it, as RFC 2253 has it; none where a person would read another one."""
+    credentials = await Credentials.load(foreign(common_name, dns("host-a")), listens=True, connects=True)
+    async with connected(credentials) as (_, server):
+        assert server.peer.subject == subject

@@ -5,13 +5,19 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trio
 from cryptography.hazmat.primitives import serialization
+from trio.testing import wait_all_tasks_blocked
 
-from postcopy.errors import ConfigurationError
-from postcopy.tls import Credentials
+from postcopy.errors import ConfigurationError, ResourceError
+from postcopy.tls import Credentials, _credentials
 from postcopy.tls._authority import issue, new_authority
 
 ROLES = [("server", True), ("client", False)]
@@ -77,6 +83,15 @@ async def test_a_key_that_others_can_read(host: Path, mode: int) -> None:
         await load(host)
 
 
+@pytest.mark.parametrize("name", ["ca-cert.pem", "server-cert.pem"])
+async def test_a_certificate_that_everybody_can_change(host: Path, name: str) -> None:
+    (host / name).chmod(0o666)
+    with pytest.raises(ConfigurationError, match=rf"{name}: everybody can change it: chmod o-w .*{name}"):
+        await load(host)
+    (host / name).chmod(0o664)
+    await load(host)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
 async def test_whose_a_key_may_be(host: Path) -> None:
     key = host / "server-key.pem"
@@ -96,6 +111,35 @@ async def test_an_encrypted_key(host: Path) -> None:
         await load(host)
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("ca-cert.pem", "has no certificate in PEM"),
+        ("server-cert.pem", "has no certificate in PEM"),
+        ("server-key.pem", "has no private key in PEM"),
+    ],
+)
+async def test_files_that_were_mixed_up(host: Path, name: str, reason: str) -> None:
+    other = "server-key.pem" if name != "server-key.pem" else "server-cert.pem"
+    content = (host / other).read_bytes()
+    (host / name).write_bytes(content)
+    with pytest.raises(ConfigurationError, match=f"/{name} {reason}"):
+        await load(host)
+
+
+async def test_a_certificate_that_has_expired_is_said(
+    made: Path, host: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where nobody can connect with it: at the start, and when a good one is replaced by it."""
+    credentials = await load(host)
+    assert not caplog.text
+    issue(made / "ca", ["host-a"], host, days=1, now=datetime.now(UTC) - timedelta(days=2))
+    for again in (credentials.reload(), load(host)):
+        caplog.clear()
+        await again
+        assert "the server's certificate has expired: issue it again" in caplog.text
+
+
 @pytest.fixture
 def links(host: Path, tmp_path: Path) -> Path:
     where = tmp_path / "links"
@@ -108,6 +152,12 @@ def links(host: Path, tmp_path: Path) -> Path:
 async def test_links_are_followed(links: Path) -> None:
     """As those of certbot, and of a secret in Kubernetes."""
     await load(links)
+
+
+async def test_an_empty_name_is_not_the_current_directory(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(host)
+    with pytest.raises(ConfigurationError, match="an empty name"):
+        Credentials("")
 
 
 async def test_a_pattern_that_makes_no_sense(host: Path) -> None:
@@ -141,3 +191,85 @@ async def test_files_that_are_gone_change_nothing(host: Path) -> None:
     before = await credentials.context(server=True)
     shutil.rmtree(host)
     assert await credentials.context(server=True) is before
+
+
+async def test_a_file_system_that_hangs(made: Path, host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections are made with what was read before; one thread hangs, and the next ones do not wait for it."""
+    credentials, read, answers, hanging = await load(host), _credentials._read, threading.Event(), 0
+    before = await credentials.context(server=True)
+
+    def hang(*arguments: Any) -> Any:
+        nonlocal hanging
+        hanging += 1
+        answers.wait(60)
+        return read(*arguments)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(_credentials, "_read", hang)
+        disk.setattr(_credentials, "READ_TIMEOUT_S", 0.01)
+        assert await credentials.context(server=True) is before
+        disk.setattr(_credentials, "READ_TIMEOUT_S", 1e9)
+        assert await credentials.context(server=True) is before
+        with pytest.raises(ResourceError, match="its file system has not answered"):
+            await credentials.context(server=False)  # which has not been read before
+        assert hanging <= 1
+    answers.set()
+    for name in ("server-key.pem", "server-cert.pem"):
+        shutil.copy(made / "other" / name, host)
+    with trio.fail_after(60):
+        while await credentials.context(server=True) is before:  # noqa: ASYNC110  (until the thread has ended)
+            await trio.sleep(0.01)
+
+
+async def test_a_call_that_was_cancelled_while_it_read(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is no reason for others to believe that the file system hangs."""
+    credentials, read = Credentials(host), _credentials._read
+    begun, answers = trio.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        trio.from_thread.run_sync(begun.set)
+        answers.wait(60)
+        return read(*arguments)
+
+    monkeypatch.setattr(_credentials, "_read", slow)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(credentials.context, server=True))
+        await begun.wait()
+        nursery.cancel_scope.cancel()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(credentials.context, server=True))
+        await wait_all_tasks_blocked()
+        answers.set()
+    assert credentials.not_after_s(server=True) is not None
+
+
+@pytest.mark.parametrize("usable", [True, False])
+async def test_connections_that_are_made_together_share_a_look_at_the_files(
+    host: Path, monkeypatch: pytest.MonkeyPatch, usable: bool
+) -> None:
+    """But none that had begun before they asked."""
+    credentials = await load(host)
+    looks, read = 0, _credentials._read
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            trio.from_thread.run_sync(begin_others)
+        return read(*arguments)
+
+    def begin_others() -> None:
+        for _ in range(20):
+            nursery.start_soon(ask)
+
+    async def ask() -> None:
+        await credentials.context(server=True)
+
+    monkeypatch.setattr(_credentials, "_read", counted)
+    if not usable:
+        (host / "server-key.pem").unlink()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask)
+    assert looks == 2
+    await ask()
+    assert looks == 3

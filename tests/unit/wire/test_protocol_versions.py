@@ -17,6 +17,7 @@ from trio.testing import MockClock
 from postcopy import net as c
 from postcopy import wire as p
 from postcopy.errors import PeerError, ProtocolError
+from postcopy.net import connecting
 from postcopy.wire import DestinationProtocol, SourceProtocol, State
 from postcopy.wire.messages import MAX_STATE_BYTES, OLDEST_VERSION
 from tests.unit.net.support import SESSION, open_acceptor
@@ -304,7 +305,9 @@ async def test_the_caller_waits_for_nothing() -> None:
     there = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
     handshake = p.ClientHandshake(p.Hello("control", "dest", 0, b"", 0))
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(c.client_handshake, here, p.Hello("control", "dest", 0, b"", 0), 10)
+        plain = connecting._Secured(None, "")
+        hello = p.Hello("control", "dest", 0, b"", 0)
+        nursery.start_soon(connecting.Caller()._greet, here, plain, hello, b"", p.PROTOCOL_VERSION)
         assert await OldPeer(there).bytes(len(handshake.send_hello())) == handshake.send_hello()
         await there.send_all(p.PREAMBLE + p.encode(p.Welcome()))
     await here.aclose()
