@@ -50,8 +50,9 @@ class Shares:
         return ""
 
     def check_memory(self, peer: str, size_bytes: int, owned: Sequence[Owned]) -> None:
-        """`ResourceError` where it would be too much. What is being made has no memory yet."""
-        has_bytes = sum(one.shown.memory_bytes for one in owned if one.peer == peer and one.shown is not None)
+        """`ResourceError` where it would be too much. What is offered counts from the offer on: a machine that another
+        process runs has no memory yet while that is started."""
+        has_bytes = sum(one.offered_bytes for one in owned if one.peer == peer)
         if self._memory_bytes is not None and has_bytes + size_bytes > self._memory_bytes:
             raise ResourceError(
                 f"this peer has machines with {format_size(has_bytes)} here, and may have"

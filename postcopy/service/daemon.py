@@ -363,7 +363,9 @@ class Daemon(Service):
     def make_arriving(
         self, owned: Owned, kind: str, config: Mapping[str, Any], layout: Sequence[BlockLayout]
     ) -> machines.Machine:
-        self._shares.check_memory(owned.peer, sum(block.size_bytes for block in layout), self.machines)
+        size_bytes = sum(block.size_bytes for block in layout)
+        self._shares.check_memory(owned.peer, size_bytes, self.machines)
+        owned.offered_bytes = size_bytes
         return super().make_arriving(owned, kind, config, layout)
 
     def name_arriving(self, owned: Owned, kind: str, config: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from postcopy.records.migration import LOST
 from postcopy.records.migration import Migration as MigrationRecord
 from postcopy.records.pager import Vm
 from postcopy.units import format_size
+from postcopy.wire import one_line
 
 _LABEL_WIDTH = 18
 _OF_PRECOPY = ("iteration", "dirty-sync-count", "dirty-pages-rate", "precopy-bytes", "compressed-bytes",
@@ -153,7 +154,8 @@ def _encryption_rows(job: Json) -> list[tuple[str, str]]:
     if not (tls := job.get("tls")):
         return [("Encrypted", "no")]
     resumed = ", session resumed" if tls["resumed"] else ""
-    return [("Encrypted", f"TLS with {tls['peer-name']}{resumed}, its certificate until {_day(tls['expires-at'])}")]
+    name = one_line(tls["peer-name"])  # a subject may have characters that a terminal obeys
+    return [("Encrypted", f"TLS with {name}{resumed}, its certificate until {_day(tls['expires-at'])}")]
 
 
 def _day(at_s: int) -> str:

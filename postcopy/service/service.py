@@ -98,6 +98,7 @@ class Owned:
         self.phase = phase
         self.machine = machine  # once it is this process's
         self.peer = ""  # who has connected for it (`Link.identity`)
+        self.offered_bytes = 0  # its memory, where it was sent here
         self.migration: Migration | None = None  # the present one, or the last
         self.sending: SourceOptions | None = None  # how it was sent away last
         self.attempts: Attempts | None = None  # of a migration that calls its destination

@@ -165,7 +165,10 @@ class ArrivingFirecracker(ArrivingProcess, FirecrackerMachine):
             )
         self._check_version(version)
         self._files = await run_sync(_Files.make, process)
-        await run_sync(self._check_devices, process)
+        try:
+            await run_sync(self._check_devices, process)
+        except OSError as error:  # it has ended
+            raise MigrationError(f"{self._name} cannot be looked at: {error.strerror}") from error
 
     async def _answers(self) -> bool:
         with contextlib.suppress(FirecrackerUnreachable):

@@ -4,6 +4,7 @@ accepted, and how a load and a resume may go wrong."""
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -123,6 +124,17 @@ async def test_what_must_be_there_before_it_is_accepted(fake: FakeFirecracker) -
         await machine.close()
         assert fake.process.poll() is None
         assert fake.was_told() == []
+
+
+async def test_one_that_ends_while_it_is_looked_at(fake: FakeFirecracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(pid: int) -> None:
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+
+    monkeypatch.setattr(destination, "descriptors", ended)
+    machine = arriving(fake)
+    with pytest.raises(MigrationError, match="cannot be looked at: No such process"):
+        await machine.prepare()
+    await machine.close()
 
 
 @pytest.mark.parametrize(

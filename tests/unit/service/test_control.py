@@ -416,6 +416,13 @@ class TestRendering:
         machine = {"name": "vm1", "kind": None, "memory": 0, "guest": None, "migration": job}
         assert "Job type:          Setup, incoming" in render({"side": "daemon", "pid": 7, "machines": [machine]})
 
+    def test_a_subject_that_a_terminal_would_obey(self) -> None:
+        tls = {"peer-name": "CN=\x9b2Jhost\u202e", "resumed": False, "expires-at": 2_000_000_000}
+        job = {"direction": "incoming", "status": "active", "peer": "x", "ram": {}, "encrypted": True, "tls": tls}
+        machine = {"name": "vm1", "kind": None, "memory": 0, "guest": None, "migration": job}
+        text = render({"side": "daemon", "pid": 7, "machines": [machine]})
+        assert "Encrypted:         TLS with CN= 2Jhost, its certificate until 2033-05-18 03:33 UTC" in text
+
     def test_other_answers(self) -> None:
         assert render_answer("quit", {}) == ""
         assert render_answer("migrate", {"machine": "a", "migration-id": "ff"}) == "a is on its way: migration ff"

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from postcopy.errors import ConfigurationError, ConnectionLost, PostcopyError
+from postcopy.errors import ConfigurationError, ConnectionLost, PostcopyError, ResourceError
 from postcopy.machines import BlockLayout, Machine, MachineState
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.precopy import Mode
@@ -138,6 +138,24 @@ def test_names_that_a_peer_may_not_give(name: object) -> None:
     with pytest.raises(ConfigurationError, match="name"):
         daemon.make_arriving(owned, "rv64", {"name": name}, [BlockLayout("x", 4096, 4096)])
     assert owned.name == "arriving"
+
+
+def test_memory_of_a_peer_counts_from_its_offer_on() -> None:
+    """Also where a machine has none yet, as one whose process is still being started."""
+    config = DaemonConfig(SourceOptions(), ArrivalOptions(), max_memory_per_peer_bytes=8192)
+    daemon = Daemon(config, Output(False, io.StringIO(), io.StringIO()))
+
+    def offer(name: str) -> None:
+        owned = daemon._add(name, Phase.ARRIVING)
+        owned.peer = "a"
+        daemon.make_arriving(owned, "rv64", {}, [BlockLayout("x", 4096, 4096)])
+
+    for name in ("first", "second"):
+        with pytest.raises(PostcopyError) as refused:  # not forgotten yet
+            offer(name)
+        assert not isinstance(refused.value, ResourceError)
+    with pytest.raises(ResourceError, match="may have"):
+        offer("third")
 
 
 async def test_one_that_cannot_be_made_has_failed_under_its_name() -> None:

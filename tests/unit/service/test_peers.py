@@ -3,25 +3,18 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import pytest
 import trio
 from trio.testing import MockClock
 
 from postcopy.errors import ResourceError
-from postcopy.machines import Machine
 from postcopy.service._peers import IN_VAIN, MAX_COUNTED, Shares
 from postcopy.service.service import Owned, Phase
 
 
-class _Memory:
-    memory_bytes = 1000
-
-
-def of(peer: str, machine: bool = True) -> Owned:
-    owned = Owned("vm", Phase.ARRIVING, cast(Machine, _Memory()) if machine else None)
-    owned.peer = peer
+def of(peer: str, offered_bytes: int = 1000) -> Owned:
+    owned = Owned("vm", Phase.ARRIVING)
+    owned.peer, owned.offered_bytes = peer, offered_bytes
     return owned
 
 
@@ -38,7 +31,7 @@ async def test_places(autojump_clock: MockClock) -> None:
 
 async def test_memory(autojump_clock: MockClock) -> None:
     shares = Shares(8, 8, 3000)
-    here = [of("a"), of("a"), of("b"), of("a", machine=False)]
+    here = [of("a"), of("a"), of("b"), of("a", 0)]
     shares.check_memory("a", 1000, here)
     with pytest.raises(ResourceError, match=r"has machines with .* here, and may have .*--max-memory-per-peer"):
         shares.check_memory("a", 1001, here)
