@@ -290,7 +290,6 @@ class TestKvm:
         source = side(*KVM, *arguments, "--listen", "127.0.0.1:0")
         address = source.address
         for attempt in range(8):
-            failures = len(source.events("migration-ended"))
             began = source.lines[-1]["elapsed-ms"]
             victim = side("dest", "--json", "--connect", address)
             if attempt % 2:
@@ -327,7 +326,8 @@ class TestKvm:
                 ),
             )
             source.operations_after(running)
-            assert len(source.events("migration-ended")) <= failures + 1
+            # One for each destination that met it; the end of one may be noticed when the next one is there.
+            assert len(source.events("migration-ended")) <= attempt + 1
         last = side("dest", "--json", "--connect", address, "--run-for", "0.1")
         status, result, errors = last.end()
         assert status == 0, errors
