@@ -107,6 +107,7 @@ class QemuMachine(ProcessMachine):
         self._settings: dict[str, dict[str, Any]] = {}  # commands, by which what we have set is as it was
         self._stream: _Stream | None = None
         self._going_on: Asked | None = None
+        self._asked = False  # it may have been told to migrate
         self._saves = False  # it may have been told to go on
         self._saved: bytes | None = None
 
@@ -228,14 +229,14 @@ class QemuMachine(ProcessMachine):
     async def _restore(self) -> None:
         """What was set for our migration, as it was. QEMU refuses that until it has put its migration away. Bounded in
         time; errors are logged."""
-        settings, self._settings = self._settings, {}
         deadline = trio.current_time() + RESTORE_TIMEOUT_S
-        for command, arguments in settings.items():
+        for command, arguments in list(self._settings.items()):
             try:
                 while not await self._is_taken(  # noqa: ASYNC110 -- nothing tells when
                     command, arguments, last=trio.current_time() > deadline
                 ):
                     await trio.sleep(_AGAIN_S)
+                self._settings.pop(command, None)  # what is not taken, or cancelled, is left to the next try
             except QemuError as error:
                 log.warning("the settings of QEMU's own migration are not as they were: %s", error)
                 return
@@ -306,6 +307,7 @@ class QemuMachine(ProcessMachine):
         await self._check_is_as_found()
         if early is not None:
             early(b"")
+        self._asked = False
         try:
             await self._set_up_migration(
                 frozenset({IGNORE_SHARED, EVENTS, WAIT}), {"max-bandwidth": _NO_LIMIT, "downtime-limit": _LEFT_MS}
@@ -316,7 +318,7 @@ class QemuMachine(ProcessMachine):
             if self._migration != WAITS or not self._stopped:
                 raise MigrationError(await self._why_not())
         except BaseException as error:
-            if self._stream is None and isinstance(error, QemuRefused):
+            if not self._asked or (self._stream is None and isinstance(error, QemuRefused)):
                 # Ours has not begun: one that is under way, or has just completed, is another client's.
                 with trio.CancelScope(shield=True):
                     await self._restore()
@@ -337,6 +339,7 @@ class QemuMachine(ProcessMachine):
         try:
             with theirs:
                 await self._execute("getfd", {"fdname": stream.name}, fd=theirs.fileno())
+            self._asked = True
             await self._execute("migrate", {"uri": f"fd:{stream.name}"})
         except BaseException:
             stream.close()
@@ -493,7 +496,8 @@ class QemuMachine(ProcessMachine):
                     )
                 if status != _FINISHING:
                     await self._execute_by(deadline, "cont")
-                    continue
+                    if trio.current_time() <= deadline:
+                        continue  # to see whether it runs; one that is stopped again each time comes to an end below
             except QemuRefused as error:
                 why = f": {error.description}"
             except QemuError as error:
