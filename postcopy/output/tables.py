@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-_STYLES = {"strong": "bold", "good": "green", "muted": "dim", "warn": "yellow", "bad": "bold red"}
+STYLES = {"strong": "bold", "good": "green", "muted": "dim", "warn": "yellow", "bad": "bold red"}
 EMPTY = ("", "-", "n/a")
 """What a cell has that says nothing."""
 GAP = 2  # between two columns
@@ -58,8 +58,8 @@ class _Console(Console):
 def markup(words: Words) -> str:
     """In Rich's markup."""
     return "".join(
-        f"[{_STYLES[span.kind]}]{escape(span.text)}[/{_STYLES[span.kind]}]"
-        if span.kind in _STYLES and span.text
+        f"[{STYLES[span.kind]}]{escape(span.text)}[/{STYLES[span.kind]}]"
+        if span.kind in STYLES and span.text
         else escape(span.text)
         for span in row(words)[0]
     )
