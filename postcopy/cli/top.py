@@ -2,7 +2,7 @@
 """`postcopy ctl top`: all machines of a process, again and again. It asks, and changes nothing.
 
 On a terminal it takes all of it, with one machine in detail, which keys choose; it stays when the process ends, and
-goes on with the next one that listens on the socket. Else it is one plain table after the other, until the process ends.
+goes on with the next one that listens on the socket. Else it is one plain table after the other, until it ends.
 """
 
 from __future__ import annotations

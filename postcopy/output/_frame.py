@@ -51,6 +51,7 @@ _MOST = 2**62
 _MOST_CHARS = 300
 _MOST_ITEMS = 1000
 _DEPTH = 6
+_SIZE_WIDTH, _COUNT_WIDTH, _TIME_WIDTH = 9, 6, 7  # of numbers, as long as none was wider
 _LEVELS = {digit: number for number, digit in enumerate(DIGITS)}
 
 
@@ -131,9 +132,9 @@ class _Past:
     def _rate(self, name: str, value: int, now_s: float) -> float:
         return self.rates.setdefault(name, Rate()).of(value, now_s)
 
-    def wide(self, name: str, text: str) -> str:
+    def wide(self, name: str, text: str, least: int = 0) -> str:
         """On the right of as many cells as it ever had."""
-        self.widths[name] = width = max(self.widths.get(name, 0), len(text))
+        self.widths[name] = width = max(self.widths.get(name, least), len(text))
         return text.rjust(width)
 
 
@@ -216,7 +217,7 @@ class Frames:
             if len(shown) < len(items):
                 rows.append(row(Span(f"and {len(items) - len(shown)} more", "muted")))
         else:
-            now = clean(now)
+            now = {"elapsed-ms": 1e3 * (time.monotonic() - self._began_s), **clean(now)}
             key = (str(now["side"]), str(now.get("name")))
             past = self._pasts.setdefault(key, _Past())
             if fresh:
@@ -249,7 +250,8 @@ class Frames:
             rows += self._table(shown, width, vms="vms" in now, chosen=self._chosen)
         if items and details > 1:
             item = items[self._place]
-            lines = [_Line(0, item.name, [_phase(item.job)], label_kind="strong")] if item.job["status"] else []
+            said = _phase(item.job) if item.job["status"] else Span(item.state)
+            lines = [_Line(0, item.name, [said], label_kind="strong")]
             lines += self._lines(item.job, self._pasts[item.key])
             rows += [row(""), *_rows(lines, width, details - 1)]
         if has_footer:
@@ -285,25 +287,27 @@ class Frames:
             lines.append(_Line(1, "error", [Span(str(now["error"]), "bad")]))
         if arrived is not None:
             share = arrived / total
-            sizes = f"{past.wide('arrived', format_size(arrived))} of {format_size(total)}"
+            sizes = f"{past.wide('arrived', format_size(arrived), _SIZE_WIDTH)} of {format_size(total)}"
             percent = Span(f"{math.floor(100 * share):3d} %", "strong")
             lines.append(_Line(1, "memory", [percent, Span(sizes)], lambda room: self._bar(share, room)))
         if residency := str(ram.get("residency") or ""):
             lines.append(_Line(2, "map", [], lambda room: self._map(residency, room)))
         if ram.get("transferred"):
-            sent = past.wide("transferred", format_size(ram["transferred"]))
-            rate = past.wide("rate", format_speed(past.rate))
-            lines.append(_Line(3, "network", [Span(rate), Span(f"{sent} transferred")]))
-        elapsed_s = now["elapsed-ms"] / 1e3 if now.get("elapsed-ms") else time.monotonic() - self._began_s
-        time_fields = [Span(past.wide("elapsed", f"{format_whole_seconds(elapsed_s)} elapsed"))]
-        if past.rate and arrived is not None and arrived < total:
-            left = format_whole_seconds(min(_MOST, (total - arrived) / past.rate))
-            time_fields.append(Span(past.wide("left", f"about {left} remaining")))
-        lines.append(_Line(5, "time", time_fields))
+            fields = [Span(past.wide("transferred", format_size(ram["transferred"]), _SIZE_WIDTH) + " transferred")]
+            if past.rate or "rate" in past.widths:
+                fields.append(Span(past.wide("rate", format_speed(past.rate), _SIZE_WIDTH + 2)))
+            lines.append(_Line(3, "network", fields))
+        if now.get("elapsed-ms") is not None:
+            elapsed = past.wide("elapsed", format_whole_seconds(now["elapsed-ms"] / 1e3), _TIME_WIDTH)
+            fields = [Span(f"{elapsed} elapsed")]
+            if past.rate and arrived is not None and arrived < total:
+                left = past.wide("left", format_whole_seconds(min(_MOST, (total - arrived) / past.rate)))
+                fields.append(Span(f"about {left} remaining"))
+            lines.append(_Line(5, "time", fields))
         counts = {name: ram.get(f"{name}-pages") for name in _PAGES}
         if any(counts.values()):
             pages = [
-                Span(f"{past.wide(name, str(count))} {words}")
+                Span(f"{past.wide(name, str(count), _COUNT_WIDTH)} {words}")
                 for name, words in _PAGES.items()
                 if (count := counts[name]) is not None and (count or name in ("demand", "background"))
             ]
@@ -315,7 +319,7 @@ class Frames:
             fields = [Span(past.wide("state", str(guest.get("state"))))]
             if guest.get("failures"):
                 fields.append(Span(format_count(guest["failures"], "FAILURE"), "bad"))
-            fields.append(Span(past.wide("a second", f"{past.operations:.0f}") + " operations/s"))
+            fields.append(Span(past.wide("a second", f"{past.operations:.0f}", _COUNT_WIDTH) + " operations/s"))
             fields.append(Span(past.wide("operations", str(guest["operations"])) + " operations"))
             lines.append(_Line(7, "guest", fields))
         if (recoveries := now.get("recoveries") or {}).get("count"):
@@ -332,11 +336,11 @@ class Frames:
             latency = recent
         waiting = now.get("pending-faults")
         if waiting is not None and (waiting or latency.get("count")):
-            text = past.wide("waiting", str(waiting)) + (" thread waits " if waiting == 1 else " threads wait")
+            text = past.wide("waiting", str(waiting), 2) + (" thread waits " if waiting == 1 else " threads wait")
             fields.append(Span(text, "warn" if waiting else "plain"))
         if latency.get("count"):
             fields += [
-                Span(f"{name} {past.wide(name, format_duration(latency[key] / 1e6))}")
+                Span(f"{name} {past.wide(name, format_duration(latency[key] / 1e6), _TIME_WIDTH)}")
                 for name, key in (("median", "p50"), ("99 %", "p99"))
             ]
         return fields
@@ -501,7 +505,7 @@ _SAME_IN_VM = ("status", "error", "elapsed-ms", "pending-faults", "fault-latency
 def _of_status(item: _Item, past: _Past) -> Span:
     status = str(item.job["status"])
     copying = in_round(status, item.job.get("ram") or {}).partition(":")[0]
-    return Span(copying or status, _kind(status))
+    return Span(copying or status, _kind(status)) if status else Span(item.state, "muted")
 
 
 def _of_arrived(item: _Item, past: _Past) -> str:
