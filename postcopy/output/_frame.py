@@ -51,7 +51,7 @@ _MOST = 2**62
 _MOST_CHARS = 300
 _MOST_ITEMS = 1000
 _DEPTH = 6
-_SIZE_WIDTH, _COUNT_WIDTH, _TIME_WIDTH = 9, 6, 7  # of numbers, as long as none was wider
+_SIZE_WIDTH, _COUNT_WIDTH, _TIME_WIDTH = 10, 6, 7  # of numbers, as long as none was wider
 _LEVELS = {digit: number for number, digit in enumerate(DIGITS)}
 
 
@@ -92,10 +92,14 @@ def clean(value: Any, depth: int = _DEPTH) -> Any:
 
 
 def fit(cells: Row, width: int, glyphs: Glyphs) -> Row:
-    """Printable, in the encoding of the terminal, and cut at `width`."""
+    """Printable, in the encoding of the terminal, cut at `width`, and with no blanks at the end, which a terminal that
+    is made narrower would take to another row."""
     fitted: list[Span] = []
     left = width
-    for span in (span for cell in cells for span in cell):
+    spans = [span for cell in cells for span in cell]
+    while spans and not spans[-1].text.strip():
+        spans.pop()
+    for span in spans:
         text = span.text
         if not text.isprintable():
             text = "".join(char if char.isprintable() else " " for char in text)
@@ -153,7 +157,7 @@ class _Line(NamedTuple):
         for number, each in enumerate(self.fields):
             wide = cell_len(each.text) + GAP * (number > 0)
             if number and used + wide > width:
-                break
+                return row(spans)
             spans += [Span(" " * GAP)] * (number > 0) + [each]
             used += wide
         room = width - used - GAP * bool(self.fields)
@@ -209,7 +213,7 @@ class Frames:
         fresh, self._looked_at = now is not self._looked_at, now
         if "machines" in now or "vms" in now:
             items = self._items(now, fresh)
-            rows = [row([*_title(now)])]
+            rows = [row(_title(now))]
             room = height - len(rows) - 1
             shown = items if len(items) <= room else sorted(items, key=lambda item: not item.moving)[: max(0, room - 1)]
             if shown:
@@ -242,10 +246,9 @@ class Frames:
         listed = min(len(items), room - details)
         self._top = max(0, min(max(self._top, self._place - listed + 1), self._place, len(items) - listed))
         shown = items[self._top : self._top + listed]
-        title = list(_title(now))
-        if listed < len(items):
-            title.append(Span(f" ({self._top + 1} to {self._top + listed} of {len(items)} shown)", "muted"))
-        rows = [row(title)]
+        side, counted = _title(now)
+        part = f"  {self._top + 1} to {self._top + listed} of" if listed < len(items) else ""
+        rows = [row((side, Span(part, "muted"), counted))]
         if shown:
             rows += self._table(shown, width, vms="vms" in now, chosen=self._chosen)
         if items and details > 1:
@@ -324,8 +327,8 @@ class Frames:
             lines.append(_Line(7, "guest", fields))
         if (recoveries := now.get("recoveries") or {}).get("count"):
             longest = format_duration(recoveries["max-ms"] / 1e3)
-            text = f"connected again {format_count(recoveries['count'], 'time')}, the longest took {longest}"
-            lines.append(_Line(8, "network" if not ram.get("transferred") else "", [Span(text)]))
+            times = format_count(recoveries["count"], "time")
+            lines.append(_Line(8, "lost", [Span(f"the connection {times}, for {longest} at most")]))
         return lines
 
     @staticmethod
@@ -334,15 +337,15 @@ class Frames:
         latency = now.get("fault-latency-us") or {}
         if (recent := now.get("recent") or {}).get("count"):
             latency = recent
-        waiting = now.get("pending-faults")
-        if waiting is not None and (waiting or latency.get("count")):
-            text = past.wide("waiting", str(waiting), 2) + (" thread waits " if waiting == 1 else " threads wait")
-            fields.append(Span(text, "warn" if waiting else "plain"))
         if latency.get("count"):
             fields += [
                 Span(f"{name} {past.wide(name, format_duration(latency[key] / 1e6), _TIME_WIDTH)}")
                 for name, key in (("median", "p50"), ("99 %", "p99"))
             ]
+        waiting = now.get("pending-faults")
+        if waiting is not None and (waiting or latency.get("count")):
+            text = past.wide("waiting", str(waiting), 2) + (" thread waits " if waiting == 1 else " threads wait")
+            fields.append(Span(text, "warn" if waiting else "plain"))
         return fields
 
     # ---- of many
@@ -374,8 +377,7 @@ class Frames:
                 room -= need
         columns = [column for column in (_OF_VM if vms else _OF_MACHINE) if column in taken]
         map_width = min(64, _LEAST_GRAPH + room)
-        first = "virtual machine" if vms else "machine"
-        header = " " * mark + set_cell_size(first, name_width)
+        header = " " * mark + set_cell_size("machine", name_width)
         for column in columns:
             size = column.width or map_width
             header += " " * GAP + (column.header.rjust(size) if column.right else column.header.ljust(size))
@@ -535,13 +537,12 @@ _MEMORY = _Column(6, "memory", 9, lambda item, _: format_size(item.memory) if it
 _STATUS = _Column(0, "status", 16, _of_status, right=False)
 _ARRIVED = _Column(1, "arrived", 7, _of_arrived)
 _MAP = _Column(4, "map", 0, lambda *_: "", right=False)
-_RATE = _Column(2, "rate", 12, lambda item, past: format_speed(past.rate) if item.moving else "")
+_RATE = _Column(2, "rate", 12, lambda item, past: format_speed(past.rate) if item.moving and past.rate else "")
 _LEFT = _Column(5, "remaining", 10, _of_left)
 _WAITING = _Column(7, "waiting", 7, _of_waiting)
 _P99 = _Column(3, "fault p99", 9, _of_latency)
 _OF_MACHINE = (
     _MEMORY,
-    _Column(8, "state", 8, lambda item, _: item.state, right=False),
     _STATUS,
     _Column(9, "way", 8, lambda item, _: str(item.job.get("direction") or ""), right=False),
     _ARRIVED, _MAP, _RATE, _LEFT, _WAITING, _P99,
