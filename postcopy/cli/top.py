@@ -79,7 +79,7 @@ class Top:
             except ProcessGoneError:
                 self._problem = "the process has ended"
             except (PeerError, ControlError) as error:
-                self._problem = one_line(str(error), 200)
+                self._problem = one_line(str(error).partition("; ")[0], 200)  # without what is to be done
             self._kick.set()
             await trio.sleep(ASK_EVERY_S)
 

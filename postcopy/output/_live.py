@@ -42,7 +42,6 @@ _KEYS = {
     "5~": "page up", "6~": "page down",
 }  # fmt: skip
 _KEY = re.compile(r"\x1b[\[O](?P<code>[0-9;]*[A-Za-z~])|(?P<char>[^\x1b])", re.DOTALL)
-_MONOCHROME = re.compile(r"vt[0-9]|.*-(m|mono)\Z")
 
 
 class Paint:
@@ -50,13 +49,12 @@ class Paint:
 
     def __init__(self, stream: TextIO) -> None:
         console = make_console(stream)
-        colours = console.color_system if not _MONOCHROME.match(os.environ.get("TERM", "")) else None
+        system = COLOR_SYSTEMS[console.color_system] if console.color_system is not None else None
         self._around: dict[str, list[str]] = {}
         for kind, words in STYLES.items():
             style = Style.parse(words)
             if console.no_color:  # the user's NO_COLOR: bold and dim are left
                 style = style.without_color
-            system = COLOR_SYSTEMS[colours] if colours is not None else None
             self._around[kind] = style.render("\0", color_system=system).split("\0")
 
     def __call__(self, cells: Row) -> str:
