@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from collections.abc import Awaitable, Callable
@@ -42,6 +43,8 @@ async def _run(config: PagerConfig, operating: OperatingOptions, output: Output,
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if in_keeper():  # which is the job of the shell
+        output.job = os.getppid()
     formats = (RECORD_VERSION, RECORD_VERSION)
     async with open_store(formats=formats, log_json=log_json, burst=config.restart_burst) as store:
         handler = Handler(config, output, store)

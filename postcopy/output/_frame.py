@@ -129,7 +129,7 @@ class _Past:
         ram, guest = job.get("ram") or {}, job.get("guest") or {}
         self.rate = self._rate("bytes", ram.get("transferred") or arrived_bytes(ram) or 0, now_s)
         self.operations = self._rate("operations", guest.get("operations") or 0, now_s)
-        if (recent := job.get("recent")) and now_s - self.sampled_s >= _HISTORY_PERIOD_S:
+        if _moves(job) and (recent := job.get("recent")) and now_s - self.sampled_s >= _HISTORY_PERIOD_S:
             self.sampled_s = now_s
             self.history.append(recent["p99"] if recent["count"] else None)
 
@@ -177,7 +177,7 @@ class _Item(NamedTuple):
 
     @property
     def moving(self) -> bool:
-        return str(self.job["status"]).startswith(("connecting", "setup", "active", "in-doubt", "postcopy", "serving"))
+        return _moves(self.job)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -343,7 +343,7 @@ class Frames:
                 for name, key in (("median", "p50"), ("99 %", "p99"))
             ]
         waiting = now.get("pending-faults")
-        if waiting is not None and (waiting or latency.get("count")):
+        if waiting is not None and (waiting or (latency.get("count") and _moves(now))):
             text = past.wide("waiting", str(waiting), 2) + (" thread waits " if waiting == 1 else " threads wait")
             fields.append(Span(text, "warn" if waiting else "plain"))
         return fields
@@ -477,6 +477,11 @@ def _title(now: Json) -> tuple[Span, Span]:
 
 def _phase(now: Json) -> Span:
     return Span(phase(now) if now["side"] != "pager" else str(now["status"]), _kind(str(now["status"])))
+
+
+def _moves(job: Json) -> bool:
+    """Whether it has not ended."""
+    return str(job["status"]).startswith(("connecting", "setup", "active", "in-doubt", "postcopy", "serving"))
 
 
 def _kind(status: str) -> str:

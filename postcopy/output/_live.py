@@ -66,13 +66,14 @@ class Paint:
 class Live:
     """Drawn from one task; `open_live` gives one."""
 
-    def __init__(self, writer: Writer, stream: TextIO, *, whole: bool, keyboard_fd: int | None) -> None:
+    def __init__(self, writer: Writer, stream: TextIO, *, whole: bool, keyboard_fd: int | None, job: int) -> None:
         self.glyphs = Glyphs.of(writer.encoding)
         self._writer = writer
         self._fd = stream.fileno()
         self._paint = Paint(stream)
         self._whole = whole
         self._keyboard_fd = keyboard_fd
+        self._job = job
         self._typed = ""
         self._mode: list[object] | None = None  # of the keyboard, before it was changed here
 
@@ -96,6 +97,7 @@ class Live:
     def draw(self, rows: Sequence[Row]) -> None:
         """What is the same as before is not written again."""
         if not self._in_foreground():
+            self._writer.forget()
             return
         self._take_keyboard()
         lines = [self._paint(cells) for cells in rows]
@@ -141,7 +143,7 @@ class Live:
 
     def _in_foreground(self) -> bool:
         try:
-            return os.tcgetpgrp(self._fd) == os.getpgrp()
+            return os.tcgetpgrp(self._fd) == os.getpgid(self._job)
         except OSError:  # it is not the terminal of this session
             return True
 
@@ -178,10 +180,11 @@ class Live:
 
 
 @asynccontextmanager
-async def open_live(writer: Writer, stream: TextIO, *, whole: bool = False) -> AsyncIterator[Live]:
+async def open_live(writer: Writer, stream: TextIO, *, whole: bool = False, job: int = 0) -> AsyncIterator[Live]:
     """`stream`: a terminal that can draw, whose lines go through `writer`. `whole`: takes the whole terminal, and the
-    keyboard where standard input is one."""
-    live = Live(writer, stream, whole=whole, keyboard_fd=0 if whole and os.isatty(0) else None)
+    keyboard where standard input is one. `job`: the process that is in the foreground when this one may draw; 0: this
+    one."""
+    live = Live(writer, stream, whole=whole, keyboard_fd=0 if whole and os.isatty(0) else None, job=job)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(live.give_back_when_stopped)

@@ -59,6 +59,9 @@ class Output:
         self.patient = True
         """Whether `close` waits for the reader of what was printed: it is the answer of a command. To be set to False
         where a command prints until it is interrupted."""
+        self.job = 0
+        """The process that is the job of a shell, where this one is part of one: the live view is drawn while that is
+        in the foreground. 0: this one."""
         self.listeners: list[Callable[[str, Json], None]] = []
         """Called with every event, whether or not JSON was asked for; must not block."""
 
@@ -201,7 +204,7 @@ class Output:
         from postcopy.output._frame import Frames
         from postcopy.output._live import open_live
 
-        async with open_live(self._stderr, cast(TextIO, self._streams[1]), whole=whole) as live:
+        async with open_live(self._stderr, cast(TextIO, self._streams[1]), whole=whole, job=self.job) as live:
             yield live, Frames(self.view, live.glyphs)
 
     async def _follow(self, progress: Callable[[], Record | Json], live: tuple[Live, Frames] | None) -> None:

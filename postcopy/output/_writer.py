@@ -182,6 +182,11 @@ class Writer:
             self._wanted = picture
             self._changed.notify_all()
 
+    def forget(self) -> None:
+        """Another program has written over the picture: there is none to be taken away any more."""
+        with self._changed:
+            self._wanted = self._shown = None
+
     @property
     def settled(self) -> bool:
         """Whether all is written, and the picture is the one that was given last."""
