@@ -161,11 +161,12 @@ def over_time(migration: Migration, clock: Clock, marks: Sequence[Mark], found: 
     page_bytes = migration.number("ram", "page-size") or 4096
     if any(values[-1] for values in timeline.pages.values()):
         panels.append((1.7, "Memory that has arrived, by kind", lambda axes: _arrived(axes, clock, timeline, migration, page_bytes)))
-    if timeline.bytes is not None and np.nanmax(timeline.bytes, initial=0):
-        panels.append((1, "Bytes a second, on all data channels", lambda axes: _throughput(axes, clock, timeline)))
+    moved = next((timeline.series[name] for name in ("received-bytes", "sent-bytes") if _moves(timeline, name)), None)
+    if moved is not None:
+        panels.append((1, "Bytes a second, on all data channels", lambda axes: _throughput(axes, clock, timeline.at_ms, moved)))
     if guest := operations(migration):
         panels.append((1, "Operations of the guest, a second", lambda axes: _guest(axes, clock, guest)))
-    if timeline.waiting is not None and np.nanmax(timeline.waiting, initial=0):
+    if _moves(timeline, "faults-waiting"):
         panels.append((0.8, "Threads that wait for a page", lambda axes: _waiting(axes, clock, timeline)))
     if not panels:
         return None
@@ -184,6 +185,10 @@ def over_time(migration: Migration, clock: Clock, marks: Sequence[Mark], found: 
         return figure
 
     return draw
+
+
+def _moves(timeline: Timeline, name: str) -> bool:
+    return name in timeline.series and bool(np.nanmax(timeline.series[name], initial=0))
 
 
 def _arrived(axes: Axes, clock: Clock, timeline: Timeline, migration: Migration, page_bytes: float) -> None:
@@ -208,9 +213,8 @@ def _binary(axes: Axes) -> None:
     axes.set_yticks(np.arange(0, most, step))
 
 
-def _throughput(axes: Axes, clock: Clock, timeline: Timeline) -> None:
-    assert timeline.bytes is not None
-    axes.stairs(rate(timeline.at_ms, timeline.bytes), clock(timeline.at_ms), color=COLOURS["bytes"], lw=1.4)
+def _throughput(axes: Axes, clock: Clock, at_ms: Array, counter: Array) -> None:
+    axes.stairs(rate(at_ms, counter), clock(at_ms), color=COLOURS["bytes"], lw=1.4)
     _plain_axis(axes, lambda value: format_speed(value))
     _binary(axes)
 
@@ -222,8 +226,7 @@ def _guest(axes: Axes, clock: Clock, guest: Sequence[tuple[str, Array, Array]]) 
 
 
 def _waiting(axes: Axes, clock: Clock, timeline: Timeline) -> None:
-    assert timeline.waiting is not None
-    axes.fill_between(clock(timeline.at_ms), timeline.waiting, step="pre", color=COLOURS["demand"], alpha=0.75, lw=0)
+    axes.fill_between(clock(timeline.at_ms), timeline.series["faults-waiting"], step="pre", color=COLOURS["demand"], alpha=0.75, lw=0)
     _plain_axis(axes, ticks=3)
 
 
@@ -233,9 +236,9 @@ def operations(migration: Migration) -> list[tuple[str, Array, Array]]:
     found = []
     both = len(list(migration.timelines)) > 1
     for side, timeline in migration.timelines:
-        if timeline.operations is None or len(timeline.at_ms) < 2 or not np.nanmax(timeline.operations, initial=0):
+        if len(timeline.at_ms) < 2 or not _moves(timeline, "guest-operations"):
             continue
-        at_ms, counted = timeline.at_ms, timeline.operations
+        at_ms, counted = timeline.at_ms, timeline.series["guest-operations"]
         turn = timeline.first("running") if side.name == "dest" else timeline.first("pause")
         if side.name == "dest":
             known = np.flatnonzero(counted > 0)
@@ -255,7 +258,6 @@ def _name_marks(figure: Figure, axes: Sequence[Axes], clock: Clock, marks: Seque
     """Words above the uppermost picture, in two rows; one that has no room is in the list below only."""
     left, right = axes[0].get_position().x0 * width, axes[0].get_position().x1 * width
     height = figure.get_figheight() * 72
-    ends = [0.0, 0.0]
     important = ("pause", "lost", "running", "recovered", "all-there")
     placed: list[tuple[float, str, int, str]] = []
     taken: list[list[tuple[float, float]]] = [[], []]
@@ -273,7 +275,6 @@ def _name_marks(figure: Figure, axes: Sequence[Axes], clock: Clock, marks: Seque
                 break
         for each in axes:
             each.axvline(clock(mark.at_ms), color=COLOURS["cut" if mark.what == "lost" else "muted"], lw=0.7, ls=(0, (2, 2)), zorder=0.6)
-    del ends
     for begin, word, row, what in placed:
         figure.text(
             begin / width, 1 - (10 + 11 * row) / height, word, fontsize=FONT_PT - 0.5, va="center",

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from postcopy.records import Json
+from postcopy.records.timeline import DIGITS
 
 Array = NDArray[np.float64]
 
@@ -23,16 +24,19 @@ MAX_POINTS = 4096  # of a timeline; what is recorded has fewer
 MAX_FAULTS = 4096
 MAX_BUCKETS = 4096
 MAX_MARKS = 256
+MAX_BLOCKS = 64
+_SAME_BOOT_MS = 50.0  # wall clocks are adjusted in small steps
 MAX_TEXT = 300
 MAX_NUMBER = 2.0**53
 MAX_MS = 100 * 365.25 * 86400e3
-BASE64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 _LEVELS = np.full(128, -1.0)
-_LEVELS[[ord(letter) for letter in BASE64]] = np.arange(64)
+_LEVELS[[ord(digit) for digit in DIGITS]] = np.arange(64)
 
 KINDS = ("precopied", "zero", "background", "prefetched", "demand")
 """Of pages that arrive, as they are drawn upon each other."""
 STAGES = ("sent", "received", "placed", "total")
+_STAGES = {"sent": "until-sent", "received": "until-received", "placed": "until-placed", "total": "whole"}
+_SERIES = ("faults-waiting", "guest-operations", "received-bytes", "sent-bytes", "released-bytes", "blocked-us")
 
 
 class Problems:
@@ -87,6 +91,8 @@ class Histogram:
 
     upto_us: Array
     counts: Array
+    sum_us: float
+    max_us: float
 
     @property
     def count(self) -> int:
@@ -114,9 +120,7 @@ class Timeline:
 
     at_ms: Array
     pages: dict[str, Array] = field(default_factory=dict)  # cumulative, by kind
-    bytes: Array | None = None
-    waiting: Array | None = None
-    operations: Array | None = None
+    series: dict[str, Array] = field(default_factory=dict)  # the others, by their names in `records.timeline.Series`
     residency: Array | None = None  # columns x bins, 0 to 1
     faults: Faults | None = None
     latency: dict[str, Histogram] = field(default_factory=dict)
@@ -124,6 +128,7 @@ class Timeline:
     blocks: list[tuple[str, float, float]] = field(default_factory=list)  # name, bytes, page size
     unix_ms: float | None = None
     monotonic_ns: float | None = None
+    every: int = 1  # one of so many faults is in the sample
 
     def first(self, *what: str) -> Mark | None:
         return next((mark for mark in self.marks if mark.what in what), None)
@@ -193,10 +198,13 @@ class Migration:
 
     @property
     def one_host(self) -> bool:
-        """Whether both sides have one monotonic clock, as far as their descriptions tell."""
-        hosts = [object_of(side.run.get("host")) for side in self.sides.values()]
-        identity = [host.get("boot-id") or host.get("hostname") for host in hosts]
-        return len(hosts) > 1 and bool(identity[0]) and all(one == identity[0] for one in identity)
+        """Whether both sides have one monotonic clock: then both say the same of when it began."""
+        begun = [
+            timeline.unix_ms - timeline.monotonic_ns / 1e6
+            for _, timeline in self.timelines
+            if timeline.unix_ms is not None and timeline.monotonic_ns is not None
+        ]
+        return len(begun) > 1 and max(begun) - min(begun) < _SAME_BOOT_MS
 
 
 # ---- from JSON
@@ -204,52 +212,47 @@ class Migration:
 
 def timeline_of(fields: Mapping[str, Any], problems: Problems) -> Timeline | None:
     """The checked timeline of a `timeline` line; None where there is none to speak of."""
-    about = f"timeline of {text_of(fields.get('machine'), 60) or 'a machine'}"
-    at_ms = _numbers(fields.get("at-ms"), MAX_POINTS, MAX_MS)
+    about = f"timeline of {text_of(fields.get('machine') or fields.get('vm'), 60) or 'a machine'}"
+    recording = object_of(fields.get("recording"))
+    at_ms = _numbers(recording.get("at-ms"), MAX_POINTS, MAX_MS)
     if at_ms is None or not len(at_ms) or np.isnan(at_ms).any():
-        problems.add(f"{about}: at-ms is no list of at most {MAX_POINTS} times, so it was left out")
+        problems.add(f"{about}: at-ms is no list of 1 to {MAX_POINTS} times, so it was left out")
         return None
     if (np.diff(at_ms) < 0).any():
         problems.add(f"{about}: its times go backwards, so it was left out")
         return None
-
-    def series(value: object, name: str) -> Array | None:
-        if value is None:
-            return None
-        found = _numbers(value, MAX_POINTS, MAX_NUMBER)
-        if found is None:
-            problems.add(f"{about}: {name} is no list of sensible numbers, and was left out")
-        elif len(found) != len(at_ms):
-            problems.add(f"{about}: {name} has {len(found)} values for {len(at_ms)} times, and was left out")
-        else:
-            return found
-        return None
-
-    pages = object_of(fields.get("pages"))
     found = Timeline(at_ms)
-    for kind in (*KINDS, "duplicate"):
-        if (values := series(pages.get(kind), f"pages.{kind}")) is not None:
-            found.pages[kind] = np.maximum.accumulate(np.nan_to_num(values))
-    for name in ("bytes", "waiting", "operations"):
-        values = series(fields.get({"waiting": "faults-waiting", "operations": "guest-operations"}.get(name, name)), name)
-        setattr(found, name, values)
-    found.residency = _residency(fields.get("residency"), len(at_ms), about, problems)
-    found.faults = _faults(object_of(fields.get("faults")))
-    for stage in STAGES:
-        if (histogram := _histogram(object_of(object_of(fields.get("latency")).get(stage)))) is not None:
+    given = object_of(recording.get("series"))
+    for name in (*KINDS, "duplicate", *_SERIES):
+        if given.get(name) is None:
+            continue
+        values = _numbers(given[name], MAX_POINTS, MAX_NUMBER)
+        if values is None:
+            problems.add(f"{about}: {name} is no list of sensible numbers, and was left out")
+        elif len(values) != len(at_ms):
+            problems.add(f"{about}: {name} has {len(values)} values for {len(at_ms)} times, and was left out")
+        elif name in _SERIES:
+            found.series[name] = values
+        else:
+            found.pages[name] = np.maximum.accumulate(np.nan_to_num(values))
+    found.residency = _residency(recording.get("map"), len(at_ms), about, problems)
+    found.faults = _faults(object_of(recording.get("fault-sample")))
+    found.every = int(number_of(object_of(recording.get("fault-sample")).get("every"), 2.0**40, 1) or 1)
+    for stage, name in _STAGES.items():
+        if (histogram := _histogram(object_of(object_of(recording.get("latency")).get(name)))) is not None:
             found.latency[stage] = histogram
-    for mark in list_of(fields.get("marks"), MAX_MARKS):
+    for mark in list_of(recording.get("marks"), MAX_MARKS):
         mark = object_of(mark)
-        when, what = number_of(mark.get("at-ms"), MAX_MS), text_of(mark.get("what"), 40)
+        when, what = number_of(mark.get("moment-ms"), MAX_MS), text_of(mark.get("what"), 40)
         if when is not None and what:
             found.marks.append(Mark(when, what, text_of(mark.get("text"))))
     found.marks.sort(key=lambda mark: mark.at_ms)
-    for block in list_of(fields.get("blocks"), 64):
+    for block in list_of(recording.get("blocks"), MAX_BLOCKS):
         block = object_of(block)
         size, page = number_of(block.get("bytes")), number_of(block.get("page-size"))
         if size:
             found.blocks.append((text_of(block.get("name"), 60), size, page or 0.0))
-    origin = object_of(fields.get("origin"))
+    origin = object_of(recording.get("origin"))
     found.unix_ms = number_of(origin.get("unix-ms"), MAX_MS)
     found.monotonic_ns = number_of(origin.get("monotonic-ns"), 2.0**63)
     return found
@@ -282,7 +285,7 @@ def _residency(value: object, length: int, about: str, problems: Problems) -> Ar
 def _faults(value: Json) -> Faults | None:
     at_ms = _numbers(value.get("at-ms"), MAX_FAULTS, MAX_MS)
     place = _numbers(value.get("page"), MAX_FAULTS, 1.0)
-    us = _numbers(object_of(value.get("us")).get("total"), MAX_FAULTS, MAX_NUMBER)
+    us = _numbers(value.get("total-us"), MAX_FAULTS, MAX_NUMBER)
     if at_ms is None or place is None or us is None or not len(at_ms) == len(place) == len(us) > 0:
         return None
     known = ~(np.isnan(at_ms) | np.isnan(place) | np.isnan(us))
@@ -290,12 +293,17 @@ def _faults(value: Json) -> Faults | None:
 
 
 def _histogram(value: Json) -> Histogram | None:
-    edges = _numbers(value.get("edges-ns"), MAX_BUCKETS, MAX_NUMBER)
-    counts = _numbers(value.get("counts"), MAX_BUCKETS, MAX_NUMBER)
+    edges = _numbers(value.get("bucket-edges-ns"), MAX_BUCKETS, MAX_NUMBER)
+    counts = _numbers(value.get("bucket-counts"), MAX_BUCKETS, MAX_NUMBER)
     if edges is None or counts is None or len(edges) != len(counts):
         return None
     known = (counts > 0) & ~np.isnan(edges)
     if not known.any():
         return None
     order = np.argsort(edges[known], kind="stable")
-    return Histogram(np.maximum(edges[known][order], 1) / 1e3, counts[known][order])
+    upto_us, counts = np.maximum(edges[known][order], 1) / 1e3, counts[known][order]
+    total, most = number_of(value.get("sum-ns"), 2.0**70), number_of(value.get("max-ns"))
+    upto_us[-1] = min(float(upto_us[-1]), max((most or MAX_NUMBER) / 1e3, float(upto_us[-2]) if len(upto_us) > 1 else 0.001))
+    return Histogram(
+        upto_us, counts, float((upto_us * counts).sum()) if total is None else total / 1e3, float(upto_us[-1])
+    )

@@ -75,8 +75,8 @@ class Reader:
         if event == "run":
             self._run = fields
             return
-        if event == "vm-ended":
-            fields = {"side": "pager", "machine": fields.get("vm"), **object_of(fields.get("figures"))}
+        if "vm" in fields:  # of a pager
+            fields = {**fields, **object_of(fields.get("figures")), "side": "pager", "machine": fields["vm"]}
         for machine in fields["machines"] if isinstance(fields.get("machines"), list) else ():
             job = object_of(object_of(machine).get("migration"))
             if job.get("migration-id"):
@@ -110,7 +110,8 @@ class Reader:
         one.facts.update((key, value) for key, value in fields.items() if value is not None and key not in _COLUMNS)
 
 
-_COLUMNS = frozenset({"at-ms", "pages", "residency", "faults", "latency", "bytes", "marks"})
+_COLUMNS = frozenset({"recording", "figures"})
+"""What is not kept as it is."""
 
 
 def read(files: Iterable[tuple[str, BinaryIO]]) -> Reader:
