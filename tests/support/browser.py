@@ -105,7 +105,7 @@ def open_page(browser: Browser, path: Path, *, width: int, scheme: str, scripts:
     page.call("Page.enable")
     page.call("Network.enable")
     page.call("Log.enable")
-    page.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
+    page.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
     page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     page.call("Emulation.setScriptExecutionDisabled", value=not scripts)
     page.call("Page.navigate", url=page.url)

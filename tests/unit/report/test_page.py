@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import timelines
+from lines import parse_line
 from timelines import Json, both, dest, run, source, text
 
 from postcopy.errors import ConfigurationError
+from postcopy.records import VERSION
 from postcopy.report import _charts, _page, _read, draw
 from postcopy.report._model import Histogram, Migration
 from postcopy.report._words import guest_of, latency_of, marks_of, pause_parts
@@ -399,10 +401,15 @@ def test_a_file_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(_read, "MAX_BYTES", 1 << 20)
     line = json.dumps({"event": "progress", "side": "dest"}).encode() + b"\n"
     with pytest.raises(ConfigurationError, match="keep the lines of its last migrations"):
-        read(line * (2 << 20 // len(line)))
+        read(line * ((2 << 20) // len(line)))
 
 
 def test_of_many_complaints_some_are_counted() -> None:
     reader = read(text(run("dest")) + b"{\n" * 500)
     assert len(reader.problems.texts) == 20
     assert "and 480 more" in draw(reader)
+
+
+def test_the_lines_that_are_made_here_are_lines() -> None:
+    for line in (dest(), source(), run("dest"), _failed_early(), _no_faults(), _one_sample()):
+        parse_line(json.dumps({"schema": VERSION, "elapsed-ms": 0.0} | line))
