@@ -129,8 +129,8 @@ class Ram(Record):
     residency: Annotated[
         str | None,
         doc("Which parts of the memory are there (source: sent): up to 64 parts of equal size, in the order of the"
-            " blocks, a digit of base64 for each: A: nothing of it, /: all of it; the others are 62 equal steps between."
-            " Above 2 GiB of memory each is an even sample of its pages."),
+            " blocks, a digit of base64 for each: A: nothing of it, /: all of it; the others are 62 equal steps"
+            " between. Above 2 GiB of memory each is an even sample of its pages."),
     ] = None  # fmt: skip
 
 

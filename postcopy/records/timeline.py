@@ -13,7 +13,7 @@ from typing import Annotated, Final
 
 from postcopy.records._base import Record, doc
 from postcopy.records.migration import Counted, Kind, Name
-from postcopy.records.pager import Vm
+from postcopy.records.pager import Vm, VmName
 
 COLUMNS: Final = 384
 """So many at most."""
@@ -72,9 +72,9 @@ class Series(Record):
         doc(f"{_KIND}: placed before a fault asked for them, since they were expected to be.", "pages"),
     ] = None
     duplicate: Annotated[list[int] | None, doc(f"{_KIND}: arrived again, and dropped.", "pages")] = None
-    received: Annotated[list[int] | None, doc("On data channels, headers included.", "bytes")] = None
-    sent: Annotated[list[int] | None, doc("On data channels, headers included.", "bytes")] = None
-    released: Annotated[list[int] | None, doc("Source: memory given back to its host.", "bytes")] = None
+    received_bytes: Annotated[list[int] | None, doc("On data channels, headers included.", "bytes")] = None
+    sent_bytes: Annotated[list[int] | None, doc("On data channels, headers included.", "bytes")] = None
+    released_bytes: Annotated[list[int] | None, doc("Source: memory given back to its host.", "bytes")] = None
     faults_waiting: Annotated[
         list[int] | None, doc("Threads that wait for a page: the most since the column before.", "threads")
     ] = None
@@ -120,27 +120,27 @@ class Distribution(Record, kw_only=True):
     count: Annotated[int, doc("All of them.", "faults")]
     sum_ns: Annotated[int, doc("Of all of them, exactly.", "ns")]
     max_ns: Annotated[int, doc("The longest, exactly.", "ns")]
-    edges_ns: Annotated[
+    bucket_edges_ns: Annotated[
         list[int],
         doc("The highest value of each bucket that has any. A bucket is 3 % wide; wider where there are more than 400.",
             "ns"),
     ]  # fmt: skip
-    counts: Annotated[list[int], doc("How many are in it.", "faults")]
+    bucket_counts: Annotated[list[int], doc("How many are in it.", "faults")]
 
 
 class Stages(Record, kw_only=True):
     """How long demand faults took, by stage. Exact: all of them are in it."""
 
-    sent: Annotated[Distribution, doc("From the event read until the request was sent.")]
-    received: Annotated[Distribution, doc("From there until the page had arrived.")]
-    placed: Annotated[Distribution, doc("From there until the thread was woken.")]
-    total: Annotated[Distribution, doc("From the event read until the thread was woken, of all faults.")]
+    until_sent: Annotated[Distribution, doc("From the event read until the request was sent.")]
+    until_received: Annotated[Distribution, doc("From there until the page had arrived.")]
+    until_placed: Annotated[Distribution, doc("From there until the thread was woken.")]
+    whole: Annotated[Distribution, doc("From the event read until the thread was woken, of all faults.")]
 
 
 class Mark(Record, kw_only=True):
     """Something that happened at one moment."""
 
-    at_ms: Annotated[float, doc("When.", "ms")]
+    moment_ms: Annotated[float, doc("When.", "ms")]
     what: Annotated[
         str,
         doc("offer: the migration has begun. round: of precopy. pause: the machine is asked to stop. switchover: the"
@@ -156,7 +156,7 @@ class Mark(Record, kw_only=True):
 class Recording(Record, kw_only=True):
     """What was recorded. All times are counted from `origin`."""
 
-    origin: Origin
+    origin: Annotated[Origin, doc("When that is.")]
     period_ms: Annotated[
         float,
         doc("How far apart the columns at the end are while something happens; a part before may be coarser or finer"
@@ -166,10 +166,13 @@ class Recording(Record, kw_only=True):
     blocks: Annotated[list[Block], doc("The memory, in order.")]
     at_ms: Annotated[list[float], doc("When each column was taken.", "ms")]
     series: Annotated[Series, doc("What was counted.")]
-    residency: Annotated[Residency, doc("Which parts of the memory were there (source: sent).")]
-    faults: Annotated[Faults | None, doc("Destination: a sample of the faults.")] = None
+    map: Annotated[Residency, doc("Which parts of the memory were there (source: sent).")]
+    fault_sample: Annotated[Faults | None, doc("Destination: a sample of the faults.")] = None
     latency: Annotated[Stages | None, doc("Destination: the latencies of all faults.")] = None
     marks: Annotated[list[Mark], doc("What happened, in order.")]
+
+
+_Recorded = Annotated[Recording, doc("How all of it came about, over time.")]
 
 
 class Timeline(Counted, kw_only=True):
@@ -178,12 +181,13 @@ class Timeline(Counted, kw_only=True):
 
     machine: Name
     kind: Kind
-    recording: Recording
+    recording: _Recorded
 
 
 class VmTimeline(Record, kw_only=True):
     """One virtual machine as the pager has seen it; from the takeover on where an earlier process served it."""
 
     side: Annotated[str, doc("Which command this is.", of="pager")]
-    vm: Annotated[Vm, doc("What was counted.")]
-    recording: Recording
+    vm: VmName
+    figures: Annotated[Vm, doc("What was counted.")]
+    recording: _Recorded
