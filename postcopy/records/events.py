@@ -26,6 +26,7 @@ from postcopy.records.migration import (
     Recoveries,
 )
 from postcopy.records.timeline import Timeline, VmTimeline
+from postcopy.records.results import Run
 
 _Ended = Annotated[str, doc("How it ended.", of="completed|failed")]
 
@@ -156,6 +157,7 @@ class DaemonResult(Record, kw_only=True):
 
 
 _OF_MACHINES: dict[str, tuple[type[Record], ...]] = {
+    "run": (Run,),
     "listening": (Listening,),
     "metrics": (MetricsAddress,),
     "progress": (Progress, ProcessStatus),

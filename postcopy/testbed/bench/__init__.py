@@ -56,12 +56,10 @@ from typing import TYPE_CHECKING
 from postcopy._files import check_new_file, replacing, write_all
 from postcopy.errors import ConfigurationError, MigrationError, ResourceError
 from postcopy.records import as_json
+from postcopy.records.results import Measurement
 from postcopy.testbed import _processes
 from postcopy.testbed._report import make_console
 from postcopy.units import among, argument, did_you_mean, parse_whole
-
-if TYPE_CHECKING:
-    from postcopy.testbed.bench._common import Figure
 
 __all__ = ["FIGURES", "add_arguments", "run"]
 
@@ -153,8 +151,8 @@ def _can_be_measured(name: str, *, asked: bool) -> bool:
     return True
 
 
-def _measurement(name: str) -> Callable[[int], Awaitable[list[Figure]]]:
-    measure: Callable[[int], Awaitable[list[Figure]]] = getattr(_module(name), f"measure_{name.replace('-', '_')}")
+def _measurement(name: str) -> Callable[[int], Awaitable[list[Measurement]]]:
+    measure: Callable[[int], Awaitable[list[Measurement]]] = getattr(_module(name), f"measure_{name.replace('-', '_')}")
     return measure
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from postcopy._native import lib
 from postcopy.dataplane.histogram import Histogram
 from postcopy.errors import ErrorLine
+from postcopy.records.results import Measurement
 from postcopy.testbed._processes import run_json
-from postcopy.testbed.bench._common import DEADLINE_S, Figure, ratio, worker
+from postcopy.testbed.bench._common import DEADLINE_S, ratio, worker
 from postcopy.testbed.bench._worker import percentiles_us
 
 CALLS = 4000
@@ -46,7 +47,7 @@ def main(pending_faults: str, bulk: str) -> None:
     print(json.dumps({call: percentiles_us(histogram, 50, 99) for call, histogram in histograms.items()}))
 
 
-async def measure_contention(rounds: int) -> list[Figure]:
+async def measure_contention(rounds: int) -> list[Measurement]:
     """mmap and munmap beside pending faults and bulk placement, against neither."""
     # One round has all scenes, each in a process of its own, so that a slow spell of the host hits them alike.
     measured: dict[str, list[dict[str, dict[str, float]]]] = {scene.name: [] for scene in SCENES}

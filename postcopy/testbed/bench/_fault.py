@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import resource
 
+from postcopy.records.results import Measurement
 from postcopy.testbed import _linux
-from postcopy.testbed.bench._common import Figure, ratio, side_by_side, touch_us, warm_pair
+from postcopy.testbed.bench._common import ratio, side_by_side, touch_us, warm_pair
 
 CAP_SYS_NICE = 23  # linux/capability.h
 
 
-async def measure_fault(rounds: int) -> list[Figure]:
+async def measure_fault(rounds: int) -> list[Measurement]:
     """Demand fault p50 against the floor's, sleeping and busy polling."""
     figures = []
     for how, busy_poll_us, target in (("sleeping", 0, 1.06), ("busy polling", 200, 1.10)):
@@ -25,7 +26,7 @@ async def measure_fault(rounds: int) -> list[Figure]:
     return figures
 
 
-async def measure_pager_process(rounds: int) -> list[Figure]:
+async def measure_pager_process(rounds: int) -> list[Measurement]:
     """What it costs that the machine survives its pager: demand fault p50 through a pager in a process of its own."""
     values = []
     for _ in range(rounds):
@@ -36,7 +37,7 @@ async def measure_pager_process(rounds: int) -> list[Figure]:
     return [ratio("fault p50, pager process / pager threads", values, "p50", "thread-p50", 1.25)]
 
 
-async def measure_bulk_delay(rounds: int) -> list[Figure]:
+async def measure_bulk_delay(rounds: int) -> list[Measurement]:
     """The tail of a demand fault while bulk runs at full speed: p99 against the idle p99, and p99.9 against what is
     allowed, which is more without the right to real-time scheduling."""
     real_time = _linux.has_capabilities(CAP_SYS_NICE) or resource.getrlimit(resource.RLIMIT_RTPRIO)[0] > 0
