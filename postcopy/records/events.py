@@ -25,8 +25,8 @@ from postcopy.records.migration import (
     Recent,
     Recoveries,
 )
-from postcopy.records.timeline import Timeline, VmTimeline
 from postcopy.records.results import Run
+from postcopy.records.timeline import Timeline, VmTimeline
 
 _Ended = Annotated[str, doc("How it ended.", of="completed|failed")]
 
