@@ -68,6 +68,16 @@ def ratio(
     )
 
 
+def medians(measurement: Measurement) -> dict[str, float]:
+    """Of each value that all rounds have; a part of a downtime is left out where a side has not told it."""
+    found = {
+        name: [each for each in value.rounds if each is not None]
+        for name, value in measurement.values.items()
+        if None not in value.rounds
+    }
+    return {name: statistics.median(rounds) for name, rounds in found.items()}
+
+
 def side_by_side(one: dict[str, float], other: dict[str, float], prefix: str) -> dict[str, float]:
     """p50 and p99 of two latencies as one round, those of the `other` with a prefix."""
     return {prefix * (values is other) + name: values[name] for name in ("p50", "p99") for values in (one, other)}
