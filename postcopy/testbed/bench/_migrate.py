@@ -87,7 +87,7 @@ class Plan:
     workloads: tuple[str, ...] = tuple(WORKLOADS)
     kind: str = "rv64"
     memory: int = 64 << 20  # bytes
-    bandwidth: int = 64 << 20  # bytes a second; 0: no limit
+    bandwidth: int = 500_000_000 // 8  # bytes a second; 0: no limit
     delay: float = 0.0  # seconds
 
     @property
@@ -209,8 +209,6 @@ async def _one(
 ) -> None:
     begin_s = time.monotonic()
     try:
-        if cell.policy == LEARNED and not os.path.exists(file):
-            raise MigrationError("no working set was recorded: pure demand has failed")
         cell.rounds.append(await migrate(plan.arguments(cell.policy, cell.workload, number + 1, file), lines))
         outcome = "verified"
     except MigrationError as error:
