@@ -66,7 +66,7 @@ check-2:
 # Each step has a log of its own, of which a step that fails shows the end.
 test: setup ## everything CI runs: lint, C tests, sanitizers, fuzzing, pytest, hostile peers, containers, docs, packages
 	@$(STEP) 400 --log $(LOGS)/build.log "C builds" $(MAKE) --no-print-directory $(C_BUILDS) cross-aarch64
-	@$(STEP) 200 --log $(LOGS)/install.log "Debian packages that tests need" $(BIN)/python tools/debian.py install zsh fish man qemu-system-x86_64
+	@$(STEP) 400 --log $(LOGS)/install.log "Debian packages that tests need" $(BIN)/python tools/debian.py install zsh fish man qemu-system-x86_64 chromium
 	@rm -f $(LOGS)/unstable.log
 	@status=0; $(MAKE) --no-print-directory -j2 test-1 test-2 || status=$$?; cat $(LOGS)/unstable.log 2>/dev/null; exit $$status
 
