@@ -13,6 +13,7 @@ import argparse
 import io
 import os
 import resource
+import statistics
 import sys
 import tempfile
 import time
@@ -32,7 +33,6 @@ from postcopy.records.results import Measurement, Value
 from postcopy.records.timeline import Recording, Timeline
 from postcopy.testbed._processes import parse
 from postcopy.testbed._report import Section, Span, make_console, print_line, print_section, row
-from postcopy.testbed.bench._common import medians
 from postcopy.testbed.bench._migrate_columns import COLUMNS, FAULTS, PREVENTED, values
 from postcopy.units import (
     argument,
@@ -262,7 +262,10 @@ def sections(measurements: Sequence[Measurement]) -> list[Section]:
         workload, comma, policy = measurement.name.partition(", ")
         if not comma:
             continue
-        known = medians(measurement)
+        values = {
+            name: [each for each in value.rounds if each is not None] for name, value in measurement.values.items()
+        }
+        known = {name: statistics.median(rounds) for name, rounds in values.items() if rounds}
         texts = [column.show(known[column.name]) if column.name in known else "-" for column in COLUMNS]
         if "dip" in known and "back" not in known:
             texts[[column.name for column in COLUMNS].index("back")] = "later"
