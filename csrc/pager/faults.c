@@ -15,6 +15,7 @@
 #include "uffd/uffd_abi.h"
 
 #define LET_RUN_NS 16000
+#define LATE_NS 1000000000 /* see pc_request_late */
 #define UNPOLLABLE_NS 100000000 /* a userfaultfd that cannot be polled is looked at so often */
 
 /* ---- the pending table -------------------------------------------------------------------------------------------- */
@@ -305,6 +306,29 @@ static void request_for_all(struct shard *shard, struct fault *fault)
         request_page(shard, fault);
 }
 
+/* Threads that have waited for LATE_NS for what was requested ahead have it requested again, as what is waited for: a source that leaves the
+ * former unanswered holds them no longer than that. */
+void pc_request_late(struct shard *shard, uint64_t now_ns)
+{
+    struct pending *pending = shard->pending;
+
+    if (now_ns - shard->late_ns < LATE_NS)
+        return;
+    shard->late_ns = 0;
+    for (uint16_t i = pending->faults[0].newer; i; i = pending->faults[i].newer) { /* in the order in which they came */
+        struct fault *fault = &pending->faults[i];
+
+        if (!fault->late)
+            continue;
+        if (now_ns - fault->event_ns < LATE_NS) {
+            shard->late_ns = fault->event_ns;
+            break;
+        }
+        fault->late = false;
+        request_page(shard, fault);
+    }
+}
+
 /* Requests what threads wait for and what could not be requested when they came. */
 void pc_request_pending(struct shard *shard)
 {
@@ -453,7 +477,7 @@ static void handle_fault(struct shard *shard, const struct uffd_msg *message, ui
 {
     struct pc_pager *pager = shard->pager;
     uint64_t address = message->arg.pagefault.address, page;
-    bool minor = message->arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_MINOR, fresh = false, received, again;
+    bool minor = message->arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_MINOR, fresh = false, late = false, local, received, again;
     int32_t tid = shard->api.features & UFFD_FEATURE_THREAD_ID ? (int32_t)message->arg.pagefault.feat.ptid : 0;
     const struct range *range = find_range(shard, address);
     struct fault *fault;
@@ -478,10 +502,16 @@ static void handle_fault(struct shard *shard, const struct uffd_msg *message, ui
     received = pc_bits_test(block->received, page);
     if (!received)
         fresh = !pc_atomic_test_and_set_bit(block->requested, page);
+    local = pc_is_local(block, page);
+    late = !received && !fresh && !local && !find_pending(shard, range->block, page);
     if (received ? !pc_bits_test(block->zero, page) : !fresh)
         COUNT(pager, repeated_faults, 1);
-    if (received ? pc_bits_test(block->zero, page) : fresh)
+    if (received ? pc_bits_test(block->zero, page) : fresh || late)
         pc_touch(pager, range->block, page);
+    if (late)
+        COUNT(pager, prefetch_hits, 1);
+    if (!local)
+        pc_streams_note(shard, range->block, page, fresh, late);
     if (received && resolve_or_retry(shard, range->block, page, minor))
         return;
     fault = add_pending(shard, range->block, page, tid, now_ns, &again);
@@ -493,8 +523,13 @@ static void handle_fault(struct shard *shard, const struct uffd_msg *message, ui
         return;
     }
     fault->minor = minor;
+    if (late) {
+        fault->late = true;
+        if (!shard->late_ns)
+            shard->late_ns = now_ns;
+    }
     fault->unresolved = fault->unresolved || received;
-    if (fresh && pc_is_local(block, page) && pc_local_serve(shard, range->block, page))
+    if (fresh && local && pc_local_serve(shard, range->block, page))
         return;
     if (fresh)
         request_page(shard, fault);

@@ -126,6 +126,7 @@ void pc_shard_free(struct shard *shard)
         last->next = NULL;
     }
     pc_commands_free(&shard->prefetches);
+    pc_commands_free(&shard->runs);
     pc_commands_free(&shard->commands);
     if (shard->uffd >= 0)
         close(shard->uffd);

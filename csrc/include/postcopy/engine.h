@@ -32,12 +32,16 @@ extern "C" {
 /* ---- pager ---- */
 /* The destination's side: faults in, requests out, pages placed. How it works: csrc/pager/pager.c. */
 struct pc_pager;
+struct pc_page_run {
+    uint64_t first_page;
+    uint32_t pages, block;
+};
 enum pc_stage { PC_STAGE_SENT = 0, PC_STAGE_RECEIVED = 1, PC_STAGE_PLACED = 2, PC_STAGE_TOTAL = 3 };
 #define PC_STAGES 4
 struct pc_pager_stats {
     uint64_t total_pages, total_bytes;       /* of all blocks; bytes because blocks may differ in page size */
     uint64_t resident_pages, resident_bytes; /* received or known to be zero */
-    uint64_t demand_pages;                   /* placed in answer to a fault */
+    uint64_t demand_pages;                   /* placed in answer to a request for a thread that waits */
     uint64_t background_pages;               /* placed by push, content not zero */
     uint64_t zero_pages;                     /* known to be zero: never sent as content */
     uint64_t duplicate_pages;                /* arrived again and dropped */
@@ -51,7 +55,10 @@ struct pc_pager_stats {
     uint64_t oldest_pending_ns;              /* for how long the first of them has been; 0 when there is none */
     uint64_t frames_refused;                 /* bad frames: each ended its channel */
     uint64_t local_pages;                    /* placed from a local source, on demand or before */
-    uint64_t prefetched_pages;               /* of them, and of zero pages, placed before a fault asked */
+    uint64_t prefetched_pages;               /* placed in answer to a request ahead of any fault, and counted nowhere else; and of local pages, and
+                                              * of zero pages, those that were placed before a fault asked */
+    uint64_t prefetch_hits;                  /* pages requested ahead that a thread has then reached, as far as it is known: it came to wait for one,
+                                              * or faulted beyond it in the same stream (pc_pager_set_prefetch) */
     uint64_t set_pages;                      /* of working sets that were asked for (pc_pager_prefetch_runs) and looked at */
     uint64_t set_hits;                       /* of them, placed before a fault asked */
     uint64_t local_waits;                    /* faults whose page a reader had to fetch: it was not in the page cache */
@@ -119,8 +126,17 @@ int pc_pager_track_thread(struct pc_pager *pager, uint32_t slot, int32_t tid);
 /* Requests, through the urgent channels, pages that are missing and not requested, at most `limit` of all shards together, in place
  * of what is left of an earlier limit; how many there are, at most `limit`. */
 int64_t pc_pager_request_missing(struct pc_pager *pager, uint64_t limit);
-/* A request with this bit in its id was made ahead of any fault, by one of these two functions. */
+/* A request with this bit in its id was made ahead of any fault, by pc_pager_request_missing or one of the next three functions. A thread that
+ * comes to wait for such a page and has done so for a second has it requested again, as one that is waited for. */
 #define PC_PAGER_REQUEST_AHEAD 0x80000000
+/* What is requested ahead of faults because of what they were, from now on; at first nothing. FORWARD: `pages` behind each fault. BOTH: so many
+ * around it. ADAPTIVE: along strides, forward and backward, that the last faults show; `pages` is 0. -EINVAL. */
+enum pc_prefetch { PC_PREFETCH_NONE = 0, PC_PREFETCH_FORWARD = 1, PC_PREFETCH_BOTH = 2, PC_PREFETCH_ADAPTIVE = 3 };
+#define PC_PREFETCH_MAX_PAGES 64
+int pc_pager_set_prefetch(struct pc_pager *pager, int how, uint32_t pages);
+/* Requests those pages of these runs that are armed, missing, not local and not requested, in their order, ahead of what the other two functions
+ * request, behind those of earlier calls. -EINVAL for pages that there are not, -ENOMEM. */
+int pc_pager_request_runs(struct pc_pager *pager, const struct pc_page_run *runs, uint64_t count);
 /* Requests those pages of a range that are armed, missing and not requested, a window at a time beside what threads wait for;
  * sent when there is a channel, and again after a channel was lost. How many pages of the range are not there yet. */
 int64_t pc_pager_request_range(struct pc_pager *pager, uint32_t block, uint64_t first_page, uint64_t pages);
@@ -153,10 +169,6 @@ int pc_pager_prefetch_all(struct pc_pager *pager);
 /* Places the local pages of these runs, in their order and ahead of pc_pager_prefetch_all; zero pages among them are placed too, so
  * that they cost no fault. Pages that are not armed are skipped. In addition to runs that are left of an earlier call. -EINVAL for pages
  * that there are not, -ENOMEM. Locks. */
-struct pc_page_run {
-    uint64_t first_page;
-    uint32_t pages, block;
-};
 int pc_pager_prefetch_runs(struct pc_pager *pager, const struct pc_page_run *runs, uint64_t count);
 /* Ends both; pages that are staged are placed none the less. */
 int pc_pager_prefetch_stop(struct pc_pager *pager);
