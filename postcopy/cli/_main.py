@@ -107,7 +107,13 @@ def _run(
         if "peer_file" in given:
             path = given["peer_file"]
             route = given["connect"] = Route(read_peer_file(path), lambda: read_peer_file(path), hostname)
-        run = make(given, output)
+        if "report" in given:
+            from postcopy.report import Reporter
+
+            reporter = Reporter(given["report"], output)  # before there is an event
+            run = reporter.around(make(given, output))
+        else:
+            run = make(given, output)
         if "user" in given:
             from postcopy.service.privileges import become, find_user
 

@@ -7,9 +7,11 @@ import argparse
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from typing import BinaryIO
 
 from postcopy._files import check_new_file, explain_unwritable, open_regular, replacing, write_all
+from postcopy._hdr import intervals, write_hdr
 from postcopy.errors import ConfigurationError, ResourceError
 from postcopy.report import explain_missing
 from postcopy.service.options import Group, Option, parse_path, path
@@ -37,17 +39,21 @@ def run(args: argparse.Namespace) -> int:
     from postcopy.report import draw
     from postcopy.report._read import Reader
 
-    reader = Reader()
+    log = getattr(args, "hdr", None)
+    if log is not None:
+        check_new_file("--hdr", log)
+    reader = Reader(keep_latencies=log is not None)
     for name in args.files:
         with _opened(name) as file:
             reader.read(file, "standard input" if name == "-" else name)
-    page = draw(reader).encode("utf-8", "replace")
-    _write("--output", target, page)
+    if log is not None:
+        write_hdr(log, intervals(reader.latencies))
+    _write(target, draw(reader).encode("utf-8", "replace"))
     return 0
 
 
 @contextlib.contextmanager
-def _opened(name: str):
+def _opened(name: str) -> Iterator[BinaryIO]:
     if name == "-":
         yield sys.stdin.buffer
         return
@@ -59,9 +65,10 @@ def _opened(name: str):
         yield file
 
 
-def _write(option: str, target: str, data: bytes) -> None:
+def _write(target: str, data: bytes) -> None:
     try:
         with replacing(target, MODE, durable=False) as fd:
             write_all(fd, data)
     except OSError as error:
-        raise ResourceError(f"{option} {target}: {explain_unwritable(error, os.path.dirname(target) or '.')}", "choose another place") from error
+        why = explain_unwritable(error, os.path.dirname(target) or ".")
+        raise ResourceError(f"--output {target}: {why}", "name another file") from error

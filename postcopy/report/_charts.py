@@ -17,7 +17,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
@@ -35,7 +34,7 @@ COLOURS = {name: f"#a1{number:02x}b7" for number, name in enumerate((
     "fg", "muted", "grid", "bg", "precopied", "zero", "background", "prefetched", "demand", "pause", "cut", "guest",
     "bytes", "slow", "sent", "received", "placed", "total", "source", "dest"), 16)}  # fmt: skip
 _RASTER = "#3f7fd0"
-_SETTINGS: dict[str, Any] = {
+_SETTINGS: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "postcopy", "text.parse_math": False, "font.size": FONT_PT,
     "axes.titlesize": FONT_PT, "axes.labelsize": FONT_PT, "xtick.labelsize": FONT_PT, "ytick.labelsize": FONT_PT,
     "text.color": COLOURS["fg"], "axes.labelcolor": COLOURS["muted"], "xtick.color": COLOURS["muted"],
@@ -45,7 +44,7 @@ _SETTINGS: dict[str, Any] = {
     "axes.titlelocation": "left", "axes.titlepad": 5.0, "figure.dpi": 72, "lines.linewidth": 1.6,
     "xtick.major.size": 3, "ytick.major.size": 0, "ytick.major.pad": 4,
 }  # fmt: skip
-_MARK_WORDS = {"all-there": "all there", "lost": "cut", "policy": "policy"}
+_MARK_WORDS = {"all-there": "all there", "lost": "cut", "offer": "begin"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,9 @@ def spans(marks: Sequence[Mark], last_ms: float) -> list[Span]:
     for mark in marks:
         if mark.what in ("pause", "lost"):
             open_at.setdefault("pause" if mark.what == "pause" else "cut", mark.at_ms)
-        elif mark.what in ("running", "recovered") and (kind := "pause" if mark.what == "running" else "cut") in open_at:
+        elif (
+            mark.what in ("running", "recovered") and (kind := "pause" if mark.what == "running" else "cut") in open_at
+        ):
             found.append(Span(kind, open_at.pop(kind), mark.at_ms))
     return found + [Span(kind, at_ms, max(at_ms, last_ms)) for kind, at_ms in open_at.items()]
 
@@ -72,21 +73,24 @@ def spans(marks: Sequence[Mark], last_ms: float) -> list[Span]:
 class Clock:
     """The axis of time: in seconds or milliseconds, whichever has readable numbers."""
 
-    def __init__(self, first_ms: float, last_ms: float) -> None:
+    def __init__(self, first_ms: float, last_ms: float, begun_ms: float | None) -> None:
+        """`begun_ms`: when the migration began, which is 0 on the axis; None: not known."""
         self.first_ms, self.last_ms = first_ms, max(last_ms, first_ms + 1)
+        self.zero_ms = begun_ms if begun_ms is not None else first_ms
+        self.since = "the recording began" if begun_ms is None else "the migration began"
         length = self.last_ms - self.first_ms
         self.per_ms, self.unit = (1.0, "ms") if length < 2000 else (1e-3, "s") if length < 600e3 else (1 / 60e3, "min")
 
     def __call__(self, at_ms: Any) -> Any:
-        return np.asarray(at_ms) * self.per_ms
+        return (np.asarray(at_ms) - self.zero_ms) * self.per_ms
 
     def set_up(self, axes: Axes, marks: Sequence[Span], width: int) -> None:
         axes.set_xlim(self(self.first_ms), self(self.last_ms))
-        axes.xaxis.set_major_locator(MaxNLocator(9 if width == WIDE else 5))
+        axes.xaxis.set_major_locator(MaxNLocator(9 if width == WIDE else 5, steps=[1, 2, 5, 10]))
         for span in marks:
             colour = COLOURS[span.kind]
-            axes.axvspan(self(span.begin_ms), self(span.end_ms), color=colour, alpha=0.22, lw=0, zorder=0.5)
-            axes.axvline(self(span.begin_ms), color=colour, lw=1.0, zorder=0.6)
+            axes.axvspan(self(span.begin_ms), self(span.end_ms), color=colour, alpha=0.22, lw=0, zorder=2.2)
+            axes.axvline(self(span.begin_ms), color=colour, lw=1.0, zorder=2.3)
 
 
 def as_svg(draw: Callable[[int], Figure], name: str) -> str:
@@ -101,7 +105,7 @@ def as_svg(draw: Callable[[int], Figure], name: str) -> str:
 def svg_of(figure: Figure, name: str) -> str:
     """What matplotlib writes, without its head and its size, with variables for colours."""
     file = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -122,13 +126,17 @@ def _figure(width: int, height: float, rows: Sequence[float] = (1,)) -> tuple[Fi
     return figure, list(axes)
 
 
-def _margins(figure: Figure, height: float, width: int, *, left: float = 58, top: float = 20, hspace: float = 0.35) -> None:
-    figure.subplots_adjust(left=left / width, right=1 - 10 / width, top=1 - top / height, bottom=36 / height, hspace=hspace)
+def _margins(
+    figure: Figure, height: float, width: int, *, left: float = 58, top: float = 20, hspace: float = 0.35
+) -> None:
+    figure.subplots_adjust(
+        left=left / width, right=1 - 10 / width, top=1 - top / height, bottom=36 / height, hspace=hspace
+    )
 
 
 def _plain_axis(axes: Axes, format: Callable[[float], str] | None = None, ticks: int = 4) -> None:
     axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_locator(MaxNLocator(ticks, integer=format is None))
+    axes.yaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 5, 10], integer=format is None))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format(value) if format else si(value)))
     axes.spines["left"].set_visible(False)
     axes.xaxis.grid(visible=False)
@@ -152,7 +160,9 @@ def rate(at_ms: Array, counter: Array) -> Array:
 # ---- over time
 
 
-def over_time(migration: Migration, clock: Clock, marks: Sequence[Mark], found: Sequence[Span]) -> Callable[[int], Figure] | None:
+def over_time(
+    migration: Migration, clock: Clock, marks: Sequence[Mark], found: Sequence[Span]
+) -> Callable[[int], Figure] | None:
     """Pages by kind, throughput, progress of the guest, threads that wait: those that are known, below each other."""
     timeline = migration.main.timeline
     if timeline is None or len(timeline.at_ms) < 2:
@@ -160,10 +170,18 @@ def over_time(migration: Migration, clock: Clock, marks: Sequence[Mark], found: 
     panels: list[tuple[float, str, Callable[[Axes], None]]] = []
     page_bytes = migration.number("ram", "page-size") or 4096
     if any(values[-1] for values in timeline.pages.values()):
-        panels.append((1.7, "Memory that has arrived, by kind", lambda axes: _arrived(axes, clock, timeline, migration, page_bytes)))
+        panels.append(
+            (
+                1.7,
+                "Memory that has arrived, by kind",
+                lambda axes: _arrived(axes, clock, timeline, migration, page_bytes),
+            )
+        )
     moved = next((timeline.series[name] for name in ("received-bytes", "sent-bytes") if _moves(timeline, name)), None)
     if moved is not None:
-        panels.append((1, "Bytes a second, on all data channels", lambda axes: _throughput(axes, clock, timeline.at_ms, moved)))
+        panels.append(
+            (1, "Bytes a second, on all data channels", lambda axes: _throughput(axes, clock, timeline.at_ms, moved))
+        )
     if guest := operations(migration):
         panels.append((1, "Operations of the guest, a second", lambda axes: _guest(axes, clock, guest)))
     if _moves(timeline, "faults-waiting"):
@@ -172,15 +190,17 @@ def over_time(migration: Migration, clock: Clock, marks: Sequence[Mark], found: 
         return None
 
     def draw(width: int) -> Figure:
-        top = 34
+        top = 46
         height = top + 36 + sum(share for share, _, _ in panels) * 88 + (len(panels) - 1) * 26
         figure, axes = _figure(width, height, [share for share, _, _ in panels])
         for each, (_, title, paint) in zip(axes, panels, strict=True):
             paint(each)
             clock.set_up(each, found, width)
             each.set_title(title)
-        axes[-1].set_xlabel(f"{clock.unit} since {'the migration began'}")
-        _margins(figure, height, width, top=top, hspace=0.36 * len(panels) / sum(share for share, _, _ in panels) + 0.02)
+        axes[-1].set_xlabel(f"{clock.unit} since {clock.since}")
+        _margins(
+            figure, height, width, top=top, hspace=0.36 * len(panels) / sum(share for share, _, _ in panels) + 0.02
+        )
         _name_marks(figure, axes, clock, marks, width)
         return figure
 
@@ -226,7 +246,9 @@ def _guest(axes: Axes, clock: Clock, guest: Sequence[tuple[str, Array, Array]]) 
 
 
 def _waiting(axes: Axes, clock: Clock, timeline: Timeline) -> None:
-    axes.fill_between(clock(timeline.at_ms), timeline.series["faults-waiting"], step="pre", color=COLOURS["demand"], alpha=0.75, lw=0)
+    axes.fill_between(
+        clock(timeline.at_ms), timeline.series["faults-waiting"], step="pre", color=COLOURS["demand"], alpha=0.75, lw=0
+    )
     _plain_axis(axes, ticks=3)
 
 
@@ -266,6 +288,8 @@ def _name_marks(figure: Figure, axes: Sequence[Axes], clock: Clock, marks: Seque
             continue
         at = left + (right - left) * (mark.at_ms - clock.first_ms) / (clock.last_ms - clock.first_ms)
         word = _MARK_WORDS.get(mark.what, mark.what)[:14]
+        if mark.what == "round" and mark.text[:6].isdigit():
+            word = f"round {mark.text[:6]}"
         room = len(word) * FONT_PT * 0.56 + 8
         begin = min(at + 2, width - room)
         for row in (0, 1):
@@ -274,10 +298,16 @@ def _name_marks(figure: Figure, axes: Sequence[Axes], clock: Clock, marks: Seque
                 placed.append((begin, word, row, mark.what))
                 break
         for each in axes:
-            each.axvline(clock(mark.at_ms), color=COLOURS["cut" if mark.what == "lost" else "muted"], lw=0.7, ls=(0, (2, 2)), zorder=0.6)
+            each.axvline(
+                clock(mark.at_ms),
+                color=COLOURS["cut" if mark.what == "lost" else "muted"],
+                lw=0.7,
+                ls=(0, (2, 2)),
+                zorder=0.6,
+            )
     for begin, word, row, what in placed:
         figure.text(
-            begin / width, 1 - (10 + 11 * row) / height, word, fontsize=FONT_PT - 0.5, va="center",
+            begin / width, 1 - (8 + 12 * row) / height, word, fontsize=FONT_PT - 0.5, va="center",
             color=COLOURS[{"pause": "pause", "lost": "cut"}.get(what, "muted")], fontweight="bold" if what in ("pause", "lost") else "normal",
         )  # fmt: skip
 
@@ -305,7 +335,7 @@ def residency(timeline: Timeline, clock: Clock, found: Sequence[Span]) -> Callab
         axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
         axes.set_title("Place in the memory")
-        axes.set_xlabel(f"{clock.unit} since the migration began")
+        axes.set_xlabel(f"{clock.unit} since {clock.since}")
         _block_borders(axes, timeline)
         if (faults := timeline.faults) is not None:
             slow = faults.us > np.percentile(faults.us, 99) if len(faults.us) >= 100 else np.zeros(len(faults.us), bool)
@@ -358,14 +388,25 @@ def latency(stages: dict[str, Histogram]) -> Callable[[int], Figure] | None:
         for stage, histogram in stages.items():
             share = np.cumsum(histogram.counts) / histogram.counts.sum()
             at = np.concatenate([[0.0], -np.log10(np.maximum(1 - share, 10**-nines))])
-            axes.stairs(histogram.upto_us, np.maximum.accumulate(np.minimum(at, nines)), baseline=None, color=COLOURS[stage], lw=2.2 if stage == "total" else 1.4, zorder=3)
+            axes.stairs(
+                histogram.upto_us,
+                np.maximum.accumulate(np.minimum(at, nines)),
+                baseline=None,
+                color=COLOURS[stage],
+                lw=2.2 if stage == "total" else 1.4,
+                zorder=3,
+            )
             low, high = min(low, float(histogram.upto_us[0])), max(high, float(histogram.upto_us[-1]))
         axes.set_yscale("log")
         axes.set_ylim(10 ** np.floor(np.log10(low)), 10 ** np.ceil(np.log10(high * 1.001)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_duration(value / 1e6)))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xlim(0, nines)
-        ticks = [(0.0, "0 %"), (-np.log10(0.5), "50 %"), *((float(n), f"{100 - 10.0 ** (2 - n):.10g} %") for n in range(1, int(nines) + 1))]
+        ticks = [
+            (0.0, "0 %"),
+            (-np.log10(0.5), "50 %"),
+            *((float(n), f"{100 - 10.0 ** (2 - n):.10g} %") for n in range(1, int(nines) + 1)),
+        ]
         axes.set_xticks([at for at, _ in ticks], [text for _, text in ticks])
         axes.set_title("Took at most")
         axes.set_xlabel("of all faults")
@@ -383,24 +424,27 @@ def pause(parts: Sequence[tuple[str, str, float, float]]) -> Callable[[int], Fig
     """Its stages below each other, each from where it began: (side, label, begin, length) in microseconds."""
 
     def draw(width: int) -> Figure:
-        height = 44.0 + 24 * len(parts)
+        height = 44.0 + 25 * len(parts)
         figure, (axes,) = _figure(width, height)
         end = max(begin + length for _, _, begin, length in parts) or 1.0
         unit, per = ("ms", 1e3) if end >= 2000 else ("µs", 1.0)
         for row, (side, label, begin, length) in enumerate(parts):
-            axes.barh(-row, max(length, end * 0.002) / per, left=begin / per, height=0.62, color=COLOURS[side], lw=0)
-            behind = begin + length < 0.62 * end
+            axes.barh(
+                -row - 0.24, max(length, end * 0.003) / per, left=begin / per, height=0.36, color=COLOURS[side], lw=0
+            )
+            # above its bar, from where that begins; where there is no room on the right, to where it ends
+            right = begin > end / 2
             axes.text(
-                (begin + length if behind else begin) / per + (0.008 if behind else -0.008) * end / per, -row,
-                f"{label}  {format_duration(length / 1e6)}", va="center", ha="left" if behind else "right", color=COLOURS["fg"],
+                (begin + length if right else begin) / per, -row + 0.02, f"{label}: {format_duration(length / 1e6)}",
+                va="bottom", ha="right" if right else "left", color=COLOURS["fg"],
             )  # fmt: skip
         axes.set_xlim(0, end / per)
-        axes.set_ylim(-len(parts) + 0.4, 0.6)
+        axes.set_ylim(-len(parts) + 0.35, 0.62)
         axes.yaxis.set_major_locator(NullLocator())
-        axes.xaxis.set_major_locator(MaxNLocator(8 if width == WIDE else 4))
+        axes.xaxis.set_major_locator(MaxNLocator(8 if width == WIDE else 4, steps=[1, 2, 5, 10]))
         axes.set_xlabel(f"{unit} since the request to pause")
         axes.spines["left"].set_visible(False)
-        _margins(figure, height, width, left=12, top=6)
+        _margins(figure, height, width, left=8, top=4)
         return figure
 
     return draw

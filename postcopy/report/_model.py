@@ -303,7 +303,9 @@ def _histogram(value: Json) -> Histogram | None:
     order = np.argsort(edges[known], kind="stable")
     upto_us, counts = np.maximum(edges[known][order], 1) / 1e3, counts[known][order]
     total, most = number_of(value.get("sum-ns"), 2.0**70), number_of(value.get("max-ns"))
-    upto_us[-1] = min(float(upto_us[-1]), max((most or MAX_NUMBER) / 1e3, float(upto_us[-2]) if len(upto_us) > 1 else 0.001))
+    upto_us[-1] = min(
+        float(upto_us[-1]), max((most or MAX_NUMBER) / 1e3, float(upto_us[-2]) if len(upto_us) > 1 else 0.001)
+    )
     return Histogram(
         upto_us, counts, float((upto_us * counts).sum()) if total is None else total / 1e3, float(upto_us[-1])
     )

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 
 from postcopy import __version__
-from postcopy.output.words import format_count, format_duration
+from postcopy.output.words import format_count
 from postcopy.records import Json
 from postcopy.report import _charts, _words
-from postcopy.report._model import KINDS, STAGES, Histogram, Migration, Side, number_of, object_of, text_of
+from postcopy.report._model import KINDS, STAGES, Histogram, Mark, Migration, number_of, object_of, text_of
 from postcopy.report._read import Reader
 from postcopy.report._words import grouped, ms, us
 from postcopy.units import format_size
@@ -112,7 +112,9 @@ def _overview(migrations: Sequence[Migration], drawn: Sequence[Migration], forgo
     yield "</section>"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers_from: int = 1, most: int = 512) -> Iterator[str]:
+def _table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], numbers_from: int = 1, most: int = 512
+) -> Iterator[str]:
     """Cells are HTML."""
     yield "<div class=scroll><table>"
     if any(header):
@@ -153,9 +155,12 @@ def _article(migration: Migration, number: int) -> Iterator[str]:
             " migration ends.</p></section>"
         )
     else:
-        last_ms = max(*(side.at_ms[-1] + migration.offset_ms(one) for one, side in migration.timelines), timeline.at_ms[0] + 1)
+        last_ms = max(
+            *(side.at_ms[-1] + migration.offset_ms(one) for one, side in migration.timelines), timeline.at_ms[0] + 1
+        )
         first_ms = min(side.at_ms[0] + migration.offset_ms(one) for one, side in migration.timelines)
-        clock = _charts.Clock(float(first_ms), float(last_ms))
+        begun = next((mark.at_ms for mark in marks if mark.what == "offer"), None)
+        clock = _charts.Clock(float(first_ms), float(last_ms), begun)
         found = _charts.spans(marks, float(last_ms))
         yield from _over_time(migration, clock, marks, found, guest, name)
     yield from _pause(migration, name)
@@ -173,14 +178,18 @@ def _about(migration: Migration) -> str:
     parts = [f"<strong class={'good' if status in _words.GOOD else 'bad'}>{esc(status)}</strong>"]
     if migration.text("mode"):
         parts.append(f"mode {esc(migration.text('mode'))}")
-    started = next((text_of(side.run.get("started")) for side in _words.sides_of(migration) if side.run.get("started")), "")
+    started = next(
+        (text_of(side.run.get("started")) for side in _words.sides_of(migration) if side.run.get("started")), ""
+    )
     if started:
         parts.append(esc(started[:19].replace("T", " ") + " UTC"))
     sides = [side.name for side in _words.sides_of(migration)]
     if len(sides) == 2:
         parts.append("both sides")
     else:
-        parts.append({"source": "seen by the source alone", "dest": "seen by the destination alone"}.get(sides[0], "a pager"))
+        parts.append(
+            {"source": "seen by the source alone", "dest": "seen by the destination alone"}.get(sides[0], "a pager")
+        )
     if migration.key and migration.main.name != "pager":
         parts.append(f"id {esc(migration.key[:8])}")
     return " <span aria-hidden=true>·</span> ".join(parts)
@@ -225,7 +234,7 @@ def _figure(svg: str, label: str, caption: str = "", legend: Iterable[tuple[str,
 
 
 def _over_time(
-    migration: Migration, clock: _charts.Clock, marks: Sequence[_charts.Mark], found: Sequence[_charts.Span],
+    migration: Migration, clock: _charts.Clock, marks: Sequence[Mark], found: Sequence[_charts.Span],
     guest: _words.Guest | None, name: str,
 ) -> Iterator[str]:  # fmt: skip
     timeline = migration.main.timeline
@@ -242,21 +251,32 @@ def _over_time(
         (kind, f"{_KIND_WORDS[kind]}: {grouped(counts[kind])} pages ({format_size(round(counts[kind] * page_bytes))})")
         for kind in reversed(KINDS) if kind in counts
     ]  # fmt: skip
-    legend += [(kind, word) for kind, word in (("pause", "the pause"), ("cut", "cut off")) if any(span.kind == kind for span in found)]
+    legend += [
+        (kind, word)
+        for kind, word in (("pause", "the pause"), ("cut", "cut off"))
+        if any(span.kind == kind for span in found)
+    ]
     captions = []
     if counts.get("duplicate"):
         captions.append(f"{grouped(counts['duplicate'])} pages arrived again and were dropped.")
     if speed := _words.speed(migration):
         captions.append(f"{speed[0].upper()}{speed[1:]}.")
     if guest is not None:
-        captions.append(f"The guest made {_charts.si(guest.before)} operations a second before the switchover, and {_charts.si(guest.after)} at its slowest after it.")
+        captions.append(
+            f"The guest made {_charts.si(guest.before)} operations a second before the switchover, and {_charts.si(guest.after)} at its slowest after it."
+        )
     elif _charts.operations(migration) and len(migration.sides) == 1:
         captions.append("Of the guest only this host's part is known.")
     if len(list(migration.timelines)) > 1 and not migration.one_host:
         captions.append("The two sides are put together by the wall clocks of two hosts, which may differ.")
     if migration.main.name == "source":
         captions.append("These are pages and bytes that were sent: when they were placed only the destination knows.")
-    yield from _figure(_charts.as_svg(draw, f"{name}t"), "Pages, throughput, guest and waiting threads over time", " ".join(map(html.escape, captions)), legend)
+    yield from _figure(
+        _charts.as_svg(draw, f"{name}t"),
+        "Pages, throughput, guest and waiting threads over time",
+        " ".join(map(html.escape, captions)),
+        legend,
+    )
     yield "</section>"
 
 
@@ -266,18 +286,29 @@ def _pause(migration: Migration, name: str) -> Iterator[str]:
         return
     yield "<section><h2>The pause</h2>"
     if not parts:
-        kind = "an image does not run, so nothing was paused" if migration.text("kind") == "image" else "the stages of a pause are not among these lines"
+        kind = (
+            "an image does not run, so nothing was paused"
+            if migration.text("kind") == "image"
+            else "the stages of a pause are not among these lines"
+        )
         if not downtime and _words.status_of(migration) not in _words.GOOD:
             kind = "the migration came to no end of a pause: the machine did not begin to run at the destination"
         yield f"<p class=missing>{kind[0].upper()}{kind[1:]}.</p></section>"
         return
     sides = {part.side for part in parts}
     draw = _charts.pause([(part.side, _words.PARTS[part.name], part.begin_us, part.length_us) for part in parts])
-    caption = "From the request to pause until the destination said that the machine runs there." if "source" in sides else (
-        "What the destination did in it, one after the other; the rest only the source knows.")
+    caption = (
+        "From the request to pause until the destination said that the machine runs there."
+        if "source" in sides
+        else ("What the destination did in it, one after the other; the rest only the source knows.")
+    )
     if len(sides) == 2:
         caption += " The destination's parts, by its own clock, lie within the source's part above them; their exact place there is not known."
-    legend = [(side, {"source": "the source", "dest": "the destination"}[side]) for side in ("source", "dest") if side in sides]
+    legend = [
+        (side, {"source": "the source", "dest": "the destination"}[side])
+        for side in ("source", "dest")
+        if side in sides
+    ]
     yield from _figure(_charts.as_svg(draw, f"{name}p"), "The stages of the pause", caption, legend)
     yield "</section>"
 
@@ -294,14 +325,23 @@ def _residency(migration: Migration, clock: _charts.Clock, found: Sequence[_char
     captions = []
     if timeline.faults is not None:
         count = len(timeline.faults.us)
-        shown = f"the {grouped(count)} accesses that waited" if timeline.every == 1 else f"one of {timeline.every} accesses that waited"
+        shown = (
+            f"the {grouped(count)} accesses that waited"
+            if timeline.every == 1
+            else f"one of {timeline.every} accesses that waited"
+        )
         legend.append(("demand", shown))
         if count >= 100:
             legend.append(("slow", "the slowest 1 % of them"))
     if len(timeline.blocks) > 1:
         names = ", ".join(f"{label} {format_size(round(size))}" for label, size, _ in timeline.blocks[:8])
         captions.append(f"Blocks, from below: {names}{', ...' if len(timeline.blocks) > 8 else ''}.")
-    yield from _figure(_charts.as_svg(draw, f"{name}r"), "Residency of the memory over time, and faults", " ".join(map(html.escape, captions)), legend)
+    yield from _figure(
+        _charts.as_svg(draw, f"{name}r"),
+        "Residency of the memory over time, and faults",
+        " ".join(map(html.escape, captions)),
+        legend,
+    )
     yield "</section>"
 
 
@@ -344,12 +384,18 @@ def _marks(migration: Migration) -> Iterator[str]:
     if not marks:
         return
     yield "<section><h2>What happened, and when</h2>"
+    begun_ms = next((mark.at_ms for mark in marks if mark.what == "offer"), 0.0)
     yield from _table(
         ("after", "what", ""),
-        [(format_duration(mark.at_ms / 1e3), html.escape(_MARK_WORDS.get(mark.what, mark.what)), esc(mark.text)) for mark in marks],
+        [(_moment(mark.at_ms - begun_ms), html.escape(_MARK_WORDS.get(mark.what, mark.what)), esc(mark.text)) for mark in marks],
         numbers_from=9,
     )
     yield "</section>"
+
+
+def _moment(at_ms: float) -> str:
+    """One of several that may be less than a millisecond apart."""
+    return f"{at_ms / 1e3:,.4f} s" if at_ms < 600e3 else f"{at_ms / 1e3:,.1f} s"
 
 
 # ---- circumstances
@@ -375,7 +421,10 @@ def _machine(migration: Migration) -> Iterator[tuple[str, str]]:
     yield "machine", html.escape(_words.title(migration))
     timeline = migration.main.timeline
     if timeline is not None and timeline.blocks:
-        blocks = [f"{esc(name)} {format_size(round(size))}" + (f" in pages of {format_size(round(page))}" if page else "") for name, size, page in timeline.blocks[:16]]
+        blocks = [
+            f"{esc(name)} {format_size(round(size))}" + (f" in pages of {format_size(round(page))}" if page else "")
+            for name, size, page in timeline.blocks[:16]
+        ]
         yield "memory", ", ".join(blocks) + (", ..." if len(timeline.blocks) > 16 else "")
     if peer := migration.text("peer"):
         yield "peer", esc(peer)
@@ -397,12 +446,24 @@ def _of_run(run: Json) -> Iterator[tuple[str, str]]:
 
 
 def _host(host: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    words = {"cpu": "processor", "cpus": "processors", "usable-cpus": "of which usable", "thp": "huge pages (THP)", "virtual": "virtual machine"}
+    words = {
+        "cpu": "processor",
+        "cpus": "processors",
+        "usable-cpus": "of which usable",
+        "thp": "huge pages (THP)",
+        "virtual": "virtual machine",
+    }
     for key, value in host.items():
         if value is None or isinstance(value, dict | list):
             continue
         size = number_of(value) if key in ("memory", "page-size") else None
-        shown = format_size(round(size)) if size is not None else {True: "yes", False: "no"}.get(value, "") if isinstance(value, bool) else text_of(value)
+        shown = (
+            format_size(round(size))
+            if size is not None
+            else {True: "yes", False: "no"}.get(value, "")
+            if isinstance(value, bool)
+            else text_of(value)
+        )
         yield esc(words.get(key, str(key).replace("-", " "))), esc(shown)
 
 
@@ -431,7 +492,3 @@ def _flat(facts: Mapping[str, object], above: str = "", depth: int = 0) -> Itera
             yield name, str(value).lower() if isinstance(value, bool) else text_of(value, 120)
         elif isinstance(value, list) and value and all(isinstance(one, int | float) for one in value):
             yield name, text_of(", ".join(map(str, value[:16])), 120)
-
-
-def side_of(migration: Migration, name: str) -> Side | None:
-    return migration.sides.get(name)

@@ -26,8 +26,11 @@ _READ = frozenset({"run", "timeline", "migration-ended", "result", "progress", "
 class Reader:
     """Takes lines; `migrations` are what they were about."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep_latencies: bool = False) -> None:
         self.problems = Problems()
+        self.latencies: list[Json] = []
+        """Of each line that has distributions, as much as says what they are of; where they are to be kept."""
+        self._keep_latencies = keep_latencies
         self.forgotten = 0
         self._run: Json = {}  # of the lines that come now
         self._found: dict[str, Migration] = {}
@@ -70,6 +73,15 @@ class Reader:
 
     def take(self, event: object, fields: Json) -> None:
         """A line, by its event."""
+        if self._keep_latencies and event in ("run", "timeline", "measurement"):
+            recording = object_of(fields.get("recording"))
+            at_ms = recording.get("at-ms")
+            part = {
+                "origin": recording.get("origin"),
+                "at-ms": at_ms[-1:] if isinstance(at_ms, list) else at_ms,
+                "latency": recording.get("latency", {}),
+            }
+            self.latencies.append({**fields, "recording": part} if event == "timeline" else fields)
         if event not in _READ:
             return
         if event == "run":

@@ -13,19 +13,22 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from functools import partial
+from subprocess import CompletedProcess
 from typing import Final
 
 import trio
 
 from postcopy._child import python
 from postcopy._files import absolute, check_new_file
+from postcopy._stop import Stop
 from postcopy.errors import ConfigurationError
 from postcopy.output import Output
 from postcopy.records import Json
+from postcopy.wire import one_line
 
+Run = Callable[[Stop], Awaitable[bool]]
 MOST_MIGRATIONS = 16
 RENDER_S = 60.0
 _NICENESS = 10
@@ -72,22 +75,28 @@ class Reporter:
             if event in _ENDS:
                 self._due.set()
 
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """Draws when a migration has ended, and what is left at the end. `ConfigurationError` before anything else
-        where that could not be: no library, no file that could be written."""
-        if reason := explain_missing():
-            raise ConfigurationError(f"--report {self._path}: {reason}")
-        check_new_file("--report", self._path)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._work)
+    def around(self, run: Run) -> Run:
+        """A command that runs as `run` does, and draws when a migration has ended, and at its own end.
+        `ConfigurationError` before it begins where that could not be: no library, no file that could be written."""
+
+        async def run_reported(stop: Stop) -> bool:
+            if reason := explain_missing():
+                raise ConfigurationError(f"--report {self._path}: {reason}")
+            check_new_file("--report", self._path)
             try:
-                yield
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._work)
+                    done = await run(stop)
+                    nursery.cancel_scope.cancel()
             finally:
-                nursery.cancel_scope.cancel()
-                if not self._drawn and self._lines:
-                    with trio.CancelScope(shield=True):
-                        await self._draw()
+                # (when it was asked to end at once this is cancelled, too)
+                if self._lines and not self._drawn:
+                    await self._draw()
+                if self._drawn:
+                    self._output.say(f"postcopy: report: {self._path}")
+            return done
+
+        return run_reported
 
     async def _work(self) -> None:
         while True:
@@ -96,28 +105,35 @@ class Reporter:
             await self._draw()
 
     async def _draw(self) -> None:
-        self._drawn = True
+        """`_drawn` says whether it is in the file what is known now."""
+        self._drawn = True  # unless something is heard meanwhile
         data = self._run + b"".join(line for lines in self._lines.values() for line in lines.values())
         command = python("-m", "postcopy", "report", "-", "--output", self._path)
         reason = f"not done after {RENDER_S:g} s"
-        process: trio.Process | None = None
-        with trio.move_on_after(RENDER_S):
-            try:
-                async with trio.open_nursery() as nursery:
-                    process = await nursery.start(
-                        partial(trio.run_process, command, stdin=data, capture_stdout=True, capture_stderr=True, check=False)
-                    )
-                    with contextlib.suppress(OSError):
-                        os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)
-            except OSError as error:
-                reason = str(error.strerror)
-            else:
-                reason = ""
-        if process is not None and process.returncode == 0 and not reason:
-            self._output.say(f"postcopy: report: {self._path}")
-            return
-        del process
-        log.warning("--report %s: not drawn: %s", self._path, reason)
+        try:
+            with trio.move_on_after(RENDER_S):
+                reason = await _child(command, data)
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if reason:
+            self._drawn = False
+            log.warning("--report %s was not drawn: %s", self._path, one_line(reason, 300))
+
+
+async def _child(command: list[str], data: bytes) -> str:
+    """Why it failed; empty when it did not. What is drawn can wait for what is moved: it runs at a low priority."""
+    async with trio.open_nursery() as nursery:
+        ended = partial(trio.run_process, command, stdin=data, capture_stdout=True, capture_stderr=True, check=False)
+        done: list[CompletedProcess[bytes]] = []
+
+        async def run(task_status: trio.TaskStatus[trio.Process]) -> None:
+            done.append(await ended(task_status=task_status))
+
+        process = await nursery.start(run)
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)
+    said = done[0].stderr.decode(errors="replace").strip().rpartition("\n")[2].removeprefix("postcopy: error: ")
+    return "" if done[0].returncode == 0 else said or f"the process that draws ended with {done[0].returncode}"
 
 
 def _line(event: str, fields: Json) -> bytes:

@@ -22,7 +22,10 @@ PARTS = {
     "arm": "make changed pages missing", "load": "load the device state", "first-run": "the first vCPU runs",
 }  # fmt: skip
 """Of the pause, by their names in `downtime-breakdown-us`."""
-_AT_SOURCE, _WITHIN = ("stop", "dirty", "state", "send", "prepared", "commit"), {"prepared": ("arm", "load"), "commit": ("first-run",)}
+_AT_SOURCE, _WITHIN = (
+    ("stop", "dirty", "state", "send", "prepared", "commit"),
+    {"prepared": ("arm", "load"), "commit": ("first-run",)},
+)
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,9 @@ def lead(migration: Migration, guest: Guest | None) -> Iterator[str]:
         elif migration.main.name != "pager":
             yield f"The migration has not ended as far as is known here; its last status was {status}{f': {error}' if error else ''}."
     if downtime:
-        yield f"The machine stood still for {ms(downtime)}" + (f", and {memory} had arrived after {ms(total)}." if total else ".")
+        yield f"The machine stood still for {ms(downtime)}" + (
+            f", and {memory} had arrived after {ms(total)}." if total else "."
+        )
     elif total:
         yield f"{memory[0].upper()}{memory[1:]} had arrived after {ms(total)}; the machine did not run meanwhile."
     latency = latency_of(migration)
@@ -172,13 +177,22 @@ def lead(migration: Migration, guest: Guest | None) -> Iterator[str]:
             yield f"{words}; half of them were served within {us(latency['p50'])}{slow}, the slowest after {us(latency['max'])}."
     elif latency and migration.dest is not None and status in GOOD:
         yield "No access had to wait for a page."
-    if (recovered := migration.number("recoveries", "count")) and (total_ms := migration.number("recoveries", "total-ms")) is not None:
+    if (recovered := migration.number("recoveries", "count")) and (
+        total_ms := migration.number("recoveries", "total-ms")
+    ) is not None:
         each = f"after {ms(total_ms)}" if recovered == 1 else f"{ms(total_ms)} in all"
         yield f"The connection was lost {times(round(recovered))}, and the migration went on ({each})."
     if guest is not None:
         share = round(100 * guest.after / guest.before)
-        back = "it was not back at 90 % as far as was recorded" if guest.back_ms is None else (
-            f"it was back at 90 % {ms(guest.back_ms)} after it ran there" if guest.back_ms else "it was at 90 % or above at once")
+        back = (
+            "it was not back at 90 % as far as was recorded"
+            if guest.back_ms is None
+            else (
+                f"it was back at 90 % {ms(guest.back_ms)} after it ran there"
+                if guest.back_ms
+                else "it was at 90 % or above at once"
+            )
+        )
         yield f"At its slowest, after the switchover, the guest made {share} % of its progress before it; {back}."
 
 
@@ -190,7 +204,11 @@ def cards(migration: Migration, guest: Guest | None) -> Iterator[tuple[str, str,
         yield "Downtime", ms(downtime), f"most of it: {PARTS[most.name]}, {us(most.length_us)}" if most else ""
     total, size = migration.number("total-ms"), migration.number("ram", "total")
     if total:
-        yield "Until all was there", ms(total), f"{format_size(round(size))}, since the request to pause" if size else ""
+        yield (
+            "Until all was there",
+            ms(total),
+            f"{format_size(round(size))}, since the request to pause" if size else "",
+        )
     latency = latency_of(migration)
     if latency.get("count"):
         shown = [f"{name} {us(latency[name])}" for name in ("p50", "p99", "max") if name in latency]
@@ -198,11 +216,19 @@ def cards(migration: Migration, guest: Guest | None) -> Iterator[tuple[str, str,
     elif latency:
         yield "Waits for a page", "0", "no access met a missing page"
     if blocked := blocktimes(migration):
-        yield "vCPUs waited", ms(sum(blocked)), f"the sum of {format_count(len(blocked), 'vCPU')}" if len(blocked) > 1 else "1 vCPU"
+        yield (
+            "vCPUs waited",
+            ms(sum(blocked)),
+            f"the sum of {format_count(len(blocked), 'vCPU')}" if len(blocked) > 1 else "1 vCPU",
+        )
     if moved := migration.number("ram", "transferred"):
         twice = migration.number("ram", "duplicate-pages")
         over = f"{moved / size:.2f} x the memory" if size else ""
-        yield "Sent", format_size(round(moved)), ", ".join(filter(None, (over, f"{_grouped(twice)} pages twice" if twice else "")))
+        yield (
+            "Sent",
+            format_size(round(moved)),
+            ", ".join(filter(None, (over, f"{_grouped(twice)} pages twice" if twice else ""))),
+        )
     if guest is not None:
         value = f"{100 * guest.after / guest.before:.0f} %"
         back = "not back at 90 % here" if guest.back_ms is None else f"back at 90 % after {ms(guest.back_ms)}"
@@ -214,7 +240,11 @@ def cards(migration: Migration, guest: Guest | None) -> Iterator[tuple[str, str,
 
 def blocktimes(migration: Migration) -> list[float]:
     given = (migration.dest or migration.main).facts.get("blocktime-ms")
-    return [float(one) for one in given[:1024] if isinstance(one, int | float) and 0 <= one < 1e12] if isinstance(given, list) else []
+    return (
+        [float(one) for one in given[:1024] if isinstance(one, int | float) and 0 <= one < 1e12]
+        if isinstance(given, list)
+        else []
+    )
 
 
 def phases(migration: Migration) -> list[tuple[str, str, float, str]]:
@@ -224,7 +254,11 @@ def phases(migration: Migration) -> list[tuple[str, str, float, str]]:
     found = []
     if "offer" in marks and "pause" in marks and marks["pause"] > marks["offer"]:
         rounds = migration.number("ram", "iteration")
-        what = f"{format_count(round(rounds), 'round')} of precopy; the machine runs at the source" if rounds else "prepared while the machine runs at the source"
+        what = (
+            f"{format_count(round(rounds), 'round')} of precopy; the machine runs at the source"
+            if rounds
+            else "prepared while the machine runs at the source"
+        )
         found.append(("before", "before the pause", marks["pause"] - marks["offer"], what))
     if downtime:
         found.append(("pause", "pause", downtime, "the machine stands still"))

@@ -65,12 +65,18 @@ def dest(seed: int = 7, faults: int = 2113) -> Json:
         "guest-operations": [_guest(at) if at > RUNNING_MS else 0 for at in at_ms],
         "blocked-us": [_ramp(at, RUNNING_MS, ALL_MS - 400, 1_200_000) for at in at_ms],
     }
-    series["received-bytes"] = [4160 * sum(series[kind][n] for kind in ("demand", "background", "precopied", "prefetched")) for n in range(len(at_ms))]
+    series["received-bytes"] = [
+        4160 * sum(series[kind][n] for kind in ("demand", "background", "precopied", "prefetched"))
+        for n in range(len(at_ms))
+    ]
     columns = []
     for at in at_ms:
         share = [_ramp(at, OFFER_MS + 4 * one, PAUSE_MS, 0.8 * 63) for one in range(BINS)]
         if at > PAUSE_MS:
-            share = [max(20, one - 12) + _ramp(at, RUNNING_MS + (n * 37 % BINS) * 9, ALL_MS, 75 - one) for n, one in enumerate(share)]
+            share = [
+                max(20, one - 12) + _ramp(at, RUNNING_MS + (n * 37 % BINS) * 9, ALL_MS, 75 - one)
+                for n, one in enumerate(share)
+            ]
         columns.append("".join(DIGITS[max(0, min(63, one))] for one in share))
     when = sorted(dice.uniform(RUNNING_MS, ALL_MS - 400) for _ in range(min(1000, faults)))
     sent = [dice.lognormvariate(1.3, 0.3) for _ in range(faults)]
