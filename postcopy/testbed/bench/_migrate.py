@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import resource
 import statistics
@@ -25,12 +26,15 @@ from msgspec import ValidationError, convert
 from rich.console import Console
 
 from postcopy._child import python
-from postcopy.errors import MigrationError
+from postcopy._files import check_new_file
+from postcopy.errors import ConfigurationError, MigrationError
 from postcopy.machines.toy.machine import explain_no_kvm
 from postcopy.output.words import format_duration
+from postcopy.records import Json
 from postcopy.records.commands import DemoResult
 from postcopy.records.results import Measurement, Value
 from postcopy.records.timeline import Recording, Timeline
+from postcopy.report import explain_missing
 from postcopy.testbed._processes import parse
 from postcopy.testbed._report import Section, Span, make_console, print_line, print_section, row
 from postcopy.testbed.bench._migrate_columns import COLUMNS, FAULTS, PREVENTED, values
@@ -106,7 +110,7 @@ class Plan:
             settings = f"rate={format_rate(self.bandwidth)},delay={self.delay:g},jitter=0"
             chosen += ["--chaos", f"slow:{settings}"]
         return [
-            "--machine", self.kind, "--memory", format_exact_size(self.memory), "--vcpus", "1",
+            "--machine", self.kind, "--memory", format_exact_size(self.memory), "--vcpus", "1", "--bulk-channels", "1",
             "--workload", WORKLOADS[workload], "--seed", str(seed),
             "--migrate-after", f"{BEFORE_S:g}", "--run-for", f"{self.window_s + AFTER_S:g}", *chosen,
         ]  # fmt: skip
@@ -142,16 +146,15 @@ class Cell:
         )
 
 
-async def migrate(arguments: Sequence[str], lines: Callable[[bytes], None]) -> dict[str, float | None]:
-    """One migration that was verified; `MigrationError` otherwise. `lines` gets what it printed."""
+async def migrate(arguments: Sequence[str], recorded: Callable[[Json], None]) -> dict[str, float | None]:
+    """One migration that was verified; `MigrationError` otherwise. `recorded` gets the line `timeline` of each side."""
     used_s, begin_s = _processor_s(), time.monotonic()
     with trio.move_on_after(DEADLINE_S) as late:
         command = python("-m", "postcopy", "demo", "--json", *arguments)
         done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
     if late.cancelled_caught:
         raise MigrationError(f"not done within {DEADLINE_S:g} s")
-    lines(done.stdout)
-    result, recordings = read(done.stdout.splitlines())
+    result, recordings = read(done.stdout.splitlines(), recorded)
     if result is None or done.returncode or not result.verified:
         said = [line for line in done.stderr.decode("utf-8", "replace").splitlines() if "error: " in line]
         bad = [item.what for item in result.verification if not item.ok] if result is not None else []
@@ -163,7 +166,7 @@ async def migrate(arguments: Sequence[str], lines: Callable[[bytes], None]) -> d
     return found | {PROCESSORS: (_processor_s() - used_s) / (time.monotonic() - begin_s)}
 
 
-def read(lines: Iterable[bytes]) -> tuple[DemoResult | None, dict[str, Recording]]:
+def read(lines: Iterable[bytes], recorded: Callable[[Json], None]) -> tuple[DemoResult | None, dict[str, Recording]]:
     """The result of a demo, and what each side recorded."""
     result, recordings = None, {}
     for line in lines:
@@ -172,6 +175,7 @@ def read(lines: Iterable[bytes]) -> tuple[DemoResult | None, dict[str, Recording
             if message.get("event") == "timeline":
                 timeline = convert(message, Timeline)
                 recordings[timeline.side] = timeline.recording
+                recorded(message)
             elif message.get("event") == "result":
                 result = convert(message, DemoResult)
         except ValidationError as error:
@@ -187,8 +191,9 @@ def _processor_s() -> float:
 # ---- all of them
 
 
-async def compare(plan: Plan, rounds: int, said: Callable[[str], None], lines: Callable[[bytes], None]) -> list[Cell]:
-    """Every policy with every workload, `rounds` times. `said` is told about each cell that is done."""
+async def compare(plan: Plan, rounds: int, said: Callable[[str], None], recorded: Callable[[Json], None]) -> list[Cell]:
+    """Every policy with every workload, `rounds` times. `said` is told about each cell that is done. `recorded` gets
+    the lines `timeline` of all, with the cell as the machine's name."""
     cells = {(workload, policy): Cell(policy, workload) for workload in plan.workloads for policy in plan.policies}
     with tempfile.TemporaryDirectory(prefix="postcopy-bench-") as directory:
         for number in range(rounds):
@@ -197,7 +202,7 @@ async def compare(plan: Plan, rounds: int, said: Callable[[str], None], lines: C
                 if LEARNED in plan.policies and DEMAND not in plan.policies:
                     await _one(plan, Cell(DEMAND, workload), number, file, said, lambda _: None)
                 for policy in sorted(plan.policies, key=list(POLICIES).index):
-                    await _one(plan, cells[workload, policy], number, file, said, lines)
+                    await _one(plan, cells[workload, policy], number, file, said, recorded)
                 baseline = cells.get((workload, DEMAND))
                 if baseline is not None:
                     _add_prevented([cells[workload, policy] for policy in plan.policies], baseline)
@@ -205,11 +210,15 @@ async def compare(plan: Plan, rounds: int, said: Callable[[str], None], lines: C
 
 
 async def _one(
-    plan: Plan, cell: Cell, number: int, file: str, said: Callable[[str], None], lines: Callable[[bytes], None]
+    plan: Plan, cell: Cell, number: int, file: str, said: Callable[[str], None], recorded: Callable[[Json], None]
 ) -> None:
     begin_s = time.monotonic()
+
+    def with_name(line: Json) -> None:
+        recorded(line | {"machine": f"{cell.workload}, {cell.policy}, round {number + 1}"})
+
     try:
-        cell.rounds.append(await migrate(plan.arguments(cell.policy, cell.workload, number + 1, file), lines))
+        cell.rounds.append(await migrate(plan.arguments(cell.policy, cell.workload, number + 1, file), with_name))
         outcome = "verified"
     except MigrationError as error:
         cell.rounds.append({})
@@ -310,6 +319,7 @@ def add_arguments_migrate(group: argparse._ArgumentGroup) -> None:
                        f" (default: {format_rate(default.bandwidth)})")
     group.add_argument("--delay", type=argument(parse_seconds), default=default.delay, metavar="SECONDS",
                        help="of the network, each way (default: 0)")
+    group.add_argument("--report", default=None, metavar="FILE.html", help="write a report of all migrations there")
     # fmt: on
 
 
@@ -324,7 +334,24 @@ async def measure_migrate(rounds: int, args: argparse.Namespace) -> list[Measure
     plan = Plan(args.policies, args.workloads, args.kind, args.memory, args.bandwidth, args.delay)
     if plan.kind == "kvm" and (why := explain_no_kvm()) is not None:
         raise why
-    cells = await compare(plan, rounds, _tell, lambda _: None)
+    if args.report is not None:
+        if reason := explain_missing():
+            raise ConfigurationError(f"--report: {reason}")
+        check_new_file("--report", args.report)
+    with tempfile.TemporaryFile() as kept:
+
+        def recorded(line: Json) -> None:
+            text = json.dumps(line)
+            if args.json:
+                print(text, flush=True)
+            kept.write(text.encode() + b"\n")
+
+        cells = await compare(plan, rounds, _tell, recorded)
+        if args.report is not None:
+            kept.seek(0)
+            command = python("-m", "postcopy", "report", "-", "--output", args.report)
+            if (await trio.run_process(command, stdin=kept, check=False)).returncode == 0:
+                _tell(f"report: {args.report}")
     return [*(cell.record() for cell in cells), conditions(plan, cells)]
 
 

@@ -28,7 +28,6 @@ from postcopy.output.words import format_count, format_duration
 from postcopy.records import Json
 from postcopy.records.commands import Chaos, ChaosResult, DemoLab, DemoResult, LabCut, LabHost, Pings, Stranger
 from postcopy.records.events import DestResult, Progress, SourceResult
-from postcopy.report import Reporter
 from postcopy.service import options
 from postcopy.service.options import Group, Option
 from postcopy.testbed.chaos import KINDS, ChaosPlan, ChaosProxy, open_chaos_proxy
@@ -100,8 +99,7 @@ class DemoCommand:
         """`given`: the values of `OPTIONS`. The two sides get them, each those of the options that it has."""
         values = self._values = DEFAULTS | given
         self._output = output
-        report = values.pop("report", None)  # of both sides, in one page
-        self._reporter = None if report is None else Reporter(report, output)
+        values.pop("report", None)  # one page for both sides, of the lines that the demo emits
         self._lab = "lab" in values
         self._tls = "tls" in values or (self._lab and "insecure" not in values)
         values.pop("tls", None)
@@ -204,12 +202,6 @@ class DemoCommand:
         return f"{values['kind']}, {format_size(values['memory_bytes'])}, {vcpus}, workload {values['workload']}"
 
     async def run(self, stop: Stop) -> bool:
-        if self._reporter is None:
-            return await self._run_and_show(stop)
-        async with self._reporter.running():
-            return await self._run_and_show(stop)
-
-    async def _run_and_show(self, stop: Stop) -> bool:
         result: DemoResult | None = None
         failure: PostcopyError | None = None
         try:

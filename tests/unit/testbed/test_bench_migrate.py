@@ -182,7 +182,7 @@ async def compared(
     """`counts`: how many faults each run of a policy has; None: it fails."""
     left = {policy: list(of_it) for policy, of_it in counts.items()}
 
-    async def migrate(arguments: Sequence[str], lines: object) -> dict[str, float | None]:
+    async def migrate(arguments: Sequence[str], recorded: object) -> dict[str, float | None]:
         learned, learns = "--working-set" in arguments, "--push-after" in arguments
         count = left["+working-set" if learned else "demand" if learns else "demand+push"].pop(0)
         if count is None:
@@ -252,14 +252,14 @@ def test_a_guest_that_was_not_back_in_time_is_not_one_that_was_never_slow() -> N
 
 def test_lines_of_a_demo_are_checked() -> None:
     good = {"event": "result", "schema": 3, "elapsed-ms": 1.0, **as_json(demo_result())}
-    result, recordings = read([b'{"event": "progress"}', json.dumps(good).encode()])
+    result, recordings = read([b'{"event": "progress"}', json.dumps(good).encode()], lambda _: None)
     assert result is not None
     assert result.verified
     assert recordings == {}
     with pytest.raises(MigrationError, match="not what it should be"):
-        read([b'{"event": "result", "side": 3}'])
+        read([b'{"event": "result", "side": 3}'], lambda _: None)
     with pytest.raises(MigrationError, match="not JSON"):
-        read([b"what"])
+        read([b"what"], lambda _: None)
 
 
 def test_the_units_of_all_columns_are_known() -> None:
