@@ -72,6 +72,7 @@ WORKLOADS = {
 }
 """The guest's program, by the name of the workload."""
 BEFORE_S = 1.0  # that the machine runs before it moves
+WINDOW_S = 1.0  # at least: how long pure demand goes on without a push
 AFTER_S = 1.0  # and, at least, after the last page may have come
 DEADLINE_S = 120.0  # of one migration
 PROCESSORS = "processors"
@@ -97,7 +98,7 @@ class Plan:
     @property
     def window_s(self) -> float:
         """How long pure demand goes on without a push: half as long again as the push of all memory would take."""
-        return max(1.0, 1.5 * self.memory / self.bandwidth if self.bandwidth else 0.0)
+        return max(WINDOW_S, 1.5 * self.memory / self.bandwidth if self.bandwidth else 0.0)
 
     def arguments(self, policy: str, workload: str, seed: int, working_set: str) -> list[str]:
         """Of `postcopy demo`. `working_set`: the file that pure demand writes."""
@@ -338,10 +339,11 @@ async def measure_migrate(rounds: int, args: argparse.Namespace) -> list[Measure
         if reason := explain_missing():
             raise ConfigurationError(f"--report: {reason}")
         check_new_file("--report", args.report)
+    begin_s = time.monotonic()
     with tempfile.TemporaryFile() as kept:
 
         def recorded(line: Json) -> None:
-            text = json.dumps(line)
+            text = json.dumps(line | {"elapsed-ms": round(1e3 * (time.monotonic() - begin_s), 1)})
             if args.json:
                 print(text, flush=True)
             kept.write(text.encode() + b"\n")
