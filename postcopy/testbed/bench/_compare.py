@@ -117,7 +117,7 @@ def resampled_medians(values: Sequence[float], seed: int) -> list[float]:
     return [(ordered[lower] + ordered[upper]) / 2 for lower, upper in _middles(len(ordered), seed)]
 
 
-@functools.cache
+@functools.lru_cache(16)
 def _middles(n: int, seed: int) -> list[tuple[int, int]]:
     """Which of n ordered values are in the middle of each sample: one, or two for an even n.
 
