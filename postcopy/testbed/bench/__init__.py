@@ -97,6 +97,7 @@ FIGURES = {
     "qemu-move": "_qemu_move",
     "firecracker": "_firecracker",
     "firecracker-move": "_firecracker_move",
+    "migrate": "_migrate",
 }
 """The module that measures it; imported then."""
 QUICK = (
