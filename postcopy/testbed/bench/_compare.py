@@ -260,4 +260,8 @@ def warnings(before: Results, after: Results) -> Iterator[str]:
 
 
 def _options(run: Run) -> list[str]:
-    return [f"{name}={value}" for name, value in sorted(run.options.items()) if name not in ("figures", "rounds")]
+    return [
+        f"{name}={value}"
+        for name, value in sorted(run.options.items())
+        if name not in ("figures", "rounds", "quick", "within")
+    ]
