@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "debian"
 PACKAGES = {"dockerd": "docker.io", "docker": "docker.io", "debootstrap": "debootstrap", "ip": "iproute2",
             "unshare": "util-linux", "setpriv": "util-linux", "chroot": "coreutils",
-            "zsh": "zsh", "fish": "fish", "man": "man-db", "qemu-system-x86_64": "qemu-system-x86", "chromium": "chromium"}  # fmt: skip
+            "zsh": "zsh", "fish": "fish", "man": "man-db", "qemu-system-x86_64": "qemu-system-x86",
+            "chromium": "chromium"}  # fmt: skip
 PYTHONS = {"bookworm": (3, 11), "trixie": (3, 13)}  # that the releases have
 PREFIX = "postcopy-debian-"
 

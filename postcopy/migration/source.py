@@ -97,6 +97,7 @@ class SourceOptions:
     max_downtime_s: float = 0.3  # what is left after a round and fits is sent while the machine is paused
     precopy_rounds: int = 30  # at most, where `precopy_s` is inf
     compress: str = "off"  # background pages: off, lz4, zstd, auto
+    push_after_s: float = 0.0  # from the switchover on; inf: not at all, but when this side is told to
 
 
 class SourceMigration(Engine[SourceProtocol, PageServer]):
@@ -173,6 +174,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
     def _count(self, data: PageServer) -> Statistics:
         counted = data.statistics()
         mine: dict[str, Any] = {
+            "bins": data.bins(),
             "iteration": self.iteration,
             "dirty_sync_count": self._synchronised,
             "dirty_pages_rate": self._dirty_rate,

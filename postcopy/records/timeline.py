@@ -26,6 +26,14 @@ DIGITS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+
 """Of a residency map: A: nothing of it is there, /: all of it, the others between, in 62 equal steps."""
 
 
+_DIGITS_OF = DIGITS.encode() + bytes(256 - len(DIGITS))
+
+
+def residency_text(bins: bytes) -> str:
+    """Bins from 0 to 63 as a text."""
+    return bins.translate(_DIGITS_OF).decode()
+
+
 class Origin(Record, kw_only=True):
     """When the time of a recording is 0."""
 

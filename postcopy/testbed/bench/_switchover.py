@@ -12,8 +12,8 @@ from postcopy.units import parse_size
 
 SIZES = ("64MiB", "1GiB", "8GiB")  # sparse: the guest touches a part of them
 ALLOWED_US = {"idle": 2000.0, "random": 4000.0}
-"""``random`` works on `WORKING_SET` meanwhile; QEMU's postcopy takes 4 to 8 ms for such a guest (``qemu-move``)."""
-WORKING_SET = "32MiB"
+"""``random`` works on `USED_MEMORY` meanwhile; QEMU's postcopy takes 4 to 8 ms for such a guest (``qemu-move``)."""
+USED_MEMORY = "32MiB"
 GROWTH = 1.25
 """Of 8 GiB against 64 MiB: a step of the pause that looked at all memory would make it many times that."""
 
@@ -39,9 +39,9 @@ async def measure_switchover(rounds: int) -> list[Measurement]:
 
 async def _downtime_us(kind: str, workload: str, memory: str) -> dict[str, float]:
     """Of one migration, and its parts, each on the clock of the side that has it (docs/results.md)."""
-    working_set = ("--working-set", WORKING_SET) if workload == "random" else ()
+    used_memory = ("--used-memory", USED_MEMORY) if workload == "random" else ()
     result: dict[str, Any] = await demo(
-        "--machine", kind, "--vcpus", "1", "--workload", workload, "--memory", memory, *working_set,
+        "--machine", kind, "--vcpus", "1", "--workload", workload, "--memory", memory, *used_memory,
         "--migrate-after", "0.2", "--run-for", "0.1",
     )  # fmt: skip
     parts = result.get("downtime-breakdown-us") or {}

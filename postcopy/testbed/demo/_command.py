@@ -63,7 +63,7 @@ OPTIONS = (
     Group("machine",
           replace(options.KIND, help="kind of machine to migrate (default: kvm, or rv64 where kvm cannot be used)"),
           *options.MACHINE),
-    Group("migration", options.BACKING, options.BUSY_POLL, options.PAGER, *options.SENDING),
+    Group("migration", options.BACKING, options.BUSY_POLL, options.PAGER, *options.AHEAD, *options.SENDING),
     Group("demonstration",
           options.MIGRATE_AFTER,
           replace(options.RUN_FOR, help=options.RUN_FOR.help.partition(" (")[0]),
@@ -76,7 +76,7 @@ OPTIONS = (
                        " stranger, and look at what goes over the network (--lab does it unless --insecure)"),
           replace(options.INSECURE, help="with --lab: no TLS"),
           options.seconds("deadline", "give up after SECONDS, or later where the push takes longer")),
-    options.OUTPUT,
+    options.LOGGING,
 )
 # fmt: on
 DEFAULTS: Json = {"migrate_after_s": 1.0, "run_for_s": 2.0}
