@@ -68,7 +68,7 @@ from postcopy.records.results import Measurement
 from postcopy.testbed import _processes
 from postcopy.testbed._report import make_console
 from postcopy.testbed.bench._common import medians
-from postcopy.units import among, argument, did_you_mean, parse_whole
+from postcopy.units import among, argument, did_you_mean, parse_percent, parse_whole
 
 __all__ = ["FIGURES", "add_arguments", "run"]
 
@@ -111,6 +111,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"repetitions, medians are shown (default: {ROUNDS})",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="JSON lines: run, then one for each measurement")
+    compare = parser.add_argument_group("compare A.jsonl B.jsonl")
+    compare.add_argument(
+        "--fail-above", type=argument(parse_percent), default=None, metavar="PERCENT",
+        help="status 1 when a value of B is worse than in A by certainly more than that, or nothing can be told",
+    )  # fmt: skip
     for name in FIGURES:
         if (add := _of(name, "add_arguments")) is not None:
             add(parser.add_argument_group(name))
@@ -119,6 +124,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0 when every figure was measured and kept to its target, 1 otherwise. `ConfigurationError` for what was asked
     wrongly, `ResourceError` for what this host lacks."""
+    if args.figures[:1] == ["compare"]:
+        from postcopy.testbed.bench import _compare
+
+        if args.rounds is not None:
+            raise ConfigurationError("--rounds: compare measures nothing")
+        return _compare.run(args.figures[1:], args.fail_above, args.json)
+    if args.fail_above is not None:
+        raise ConfigurationError("--fail-above is for compare: `postcopy bench compare A.jsonl B.jsonl`")
     names = args.figures or list(FIGURES)
     if unknown := [name for name in names if name not in FIGURES]:
         hint = did_you_mean(unknown[0], FIGURES) or among(FIGURES)
