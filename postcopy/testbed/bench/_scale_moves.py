@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from subprocess import DEVNULL
+from subprocess import PIPE
 from typing import Any
 
 import trio
@@ -31,7 +31,7 @@ DEADLINE_S = 60.0  # of one point
 WORK = ["--machine", "rv64", "--workload", "random"]
 USED = ["--used-memory", "32MiB"]
 BEFORE_MOVE_S = 0.2
-PUSH_BYTES_PER_S = 2 << 20
+SLOW_PUSH = "2MiB/s"
 """Where faults are to be seen for long enough, and the network is cut in between."""
 FAULTS_S = 0.7
 ECHOES = 20
@@ -62,16 +62,24 @@ class _Side:
     def __init__(self, child: Child) -> None:
         self._child = child
         self._said: list[Json] = []
+        self._last_words = b""
         self._news = trio.Event()
         self._ended = False
 
     async def run(self) -> None:
-        async for line in self._child.stdout:
-            self._said.append(parse(line))
-            self._news.set()
-            self._news = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._read_errors)
+            async for line in self._child.stdout:
+                self._said.append(parse(line))
+                self._news.set()
+                self._news = trio.Event()
         self._ended = True
         self._news.set()
+
+    async def _read_errors(self) -> None:
+        assert self._child.process.stderr is not None
+        async for data in self._child.process.stderr:
+            self._last_words = (self._last_words + data)[-1000:]
 
     async def says(self, event: str, **fields: Any) -> Json:
         """Its first line with this event and these fields. `MigrationError` when it has ended without."""
@@ -80,8 +88,8 @@ class _Side:
                 if line["event"] == event and all(line.get(name) == value for name, value in fields.items()):
                     return line
             if self._ended:
-                why = self._said[-1].get("error") if self._said else None
-                raise MigrationError(f"a side of a measurement ended before it said {event}: {why or 'see above'}")
+                why = self._last_words.decode("utf-8", "replace").strip().rpartition("\n")[2]
+                raise MigrationError(f"a side of a measurement ended before it said {event}: {why}")
             await self._news.wait()
 
     async def result(self) -> Json:
@@ -124,7 +132,7 @@ class Move:
 
 @asynccontextmanager
 async def open_move(
-    *machine: str, delay_s: float | None = None, sparse: bool = False, push_bytes_per_s: int = 0
+    *machine: str, delay_s: float | None = None, sparse: bool = False, max_bandwidth: str = ""
 ) -> AsyncIterator[Move]:
     """`delay_s`: each way, by a proxy; None: without one."""
     how = "sparse" if sparse else "side"
@@ -136,7 +144,7 @@ async def open_move(
 
         async def start(command: str, *arguments: str) -> _Side:
             words = worker("_scale_moves", how, command, "--json", *arguments)
-            side = _Side(await stack.enter_async_context(open_child(words, stderr=DEVNULL)))
+            side = _Side(await stack.enter_async_context(open_child(words, stderr=PIPE)))
             nursery.start_soon(side.run)
             return side
 
@@ -146,7 +154,7 @@ async def open_move(
         if delay_s is not None:
             proxy = await stack.enter_async_context(open_chaos_proxy(address, ChaosPlan(delay_s=delay_s)))
             address = str(proxy.address)
-        limit = ["--max-bandwidth", str(push_bytes_per_s)] if push_bytes_per_s else []
+        limit = ["--max-bandwidth", max_bandwidth] if max_bandwidth else []
         source = await start(
             "source", "--connect", address, "--control", control, "--migrate-after", str(BEFORE_MOVE_S), *limit, *machine
         )
@@ -167,7 +175,7 @@ async def delayed(delay_s: float) -> dict[str, float]:
     """A machine that faults, is cut off in the middle, and then gets all the rest; times in milliseconds."""
     found = {"echo": await _echo_ms(delay_s)}
     async with open_move(
-        *WORK, "--memory", "16MiB", "--vcpus", "1", delay_s=delay_s, push_bytes_per_s=PUSH_BYTES_PER_S
+        *WORK, "--memory", "16MiB", "--vcpus", "1", delay_s=delay_s, max_bandwidth=SLOW_PUSH
     ) as under_way:  # fmt: skip
         proxy = under_way.proxy
         assert proxy is not None
@@ -233,7 +241,7 @@ async def machines(count: int) -> dict[str, float]:
             command = worker(
                 "_scale_moves", "side", "daemon", "--json", "--control", control, "--listen", "127.0.0.1:0"
             )  # fmt: skip
-            child = await stack.enter_async_context(open_child(command, stderr=DEVNULL))
+            child = await stack.enter_async_context(open_child(command, stderr=PIPE))
             side = _Side(child)
             nursery.start_soon(side.run)
             addresses.append(str((await side.says("listening"))["address"]))
