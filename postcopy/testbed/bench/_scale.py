@@ -81,11 +81,14 @@ async def _memory(x: float) -> dict[str, float]:
         async with open_sides(size_bytes, 2) as sides:
             await sides.take(Take("engine"))  # the pages of both sides are there
             floor, engine = [await sides.take(Take(kind)) for kind in ("floor", "engine")]
-        found |= {"push": size_bytes / engine["bytes-per-s"] * 1e3, "push-floor": size_bytes / floor["bytes-per-s"] * 1e3}
+        found |= {
+            "push": size_bytes / engine["bytes-per-s"] * 1e3,
+            "push-floor": size_bytes / floor["bytes-per-s"] * 1e3,
+        }
         found["push-over-floor"] = found["push"] / found["push-floor"]
     if size_bytes <= MOVED_BYTES:
         found |= await moves.move(
-            *moves.WORK, *moves.USED, "--memory", str(size_bytes), "--vcpus", "1", sparse=True
+            *moves.WORK, *moves.USED, "--memory", f"{size_bytes >> 20}MiB", "--vcpus", "1", sparse=True
         )  # fmt: skip
         found.pop("blocktime", None)
     return found
@@ -275,7 +278,9 @@ def _curve(name: str, dimension: Dimension, key: str, cost: Cost, done: list[Poi
         if None in rounds:
             continue
         values[dimension.label(x)] = rounds
-        at[dimension.label(x)] = statistics.median(points[x][dimension.x_of] for points in done) if dimension.x_of else x
+        at[dimension.label(x)] = (
+            statistics.median(points[x][dimension.x_of] for points in done) if dimension.x_of else x
+        )
     if not values:
         return None
     measurement = Measurement(

@@ -156,7 +156,15 @@ async def open_move(
             address = str(proxy.address)
         limit = ["--max-bandwidth", max_bandwidth] if max_bandwidth else []
         source = await start(
-            "source", "--connect", address, "--control", control, "--migrate-after", str(BEFORE_MOVE_S), *limit, *machine
+            "source",
+            "--connect",
+            address,
+            "--control",
+            control,
+            "--migrate-after",
+            str(BEFORE_MOVE_S),
+            *limit,
+            *machine,
         )
         yield Move(source, dest, proxy, control)
         nursery.cancel_scope.cancel()
