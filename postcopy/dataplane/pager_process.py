@@ -47,6 +47,7 @@ from postcopy.dataplane._events import ChannelKind, Event, EventType
 from postcopy.dataplane._pager_child import MESSAGE_BYTES
 from postcopy.dataplane.compression import Compression
 from postcopy.dataplane.pager import PagerCounters, PagerStatistics
+from postcopy.dataplane.recorder import Recorder
 from postcopy.errors import BusyError, CoreError, MigrationError, PostcopyError, check
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
@@ -469,6 +470,9 @@ class ProcessPager(PagerCounters):
 
     def _fill_bins(self, bins: Any, count: int) -> int:
         return int(lib.pc_metrics_bins(self._counters, bins, count))
+
+    def _give_to(self, recorder: Recorder) -> None:
+        recorder.take("metrics", self._counters)
 
     def take_event(self) -> Event | None:
         self._check_open()

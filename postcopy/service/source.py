@@ -189,7 +189,7 @@ class Source(Service):
             owned.phase = Phase.HERE
             if len(self.machines) > 1:
                 self.machines.remove(owned)
-        self.output.emit("migration-ended", report.ended(owned.name, migration))
+        self.emit_ended(owned, migration)
         return migration
 
     async def _announce(self, owned: Owned) -> None:
