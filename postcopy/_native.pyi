@@ -58,6 +58,7 @@ class _Lib:
     PC_MAX_TRACKED_THREADS: int
     PC_STAGES: int
     PC_PAGER_REQUEST_AHEAD: int
+    PC_PREFETCH_MAX_PAGES: int
     PC_MAX_READERS: int
     PC_MACHINE_MAX_VCPUS: int
     PC_FP_LOCKS: int
@@ -137,6 +138,10 @@ class _Lib:
     PC_STAGE_RECEIVED: int
     PC_STAGE_PLACED: int
     PC_STAGE_TOTAL: int
+    PC_PREFETCH_NONE: int
+    PC_PREFETCH_FORWARD: int
+    PC_PREFETCH_BOTH: int
+    PC_PREFETCH_ADAPTIVE: int
     PC_ENGINE_KVM: int
     PC_ENGINE_RV64: int
     PC_WORKLOAD_IDLE: int
@@ -370,6 +375,8 @@ class _Lib:
     def pc_pager_accept_compression(self, pager: CData, accepted: int, /) -> int: ...
     def pc_pager_track_thread(self, pager: CData, slot: int, tid: int, /) -> int: ...
     def pc_pager_request_missing(self, pager: CData, limit: int, /) -> int: ...
+    def pc_pager_set_prefetch(self, pager: CData, how: int, pages: int, /) -> int: ...
+    def pc_pager_request_runs(self, pager: CData, runs: CData, count: int, /) -> int: ...
     def pc_pager_request_range(self, pager: CData, block: int, first_page: int, pages: int, /) -> int: ...
     def pc_pager_watch(self, pager: CData, block: int, first_page: int, pages: int, event_fd: int, /) -> int: ...
     def pc_pager_unwatch(self, pager: CData, ticket: int, /) -> None: ...
@@ -505,6 +512,7 @@ class pc_pager_stats:
     frames_refused: int
     local_pages: int
     prefetched_pages: int
+    prefetch_hits: int
     set_pages: int
     set_hits: int
     local_waits: int
