@@ -151,6 +151,24 @@ static void note_served(struct pc_pager_stats *stats, uint64_t served, uint64_t 
         __atomic_store_n(at, now_ns, __ATOMIC_RELAXED);
 }
 
+/* Puts it where the recorder finds it, when it is one of those that are sampled. Its thread has been woken: this keeps nobody waiting. */
+static void sample_fault(struct shard *shard, const struct fault *fault, uint64_t placed_ns, uint64_t received_ns)
+{
+    uint64_t every = __atomic_load_n(&shard->pager->metrics.map->sample_every, __ATOMIC_RELAXED);
+    uint64_t number = shard->metrics->stages[PC_STAGE_TOTAL].count;
+    struct pc_fault_ring *ring = &shard->metrics->ring;
+    const struct pc_record_fault sample = {.number = number, .place = (uint64_t)fault->block << 40 | fault->page,
+                                           .event_ns = fault->event_ns, .sent_ns = received_ns ? fault->sent_ns : 0,
+                                           .received_ns = received_ns, .placed_ns = placed_ns};
+    uint64_t *to = (uint64_t *)&ring->faults[ring->head % PC_FAULT_RING];
+
+    if (!every || number & (every - 1))
+        return;
+    for (size_t i = 0; i < sizeof(sample) / sizeof(*to); i++) /* each after the head before it: see take_faults */
+        __atomic_store_n(&to[i], ((const uint64_t *)&sample)[i], __ATOMIC_RELEASE);
+    __atomic_store_n(&ring->head, ring->head + 1, __ATOMIC_RELEASE);
+}
+
 /* A thread that has been woken: accounted and forgotten. received_ns is 0 when its page did not come in answer to a request. */
 static void finish_fault(struct shard *shard, struct fault *fault, uint64_t placed_ns, uint64_t received_ns)
 {
@@ -162,7 +180,10 @@ static void finish_fault(struct shard *shard, struct fault *fault, uint64_t plac
         pc_histogram_add(&stages[PC_STAGE_SENT], fault->sent_ns - fault->event_ns);
         pc_histogram_add(&stages[PC_STAGE_RECEIVED], received_ns - fault->sent_ns);
         pc_histogram_add(&stages[PC_STAGE_PLACED], placed_ns - received_ns);
+    } else {
+        received_ns = 0;
     }
+    sample_fault(shard, fault, placed_ns, received_ns);
     account_blocked(shard, fault, placed_ns);
     remove_pending(shard->pending, fault);
     if (shard->overflowed && shard->pending->count < PENDING_MAX / 2) {

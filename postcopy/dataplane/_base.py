@@ -31,6 +31,9 @@ from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
 from postcopy.tls import DataChannel
 
+SHOWN_BINS = 64
+"""Of the picture of the memory that is shown while it moves."""
+
 
 @dataclass(frozen=True)
 class ForeignMemory:
@@ -94,6 +97,19 @@ class DataPlane(abc.ABC):
     @abc.abstractmethod
     async def wait_event(self) -> None:
         """Until `take_event` may have something. `trio.ClosedResourceError` when closed meanwhile."""
+
+    # ---- looking at it
+
+    def bins(self, count: int = SHOWN_BINS) -> bytes:
+        """Which parts of the memory are there (of a page server: sent): as many of equal size as it has pages, at most
+        `count`, in the order of the blocks; each from 0 (nothing) to 63 (all of it). Takes microseconds."""
+        self._check_open()
+        found = ffi.new("uint8_t[]", count)
+        filled = self._fill_bins(found, count)
+        return bytes(ffi.buffer(found)[0:filled])
+
+    def _fill_bins(self, bins: Any, count: int) -> int:
+        return 0  # not known
 
     # ---- the end
 
@@ -214,6 +230,9 @@ class CoreDataPlane(DataPlane):
         await self._run(self._end_by, f"ending the {self.NAME}")
 
     # ---- calling the core
+
+    def _fill_bins(self, bins: Any, count: int) -> int:
+        return int(self._function("bins")(self._struct, bins, count))
 
     def _function(self, name: str) -> Any:
         return getattr(lib, f"{self.PREFIX}_{name}")

@@ -35,7 +35,7 @@ import trio
 
 from postcopy._blocking import run_sync
 from postcopy._native import lib
-from postcopy.dataplane.histogram import Histogram
+from postcopy.dataplane.histogram import Histogram, Recent, RecentWindow
 from postcopy.dataplane.pager import (
     Event,
     EventType,
@@ -63,7 +63,7 @@ from postcopy.memory import workingset
 
 _SO_PEERPIDFD = 77  # <asm-generic/socket.h>, Linux 6.5
 _RECORD = "postcopy-vm"
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 """Of all that is kept: of `About`, and of the page states, counters and touches, as C lays them out. An engine that
 knows another one is refused as a successor."""
 _MAX_RECORD_BYTES = 64 << 10
@@ -238,6 +238,8 @@ class Vm:
         self._scope = trio.CancelScope()  # of all that serves it
         self._statistics: PagerStatistics | None = None
         self._latency = Histogram()
+        self._window = RecentWindow()
+        self.bins = b""  # which parts of its memory are there, see `DataPlane.bins`
         self.replays = False
         self._set: workingset.WorkingSet | None = None
         self._set_is_read = trio.Event()
@@ -261,11 +263,17 @@ class Vm:
         if self._pager is not None:
             self._statistics = self._pager.statistics()
             self._latency = self._pager.latency()
+            self._window.look(self._latency)
+            self.bins = self._pager.bins()
         return self._statistics
 
     @property
     def latency(self) -> Histogram:
         return self._latency
+
+    @property
+    def recent(self) -> Recent | None:
+        return self._window.recent
 
     # ---- its life
 

@@ -38,7 +38,7 @@ from postcopy import wire
 from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
 from postcopy.dataplane import compression
-from postcopy.dataplane.histogram import Histogram
+from postcopy.dataplane.histogram import Histogram, RecentWindow
 from postcopy.dataplane.pager import ChannelKind, Event, EventType
 from postcopy.errors import MigrationError, PostcopyError, ProtocolError
 from postcopy.machines import BlockLayout, Extent, Machine, MachineState, MachineStatistics
@@ -118,6 +118,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         self.machine_failure = ""  # what the guest, or its vCPUs, found wrong here
         self.at_switchover: MachineStatistics | None = None
         self.latency = Histogram()  # of demand faults, as `statistics` has seen it last
+        self._window = RecentWindow()
         self._make_machine = make_machine
         self._make_pager = make_pager
         self._make_ahead = make_ahead
@@ -165,7 +166,9 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             counted,
             page_bytes=self.machine.blocks[0].memory.page_bytes if self.machine is not None else 0,
             latency=Latency.of(self.latency),
+            recent=self._window.look(self.latency),
             blocktime_ns=tuple(data.blocktime_ns()),
+            bins=data.bins(),
             iteration=self.iteration,
         )
 

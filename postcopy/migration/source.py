@@ -175,6 +175,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
     def _count(self, data: PageServer) -> Statistics:
         counted = data.statistics()
         mine: dict[str, Any] = {
+            "bins": data.bins(),
             "iteration": self.iteration,
             "dirty_sync_count": self._synchronised,
             "dirty_pages_rate": self._dirty_rate,

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+from lines import parse_line
 
 from postcopy.dataplane.pager import Pager
 from postcopy.testbed import _linux
@@ -53,7 +54,9 @@ def test_a_short_run(run_in_child: Callable[..., Any], tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     done = run_in_child([*FAULTPATHS, *SHORT, "--measure", "signal,kill", "--json", "--html", str(page)])
     assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads(done.stdout)
+    began, found = done.stdout.splitlines()
+    assert parse_line(began)["command"] == "faultpaths"
+    report = json.loads(found)
     assert report["good"] is True
     cells = {(cell["operation"], cell["backing"]): cell for cell in report["cells"]}
     assert len(cells) == 6
@@ -86,7 +89,7 @@ def test_a_wrong_expectation_is_reported_as_changed(run_in_child: Callable[..., 
 @pytest.mark.needs("uffd")
 def test_every_operation_in_mode_missing_is_as_expected_or_has_a_reason(run_in_child: Callable[..., Any]) -> None:
     done = run_in_child([*FAULTPATHS, "--mode", "missing", "--measure", "none", "--json"], deadline_s=110.0)
-    report = json.loads(done.stdout)
+    report = json.loads(done.stdout.splitlines()[1])
     bad = [cell for cell in report["cells"] if cell["verdict"] in (Verdict.CHANGED, Verdict.NOT_EXPECTED)]
     assert done.returncode == 0, bad
     assert all(cell["reason"] for cell in report["cells"])
@@ -228,7 +231,7 @@ def test_pages_of_another_host_through_a_cut(run_in_child: Callable[..., Any]) -
     )
     done = run_in_child([*FAULTPATHS, "--remote", "--only", only, "--json"], deadline_s=60.0)
     assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads(done.stdout)
+    report = json.loads(done.stdout.splitlines()[1])
     assert len(report["cells"]) == 2 * len(only.split(","))  # anonymous memory and memfd
     waited = [cell for cell in report["cells"] if cell["outcome"] == "blocked"]
     assert {cell["operation"] for cell in waited} == {

@@ -66,6 +66,11 @@ struct pc_pager_stats {
     uint64_t retries;                        /* placements that the kernel refused for the moment */
     uint64_t first_fault_ns, fault_100_ns, fault_1000_ns, fault_10000_ns; /* when a shard had served so many, by CLOCK_MONOTONIC */
 };
+struct pc_record_fault { /* one that has ended */
+    uint64_t number; /* of its shard, from 1 */
+    uint64_t place;  /* block << 40 | page */
+    uint64_t event_ns, sent_ns, received_ns, placed_ns; /* CLOCK_MONOTONIC; sent_ns 0: its page did not come in answer to its request */
+};
 /* `metrics_fd`: where it counts, of struct pc_metrics, and stays the caller's; -1: in memory of its own. Free with pc_pager_free. */
 int pc_pager_new(int metrics_fd, struct pc_pager **pager);
 /* What a pager has counted, where it outlives the pager: made and read by one process, counted by the pagers of another one, one
@@ -78,6 +83,9 @@ int pc_metrics_track_thread(struct pc_metrics *metrics, uint32_t slot, int32_t t
 int pc_metrics_stats(struct pc_metrics *metrics, struct pc_pager_stats *stats);
 int pc_metrics_latency(struct pc_metrics *metrics, int stage, struct pc_histogram *histogram);
 int pc_metrics_blocktime(struct pc_metrics *metrics, uint64_t *blocktime_ns, uint32_t slots);
+/* The states of the next block of those pagers, for the next call; mapped, the descriptor stays the caller's. One caller at a time. */
+int pc_metrics_add_states(struct pc_metrics *metrics, int states_fd, uint64_t pages, uint64_t page_bytes);
+int pc_metrics_bins(struct pc_metrics *metrics, uint8_t *bins, uint32_t count); /* see pc_pager_bins */
 /* Adds the next RAM block (index returned). The memory stays the caller's and must outlive the pager. memory->base may be NULL: pages
  * of the block are then where pc_pager_arm_at says, once for each part of it. Locks.
  *
@@ -192,6 +200,9 @@ int pc_pager_latency(struct pc_pager *pager, int stage, struct pc_histogram *his
 /* Blocked time of each tracked slot in ns, a fault still pending counted up to now; returns the number of slots. */
 int pc_pager_blocktime(struct pc_pager *pager, uint64_t *blocktime_ns, uint32_t slots);
 int pc_pager_received(struct pc_pager *pager, uint32_t block, uint64_t *words); /* copy of the resident bitmap */
+/* Which parts of the memory are there: as many bins of equal size as it has pages, at most `count`, in the order of the blocks; each 0 (nothing
+ * of it) to 63 (all of it). How many. Above 2 GiB a bin is an even sample of its pages, so that it takes microseconds. */
+int pc_pager_bins(struct pc_pager *pager, uint8_t *bins, uint32_t count);
 /* Closes every channel; memory stays armed and faults stay blocked. Blocks until the bulk threads have ended and every fault thread
  * has closed its channel: milliseconds. */
 int pc_pager_disconnect(struct pc_pager *pager);
@@ -277,6 +288,7 @@ int pc_pageserver_set_compression(struct pc_pageserver *server, uint32_t how, in
 int pc_pageserver_event_fd(struct pc_pageserver *server);
 int pc_pageserver_next_event(struct pc_pageserver *server, struct pc_event *event);
 int pc_pageserver_stats(struct pc_pageserver *server, struct pc_pageserver_stats *stats);
+int pc_pageserver_bins(struct pc_pageserver *server, uint8_t *bins, uint32_t count); /* see pc_pager_bins; of what was sent */
 /* Closes every channel. Blocks until their threads have ended. */
 int pc_pageserver_disconnect(struct pc_pageserver *server);
 /* Alone, and last; blocks as pc_pageserver_disconnect does. The memory stays the caller's. */

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import trio
 
+from postcopy.records.results import Measurement
 from postcopy.testbed.bench._bulk import Take, open_sides
-from postcopy.testbed.bench._common import Figure, Rounds, ratio
+from postcopy.testbed.bench._common import Rounds, ratio
 from postcopy.testbed.lab import LabPlan, open_lab
 from postcopy.units import format_size
 
@@ -18,7 +19,7 @@ CONTENTS = {"random": "incompressible", "text": "compressible"}
 COMPRESS = ("off", "lz4", "zstd", "auto")
 
 
-async def measure_compress(rounds: int) -> list[Figure]:
+async def measure_compress(rounds: int) -> list[Measurement]:
     """``auto`` against ``off``: never slower, and by how much faster."""
     figures = []
     async with open_lab(LabPlan("bench-compress")) as lab:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from postcopy.records.results import Curve, Measurement
 from postcopy.testbed import probe
-from postcopy.testbed.bench._common import Figure, Rounds, demo, ratio
+from postcopy.testbed.bench._common import Rounds, demo, ratio
+from postcopy.units import parse_size
 
 SIZES = ("64MiB", "1GiB", "8GiB")  # sparse: the guest touches a part of them
 ALLOWED_US = {"idle": 2000.0, "random": 4000.0}
@@ -16,7 +18,7 @@ GROWTH = 1.25
 """Of 8 GiB against 64 MiB: a step of the pause that looked at all memory would make it many times that."""
 
 
-async def measure_switchover(rounds: int) -> list[Figure]:
+async def measure_switchover(rounds: int) -> list[Measurement]:
     """Downtimes by machine, workload and memory against what is allowed; and how they grow with the memory."""
     kinds = ("kvm", "rv64") if probe.find("kvm") else ("rv64",)
     cases = [(kind, "idle", size) for kind in kinds for size in SIZES]
@@ -26,11 +28,12 @@ async def measure_switchover(rounds: int) -> list[Figure]:
         for case in cases:
             found[case].append(await _downtime_us(*case))
     figures = [ratio(f"switchover: {', '.join(case)}", found[case], "downtime", "allowed", 1.0) for case in cases]
+    curve = Curve(over="memory", x_unit="bytes", at={size: float(parse_size(size)) for size in SIZES})
     for kind in kinds:
         by_size: Rounds = [
             {size: found[kind, "idle", size][number]["downtime"] for size in SIZES} for number in range(rounds)
         ]
-        figures.append(ratio(f"switchover: {kind}, growth", by_size, SIZES[-1], SIZES[0], GROWTH, curve="memory"))
+        figures.append(ratio(f"switchover: {kind}, growth", by_size, SIZES[-1], SIZES[0], GROWTH, curve=curve))
     return figures
 
 

@@ -15,8 +15,9 @@ from postcopy._native import ffi, lib
 from postcopy.dataplane.histogram import Histogram
 from postcopy.errors import MigrationError, check
 from postcopy.memory import Memory
+from postcopy.records.results import Measurement
 from postcopy.testbed._processes import run_json
-from postcopy.testbed.bench._common import DEADLINE_S, Figure, ratio, worker
+from postcopy.testbed.bench._common import DEADLINE_S, ratio, worker
 from postcopy.uffd import PageFault, RegisterMode, Userfaultfd
 
 PAGES = 2000
@@ -109,7 +110,7 @@ def _system_reads(call: Any) -> int:
     return count() - before
 
 
-async def measure_userfaultfd(rounds: int) -> list[Figure]:
+async def measure_userfaultfd(rounds: int) -> list[Measurement]:
     """The Python binding against the smallest C handler, and how many events one read brings."""
 
     async def part(what: str, pause_s: float = 0.0) -> float:

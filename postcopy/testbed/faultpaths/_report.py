@@ -94,10 +94,16 @@ def _judged(item: Json) -> Judged:
 
 
 def read_report(path: str) -> Run:
-    """A file that `--json` wrote. `ConfigurationError` with its name when it cannot be read."""
+    """A file that `--json` wrote: a line `run`, which older ones lack, and the report. `ConfigurationError` with its
+    name when it cannot be read."""
     try:
         with open(path, encoding="utf-8") as file:
-            return from_json(json.load(file))
+            text = file.read()
+        value, end = json.JSONDecoder().raw_decode(text.lstrip())
+        rest = text.lstrip()[end:]
+        return from_json(
+            json.loads(rest) if isinstance(value, dict) and value.get("event") == "run" else json.loads(text)
+        )
     except OSError as error:
         raise ConfigurationError(f"cannot read {path!r}: {error.strerror}") from None
     except ValueError as error:

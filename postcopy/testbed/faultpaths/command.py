@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.status import Status
 
 from postcopy._files import check_new_file, replacing, write_all
+from postcopy._host import run_line
 from postcopy.errors import ConfigurationError
 from postcopy.testbed import _processes
 from postcopy.testbed._report import emit_json, make_console, print_line, print_section
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout", type=argument(parse_seconds, 0.1, 600), default=DEFAULT_TIMEOUT_S, metavar="SECONDS",
         help="after which a child is killed and its cell called hung",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--json", action="store_true", help="two JSON lines: run, and all results")
     parser.add_argument("--markdown", action="store_true", help="tables for a document")
     parser.add_argument("--html", default=None, metavar="FILE", help="also write one self-contained page there")
     parser.add_argument(
@@ -190,6 +191,7 @@ def _write(found: Run, args: argparse.Namespace) -> None:
         except OSError as error:
             raise ConfigurationError(f"--html: cannot write {args.html!r}: {error.strerror}") from None
     if args.json:
+        print(run_line("faultpaths", vars(args)))
         emit_json(_report.to_json(found))
     elif args.markdown:
         sys.stdout.write(_report.to_markdown(found))
