@@ -13,7 +13,7 @@ import trio
 
 from postcopy.records.results import Measurement
 from postcopy.testbed.bench._bulk import SIZE_BYTES, Take, open_sides
-from postcopy.testbed.bench._common import Rounds, ratio, side_by_side, touch_us
+from postcopy.testbed.bench._common import Rounds, ratio, side_by_side, touch
 from postcopy.testbed.bench._recovery import first_page_ms, open_running_machine, percentiles_ms, recovery_times_ms
 from postcopy.testbed.bench._worker import ADDRESS
 from postcopy.testbed.chaos import ChaosPlan
@@ -52,8 +52,7 @@ async def _fault(rounds: int, tls: str, how: str, busy_poll_us: int, target: flo
     for number in range(rounds):
         order = ("", tls) if number % 2 else (tls, "")
         times = {
-            each: await touch_us("engine", 64 << 20, touches=4000, busy_poll_us=busy_poll_us, tls=each)
-            for each in order
+            each: await touch("engine", 64 << 20, touches=4000, busy_poll_us=busy_poll_us, tls=each) for each in order
         }
         values.append(side_by_side(times[tls], times[""], "plain-"))
     return ratio(f"fault p50, {how}, TLS / plain", values, "p50", "plain-p50", target)
