@@ -218,9 +218,9 @@ class Engine(abc.ABC, Generic[P, D]):
     @abc.abstractmethod
     def _count(self, data: D) -> Statistics: ...
 
-    def record(self) -> None:
-        """Before `run`: what happens is recorded over time, until `recorder` is closed by the owner."""
-        self.recorder = Recorder()
+    def record(self, recorder: Recorder | None = None) -> None:
+        """Before `run`: what happens is recorded over time, by this one where it has begun to."""
+        self.recorder = recorder or Recorder()
 
     def _mark(self, what: str, text: str = "", *, at_ns: int | None = None, begins: bool = False) -> None:
         if self.recorder is not None:

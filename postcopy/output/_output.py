@@ -175,7 +175,7 @@ class Output:
         with self._streams[1].as_kind(kind):
             self._console.print(text, markup=False)
 
-    def emit(self, event: str, record: Record) -> None:
+    def emit(self, event: str, record: Record | Json) -> None:
         """A JSON line, where they were asked for. Progress that says the same as before is left out."""
         fields = as_json(record)
         if event == "progress":
