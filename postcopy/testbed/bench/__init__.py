@@ -100,7 +100,10 @@ FIGURES = {
     "migrate": "_migrate",
 }
 """The module that measures it; imported then."""
-QUICK = ("fault", "bulk", "switchover", "pager-process", "recovery-map", "contention", "userfaultfd", "rv64", "dirty")
+QUICK = (
+    "fault", "bulk", "switchover", "pager-process", "recovery-map", "contention", "userfaultfd", "rv64", "dirty",
+    "recovery-time",
+)  # fmt: skip
 ROUNDS = 5
 MAX_WIDTH = 100
 _BAR = 20
