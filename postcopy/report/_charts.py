@@ -28,6 +28,7 @@ from postcopy.report._model import KINDS, Array, Histogram, Mark, Migration, Tim
 from postcopy.units import format_size
 
 WIDE, NARROW = 660, 300  # points: 880 and 400 pixels of CSS
+WIDTHS = {WIDE: "wide", NARROW: "narrow"}  # and the class that shows it
 FONT_PT = 9.0
 # What each colour of a picture is in the page; any colours will do that differ, and are nothing's own.
 COLOURS = {name: f"#a1{number:02x}b7" for number, name in enumerate((
@@ -41,7 +42,8 @@ _SETTINGS: Any = {
     "ytick.color": COLOURS["muted"], "axes.edgecolor": COLOURS["grid"], "axes.facecolor": "none",
     "axes.grid": True, "grid.color": COLOURS["grid"], "grid.linewidth": 0.6, "axes.axisbelow": True,
     "axes.spines.top": False, "axes.spines.right": False, "path.simplify": True, "path.simplify_threshold": 0.3,
-    "axes.titlelocation": "left", "axes.titlepad": 5.0, "figure.dpi": 72, "lines.linewidth": 1.6,
+    "axes.titlelocation": "left", "axes.titlepad": 5.0,
+    "axes.titley": 1.0, "figure.dpi": 72, "lines.linewidth": 1.6,
     "xtick.major.size": 3, "ytick.major.size": 0, "ytick.major.pad": 4,
 }  # fmt: skip
 _MARK_WORDS = {"all-there": "all there", "lost": "cut", "offer": "begin"}
@@ -97,7 +99,7 @@ def as_svg(draw: Callable[[int], Figure], name: str) -> str:
     """Both widths, for the page."""
     parts = []
     with matplotlib.rc_context(_SETTINGS):
-        for width, shown in ((WIDE, "wide"), (NARROW, "narrow")):
+        for width, shown in WIDTHS.items():
             parts.append(f'<div class="{shown}">{svg_of(draw(width), f"{name}-{shown}")}</div>')
     return "".join(parts)
 
@@ -368,7 +370,7 @@ def _dots(axes: Axes, x: Array, y: Array, colour: str, size: float) -> None:
     codes = np.tile(np.array([Path.MOVETO, Path.LINETO], dtype=np.uint8), len(x))
     path = Path(points, codes)
     path.should_simplify = False
-    axes.add_patch(PathPatch(path, facecolor="none", edgecolor=colour, lw=size, capstyle="round", zorder=3))
+    axes.add_artist(PathPatch(path, facecolor="none", edgecolor=colour, lw=size, capstyle="round", zorder=3))
 
 
 # ---- how long
@@ -379,7 +381,7 @@ def latency(stages: dict[str, Histogram]) -> Callable[[int], Figure] | None:
     total = stages.get("total")
     if total is None or total.count < 2:
         return None
-    nines = max(1.0, float(np.log10(total.count)))
+    nines = min(8.0, max(1.0, float(np.log10(total.count))))
 
     def draw(width: int) -> Figure:
         height = 250.0
@@ -402,12 +404,15 @@ def latency(stages: dict[str, Histogram]) -> Callable[[int], Figure] | None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_duration(value / 1e6)))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xlim(0, nines)
-        ticks = [
-            (0.0, "0 %"),
-            (-np.log10(0.5), "50 %"),
-            *((float(n), f"{100 - 10.0 ** (2 - n):.10g} %") for n in range(1, int(nines) + 1)),
-        ]
-        axes.set_xticks([at for at, _ in ticks], [text for _, text in ticks])
+        ticks: dict[float, str] = {}
+        room: list[tuple[float, float]] = []
+        for at_nines in (-np.log10(0.5), *np.arange(1, int(nines) + 1), 0.0):  # what matters most first
+            text = f"{100 * (1 - 10.0**-at_nines):.10g} %"
+            middle, half = at_nines / nines * (width - 68), len(text) * FONT_PT * 0.3 + 4
+            if all(middle + half <= begin or middle - half >= end for begin, end in room):
+                room.append((middle - half, middle + half))
+                ticks[float(at_nines)] = text
+        axes.set_xticks(list(ticks), list(ticks.values()))
         axes.set_title("Took at most")
         axes.set_xlabel("of all faults")
         axes.spines["left"].set_visible(False)

@@ -17,8 +17,7 @@ from postcopy.records import Json
 from postcopy.report import _charts, _words
 from postcopy.report._model import KINDS, STAGES, Histogram, Mark, Migration, number_of, object_of, text_of
 from postcopy.report._read import Reader
-from postcopy.report._words import grouped, ms, us
-from postcopy.units import format_size
+from postcopy.report._words import grouped, ms, size_of, unbroken, us
 
 MOST_DRAWN = 16
 """Migrations with pictures; of the others there is a row in the table only."""
@@ -62,8 +61,9 @@ def page(reader: Reader) -> str:
         )
     if len(migrations) > 1:
         body += _overview(migrations, drawn, reader.forgotten)
+    differences = _words.differences(drawn) if len(migrations) > 1 else {}
     for number, migration in enumerate(drawn, 1):
-        body += _article(migration, number if len(migrations) > 1 else 0)
+        body += _article(migration, number if len(migrations) > 1 else 0, differences.get(migration.key, ""))
     style = resources.files("postcopy.report").joinpath("style.css").read_text(encoding="utf-8")
     return "\n".join((
         "<!doctype html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
@@ -90,8 +90,20 @@ def _problems(reader: Reader) -> Iterator[str]:
 def _overview(migrations: Sequence[Migration], drawn: Sequence[Migration], forgotten: int) -> Iterator[str]:
     if forgotten:
         yield f"<p>There were {format_count(forgotten, 'migration')} before these; only the last {len(migrations)} are kept.</p>"
-    header = ("machine", "status", "downtime", "all there", "waits", "p50", "p99", "longest", "sent / memory")
-    rows = []
+    differences = _words.differences(migrations)
+    header = (
+        "machine",
+        "options",
+        "status",
+        "downtime",
+        "all there",
+        "waits",
+        "p50",
+        "p99",
+        "longest",
+        "sent / memory",
+    )
+    rows: list[Sequence[str]] = []
     first = len(migrations) - len(drawn)
     for number, migration in enumerate(migrations):
         latency = _words.latency_of(migration)
@@ -100,12 +112,14 @@ def _overview(migrations: Sequence[Migration], drawn: Sequence[Migration], forgo
         name = html.escape(_words.title(migration))
         rows.append((
             f'<a href="#m{number - first + 1}">{name}</a>' if number >= first else name,
-            esc(_words.status_of(migration)), ms(downtime) if downtime else "", ms(total) if total else "",
+            esc(differences[migration.key]), esc(_words.status_of(migration)), ms(downtime) if downtime else "", ms(total) if total else "",
             grouped(latency["count"]) if "count" in latency else "",
             *(us(latency[key]) if latency.get("count") and key in latency else "" for key in ("p50", "p99", "max")),
             f"{moved / size:.2f}" if moved and size else "",
         ))  # fmt: skip
     yield "<section><h2>All of them</h2>"
+    if not any(differences.values()):  # that column says nothing
+        header, rows = (header[0], *header[2:]), [(cells[0], *cells[2:]) for cells in rows]
     yield from _table(header, rows, numbers_from=2)
     if first:
         yield f"<p>Pictures of the last {len(drawn)} follow.</p>"
@@ -131,15 +145,15 @@ def _table(
 # ---- one migration
 
 
-def _article(migration: Migration, number: int) -> Iterator[str]:
-    """`number`: of it among several; 0 where there is no other."""
+def _article(migration: Migration, number: int, differs: str) -> Iterator[str]:
+    """`number`: of it among several; 0 where there is no other. `differs`: in what it does from those."""
     timeline, marks = migration.main.timeline, _words.marks_of(migration)
     rates = _charts.operations(migration)
     guest = _words.guest_of(migration, rates)
     name = f"m{number or 1}"
     yield f'<article id="{name}">'
     if number:
-        yield f"<h2 class=name>{html.escape(_words.title(migration))}</h2>"
+        yield f"<h2 class=name>{html.escape(_words.title(migration))}{f': {esc(differs)}' if differs else ''}</h2>"
     yield f"<p class=about>{_about(migration)}</p>"
     yield f"<p class=lead>{' '.join(html.escape(text) for text in _words.lead(migration, guest)) or 'Nothing is known of how it went.'}</p>"
     if shown := list(_words.cards(migration, guest)):
@@ -248,7 +262,7 @@ def _over_time(
     page_bytes = migration.number("ram", "page-size") or 4096
     counts = {kind: float(values[-1]) for kind, values in timeline.pages.items() if values[-1]}
     legend = [
-        (kind, f"{_KIND_WORDS[kind]}: {grouped(counts[kind])} pages ({format_size(round(counts[kind] * page_bytes))})")
+        (kind, f"{_KIND_WORDS[kind]}: {grouped(counts[kind])} pages ({size_of(counts[kind] * page_bytes)})")
         for kind in reversed(KINDS) if kind in counts
     ]  # fmt: skip
     legend += [
@@ -334,7 +348,7 @@ def _residency(migration: Migration, clock: _charts.Clock, found: Sequence[_char
         if count >= 100:
             legend.append(("slow", "the slowest 1 % of them"))
     if len(timeline.blocks) > 1:
-        names = ", ".join(f"{label} {format_size(round(size))}" for label, size, _ in timeline.blocks[:8])
+        names = ", ".join(f"{label} {size_of(size)}" for label, size, _ in timeline.blocks[:8])
         captions.append(f"Blocks, from below: {names}{', ...' if len(timeline.blocks) > 8 else ''}.")
     yield from _figure(
         _charts.as_svg(draw, f"{name}r"),
@@ -387,7 +401,10 @@ def _marks(migration: Migration) -> Iterator[str]:
     begun_ms = next((mark.at_ms for mark in marks if mark.what == "offer"), 0.0)
     yield from _table(
         ("after", "what", ""),
-        [(_moment(mark.at_ms - begun_ms), html.escape(_MARK_WORDS.get(mark.what, mark.what)), esc(mark.text)) for mark in marks],
+        [
+            (_moment(mark.at_ms - begun_ms), html.escape(_MARK_WORDS.get(mark.what, mark.what)), esc(mark.text))
+            for mark in marks
+        ],
         numbers_from=9,
     )
     yield "</section>"
@@ -395,7 +412,7 @@ def _marks(migration: Migration) -> Iterator[str]:
 
 def _moment(at_ms: float) -> str:
     """One of several that may be less than a millisecond apart."""
-    return f"{at_ms / 1e3:,.4f} s" if at_ms < 600e3 else f"{at_ms / 1e3:,.1f} s"
+    return unbroken(f"{at_ms / 1e3:,.4f} s" if at_ms < 600e3 else f"{at_ms / 1e3:,.1f} s")
 
 
 # ---- circumstances
@@ -422,7 +439,7 @@ def _machine(migration: Migration) -> Iterator[tuple[str, str]]:
     timeline = migration.main.timeline
     if timeline is not None and timeline.blocks:
         blocks = [
-            f"{esc(name)} {format_size(round(size))}" + (f" in pages of {format_size(round(page))}" if page else "")
+            f"{esc(name)} {size_of(size)}" + (f" in pages of {size_of(page)}" if page else "")
             for name, size, page in timeline.blocks[:16]
         ]
         yield "memory", ", ".join(blocks) + (", ..." if len(timeline.blocks) > 16 else "")
@@ -458,7 +475,7 @@ def _host(host: Mapping[str, object]) -> Iterator[tuple[str, str]]:
             continue
         size = number_of(value) if key in ("memory", "page-size") else None
         shown = (
-            format_size(round(size))
+            size_of(size)
             if size is not None
             else {True: "yes", False: "no"}.get(value, "")
             if isinstance(value, bool)

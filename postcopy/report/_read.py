@@ -20,7 +20,7 @@ from postcopy.report._model import Migration, Problems, Side, object_of, text_of
 MAX_LINE_BYTES = 2 << 20
 MAX_BYTES = 256 << 20
 MAX_MIGRATIONS = 256
-_READ = frozenset({"run", "timeline", "migration-ended", "result", "progress", "listening", "vm-ended"})
+_READ = frozenset({"run", "timeline", "measurement", "migration-ended", "result", "progress", "listening", "vm-ended"})
 
 
 class Reader:
@@ -73,6 +73,8 @@ class Reader:
 
     def take(self, event: object, fields: Json) -> None:
         """A line, by its event."""
+        if not isinstance(event, str) or event not in _READ:
+            return
         if self._keep_latencies and event in ("run", "timeline", "measurement"):
             recording = object_of(fields.get("recording"))
             at_ms = recording.get("at-ms")
@@ -82,8 +84,6 @@ class Reader:
                 "latency": recording.get("latency", {}),
             }
             self.latencies.append({**fields, "recording": part} if event == "timeline" else fields)
-        if event not in _READ:
-            return
         if event == "run":
             self._run = fields
             return

@@ -10,7 +10,7 @@ import numpy as np
 
 from postcopy.output.words import format_count, format_duration, format_speed
 from postcopy.report._charts import rate
-from postcopy.report._model import Array, Histogram, Mark, Migration, Side
+from postcopy.report._model import Array, Histogram, Mark, Migration, Side, object_of, text_of
 from postcopy.units import format_size
 
 _BEFORE_MS = 2000.0  # of the guest's progress, to compare with
@@ -69,8 +69,27 @@ def title(migration: Migration) -> str:
     """``vm1 (kvm, 256 MiB)``."""
     name, kind = migration.text("machine") or migration.text("name"), migration.text("kind")
     total = migration.number("ram", "total") or migration.number("memory")
-    about = ", ".join(filter(None, (kind if kind != name else "", format_size(round(total)) if total else "")))
+    about = ", ".join(filter(None, (kind if kind != name else "", size_of(total) if total else "")))
     return f"{name or kind or 'a machine'}{f' ({about})' if about else ''}"
+
+
+def differences(migrations: Sequence[Migration]) -> dict[str, str]:
+    """By migration, the options that are not the same for all of them, as ``workload zipf, prefetch forward``: what
+    each of a comparison is. Empty where nothing differs but what always does."""
+    options = {
+        one.key: {text_of(k, 40): text_of(v, 80) for k, v in object_of(one.main.run.get("options")).items()}
+        for one in migrations
+    }
+    names = dict.fromkeys(name for given in options.values() for name in given)
+    chosen = [name for name in names if name not in _OWN and len({given.get(name) for given in options.values()}) > 1]
+    return {
+        key: ", ".join(f"{name} {given[name]}" for name in chosen[:8] if name in given)
+        for key, given in options.items()
+    }
+
+
+_OWN = frozenset({"seed", "listen", "connect", "name", "report", "json", "log-level"})
+"""Options that differ between migrations for no reason of theirs."""
 
 
 def waits(migration: Migration) -> dict[str, Histogram]:
@@ -152,7 +171,7 @@ def lead(migration: Migration, guest: Guest | None) -> Iterator[str]:
     error, status = migration.text("error"), status_of(migration)
     downtime, total = migration.number("downtime-ms"), migration.number("total-ms")
     size = migration.number("ram", "total")
-    memory = f"all of its memory ({format_size(round(size))})" if size else "all of its memory"
+    memory = f"all of its memory ({size_of(size)})" if size else "all of its memory"
     if status not in GOOD:
         before = not downtime and not any(mark.what == "commit" for mark in marks_of(migration))
         where = " before the machine was the destination's" if before and "source" in migration.sides else ""
@@ -169,7 +188,7 @@ def lead(migration: Migration, guest: Guest | None) -> Iterator[str]:
     latency = latency_of(migration)
     if latency.get("count"):
         count = latency["count"]
-        words = f"{_grouped(count)} {'thread' if migration.main.name == 'pager' else 'access' if count == 1 else 'accesses'} had to wait for a page"
+        words = f"{_grouped(count)} {'access' if count == 1 else 'accesses'} had to wait for a page"
         if count == 1:
             yield f"{words}, for {us(latency['max'])}."
         elif {"p50", "p99", "max"} <= latency.keys():
@@ -207,7 +226,7 @@ def cards(migration: Migration, guest: Guest | None) -> Iterator[tuple[str, str,
         yield (
             "Until all was there",
             ms(total),
-            f"{format_size(round(size))}, since the request to pause" if size else "",
+            f"{size_of(size)}, since the request to pause" if size else "",
         )
     latency = latency_of(migration)
     if latency.get("count"):
@@ -226,7 +245,7 @@ def cards(migration: Migration, guest: Guest | None) -> Iterator[tuple[str, str,
         over = f"{moved / size:.2f} x the memory" if size else ""
         yield (
             "Sent",
-            format_size(round(moved)),
+            size_of(moved),
             ", ".join(filter(None, (over, f"{_grouped(twice)} pages twice" if twice else ""))),
         )
     if guest is not None:
@@ -285,12 +304,21 @@ def sides_of(migration: Migration) -> list[Side]:
     return [side for side in (migration.source, migration.dest) if side is not None]
 
 
+def unbroken(text: str) -> str:
+    """A number and its unit, which stay on one line."""
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
+
+
 def ms(value: float) -> str:
-    return format_duration(value / 1e3)
+    return unbroken(format_duration(value / 1e3))
 
 
 def us(value: float) -> str:
-    return format_duration(value / 1e6) if value >= 10 or value == 0 else f"{value:.1f} µs"
+    return unbroken(format_duration(value / 1e6) if value >= 10 or value == 0 else f"{value:.1f} µs")
+
+
+def size_of(value: float) -> str:
+    return unbroken(format_size(round(value)))
 
 
 def times(count: int) -> str:
