@@ -49,6 +49,7 @@ from postcopy.dataplane._pager_child import MESSAGE_BYTES
 from postcopy.dataplane.ahead import NO_PREFETCH, Prefetch
 from postcopy.dataplane.compression import Compression
 from postcopy.dataplane.pager import PagerCounters, PagerStatistics, page_runs
+from postcopy.dataplane.recorder import Recorder
 from postcopy.errors import BusyError, CoreError, MigrationError, PostcopyError, check
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
@@ -493,6 +494,9 @@ class ProcessPager(PagerCounters):
 
     def _fill_bins(self, bins: Any, count: int) -> int:
         return int(lib.pc_metrics_bins(self._counters, bins, count))
+
+    def _give_to(self, recorder: Recorder) -> None:
+        recorder.take("metrics", self._counters)
 
     def take_event(self) -> Event | None:
         self._check_open()

@@ -9,6 +9,7 @@ is reported is the median over the rounds of the ratio within a round, so that a
 - ``scale``: a fault with 1 to 10,000 others pending; a look at the counters, and the choice of the next run to push, of
   64 MiB to 1 TiB; one memory with 1 to 8 userfaultfds; as curves.
 - ``pager-process``: the same fault with the pager in a process of its own, against one in threads.
+- ``recording``: the same fault while it is recorded over time (`--json`), against one that is not.
 - ``bulk-delay``: p99 of such a fault while everything else is pushed at full speed, against the idle p99.
 - ``bulk``: incompressible memory pushed over loopback, against the least C program that receives and places as many
   bytes over as many connections, and against one iperf3 stream.
@@ -84,6 +85,7 @@ FIGURES = {
     "prefetch": "_prefetch",
     "scale": "_scale",
     "pager-process": "_fault",
+    "recording": "_fault",
     "bulk-delay": "_fault",
     "bulk": "_bulk",
     "compress": "_compress",
