@@ -24,6 +24,7 @@ from postcopy.dataplane.histogram import Histogram
 from postcopy.dataplane.pager import EventType, Pager
 from postcopy.dataplane.pager_process import ProcessPager
 from postcopy.dataplane.pageserver import PageServer
+from postcopy.dataplane.recorder import Recorder
 from postcopy.errors import check
 from postcopy.memory import Memory
 from postcopy.records import as_json
@@ -47,6 +48,7 @@ class Job(msgspec.Struct, frozen=True):
     touches: int = 0
     busy_poll_us: int = 0  # the floor polls without end where this is not 0
     pager_process: bool = False  # engine-dest: the pager apart from the thread that touches
+    recorded: bool = False  # engine-dest: over time, as for --json
     cpus: tuple[int, ...] = ()  # the host's processors; any where empty
     tls: str = ""  # engine-*: the directory of the certificates for ADDRESS
 
@@ -160,6 +162,9 @@ async def _engine_dest(job: Job) -> dict[str, Any]:
         pager.add_block(memory)
         pager.add_shard(How.ANY, job.busy_poll_us)
         pager.arm(0, 0, 0, memory.pages)
+        if job.recorded:
+            recorder = Recorder()
+            recorder.follow(pager, [("memory", job.size_bytes, memory.page_bytes)])
         fd, tls = await channel(job.urgent_fd, job.tls, listens=True)
         pager.attach_urgent(0, fd, tls=tls)
         for index, bulk_fd in enumerate(job.bulk_fds):
