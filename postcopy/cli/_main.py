@@ -109,13 +109,11 @@ def _run(
         if "peer_file" in given:
             path = given["peer_file"]
             route = given["connect"] = Route(read_peer_file(path), lambda: read_peer_file(path), hostname)
+        run = make(given, output)
         if "report" in given:
             from postcopy.report import Reporter
 
-            reporter = Reporter(given["report"], output)  # before there is an event
-            run = reporter.around(make(given, output))
-        else:
-            run = make(given, output)
+            run = Reporter(given["report"], output).around(run)
         if output.records:
             output.emit("run", run_record(given["command"], given))
         if "user" in given:

@@ -30,6 +30,8 @@ from postcopy.units import format_size
 WIDE, NARROW = 660, 300  # points: 880 and 400 pixels of CSS
 WIDTHS = {WIDE: "wide", NARROW: "narrow"}  # and the class that shows it
 FONT_PT = 9.0
+STEPS = 160  # of a curve of rates, at most
+_BEFORE, _AFTER = 0.3, 0.5  # shown around the time in which pages move, as parts of that
 # What each colour of a picture is in the page; any colours will do that differ, and are nothing's own.
 COLOURS = {name: f"#a1{number:02x}b7" for number, name in enumerate((
     "fg", "muted", "grid", "bg", "precopied", "zero", "background", "prefetched", "demand", "pause", "cut", "guest",
@@ -80,8 +82,12 @@ class Clock:
         self.first_ms, self.last_ms = first_ms, max(last_ms, first_ms + 1)
         self.zero_ms = begun_ms if begun_ms is not None else first_ms
         self.since = "the recording began" if begun_ms is None else "the migration began"
-        length = self.last_ms - self.first_ms
+        length = self.length_ms
         self.per_ms, self.unit = (1.0, "ms") if length < 2000 else (1e-3, "s") if length < 600e3 else (1 / 60e3, "min")
+
+    @property
+    def length_ms(self) -> float:
+        return self.last_ms - self.first_ms
 
     def __call__(self, at_ms: Any) -> Any:
         return (np.asarray(at_ms) - self.zero_ms) * self.per_ms
@@ -93,6 +99,24 @@ class Clock:
             colour = COLOURS[span.kind]
             axes.axvspan(self(span.begin_ms), self(span.end_ms), color=colour, alpha=0.22, lw=0, zorder=2.2)
             axes.axvline(self(span.begin_ms), color=colour, lw=1.0, zorder=2.3)
+
+
+def interesting(migration: Migration, timeline: Timeline, marks: Sequence[Mark]) -> tuple[float, float]:
+    """The time to show of the recording: while pages move or the machine is paused, and some of it before and after. A
+    machine may have run for hours before."""
+    at_ms = timeline.at_ms
+    all_ms = [one.at_ms + migration.offset_ms(side) for side, one in migration.timelines]
+    first, last = float(min(one[0] for one in all_ms)), float(max(one[-1] for one in all_ms))
+    times = [mark.at_ms for mark in marks if mark.what in ("pause", "running", "lost", "recovered", "all-there")]
+    for name in ("received-bytes", "sent-bytes"):
+        if _moves(timeline, name):
+            share = np.nan_to_num(timeline.series[name]) / np.nanmax(timeline.series[name])
+            times += [float(at_ms[np.searchsorted(share, part)]) for part in (0.01, 0.99)]
+    if not times:
+        return first, last
+    begin, end = min(times), max(times)
+    around = max(end - begin, 20.0)
+    return max(first, begin - _BEFORE * around), min(last, end + _AFTER * around)
 
 
 def as_svg(draw: Callable[[int], Figure], name: str) -> str:
@@ -150,6 +174,16 @@ def si(value: float) -> str:
         if abs(value) >= power:
             return f"{value / power:.3g}{letter}"
     return f"{value:.3g}"
+
+
+def thinned(at_ms: Array, counter: Array, least_ms: float) -> tuple[Array, Array]:
+    """A counter at fewer times, so far apart at least that a rate from one to the next is one, and no noise."""
+    kept, last = [0], float(at_ms[0])
+    for number, at in enumerate(at_ms):
+        if at - last >= least_ms:
+            kept.append(number)
+            last = float(at)
+    return at_ms[kept], counter[kept]
 
 
 def rate(at_ms: Array, counter: Array) -> Array:
@@ -236,14 +270,17 @@ def _binary(axes: Axes) -> None:
 
 
 def _throughput(axes: Axes, clock: Clock, at_ms: Array, counter: Array) -> None:
+    at_ms, counter = thinned(at_ms, counter, clock.length_ms / STEPS)
     axes.stairs(rate(at_ms, counter), clock(at_ms), color=COLOURS["bytes"], lw=1.4)
     _plain_axis(axes, lambda value: format_speed(value))
     _binary(axes)
 
 
 def _guest(axes: Axes, clock: Clock, guest: Sequence[tuple[str, Array, Array]]) -> None:
-    for _, at_ms, values in guest:
-        axes.stairs(values, clock(at_ms), color=COLOURS["guest"], lw=1.4)
+    for _, at_ms, counter in guest:
+        at_ms, counter = thinned(at_ms, counter, clock.length_ms / STEPS)
+        if len(at_ms) > 1:
+            axes.stairs(rate(at_ms, counter), clock(at_ms), color=COLOURS["guest"], lw=1.4)
     _plain_axis(axes, ticks=3)
 
 
@@ -255,8 +292,8 @@ def _waiting(axes: Axes, clock: Clock, timeline: Timeline) -> None:
 
 
 def operations(migration: Migration) -> list[tuple[str, Array, Array]]:
-    """Of the guest, a second: by side, its times, and a value between each two of them. Where both sides are known,
-    each counts while the machine is its own."""
+    """Of the guest, counted: by side, its times, and the counter then. Where both sides are known, each counts while
+    the machine is its own."""
     found = []
     both = len(list(migration.timelines)) > 1
     for side, timeline in migration.timelines:
@@ -274,7 +311,7 @@ def operations(migration: Migration) -> list[tuple[str, Array, Array]]:
         good = ~np.isnan(counted)
         at_ms, counted = at_ms[good], counted[good]
         if len(at_ms) > 1:
-            found.append((side.name, at_ms + migration.offset_ms(side), rate(at_ms, counted)))
+            found.append((side.name, at_ms + migration.offset_ms(side), counted))
     return found
 
 
@@ -286,7 +323,13 @@ def _name_marks(figure: Figure, axes: Sequence[Axes], clock: Clock, marks: Seque
     placed: list[tuple[float, str, int, str]] = []
     taken: list[list[tuple[float, float]]] = [[], []]
     for mark in sorted(marks, key=lambda mark: important.index(mark.what) if mark.what in important else 9):
-        if not clock.first_ms <= mark.at_ms <= clock.last_ms or mark.what in ("commit", "ended", "recovered"):
+        if not clock.first_ms <= mark.at_ms <= clock.last_ms or mark.what in (
+            "switchover",
+            "prepared",
+            "commit",
+            "ended",
+            "recovered",
+        ):
             continue
         at = left + (right - left) * (mark.at_ms - clock.first_ms) / (clock.last_ms - clock.first_ms)
         word = _MARK_WORDS.get(mark.what, mark.what)[:14]
@@ -324,12 +367,14 @@ def residency(timeline: Timeline, clock: Clock, found: Sequence[Span]) -> Callab
         height = 260.0
         figure, (axes,) = _figure(width, height)
         # (columns are not equally far from each other where the recorder was late)
-        columns = np.linspace(timeline.at_ms[0], timeline.at_ms[-1], min(512, max(2, len(timeline.at_ms))))
+        begin, end = max(clock.first_ms, float(timeline.at_ms[0])), min(clock.last_ms, float(timeline.at_ms[-1]))
+        end = max(end, begin + clock.length_ms / 1000)
+        columns = np.linspace(begin, end, 400)
         at = np.clip(np.searchsorted(timeline.at_ms, columns, side="right") - 1, 0, len(timeline.at_ms) - 1)
         colours = LinearSegmentedColormap.from_list("resident", [(*_rgb(_RASTER), 0.0), (*_rgb(_RASTER), 1.0)])
         axes.imshow(
             levels[at].T, origin="lower", aspect="auto", interpolation="nearest", cmap=colours, vmin=0, vmax=1.15,
-            extent=(clock(timeline.at_ms[0]), clock(timeline.at_ms[-1]), 0, 100), zorder=1,
+            extent=(clock(begin), clock(end), 0, 100), zorder=1,
         )  # fmt: skip
         clock.set_up(axes, found, width)
         axes.grid(visible=False)

@@ -59,7 +59,9 @@ def text_of(value: object, limit: int = MAX_TEXT) -> str:
     """One line for a person; empty for what is no text or number."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return ""
-    text = "".join(letter if letter.isprintable() or letter == "\N{NO-BREAK SPACE}" else " " for letter in str(value)[: limit + 1])
+    text = "".join(
+        letter if letter.isprintable() or letter == "\N{NO-BREAK SPACE}" else " " for letter in str(value)[: limit + 1]
+    )
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from importlib import resources
 
 from postcopy import __version__
@@ -91,7 +92,7 @@ def _overview(migrations: Sequence[Migration], drawn: Sequence[Migration], forgo
     if forgotten:
         yield f"<p>There were {format_count(forgotten, 'migration')} before these; only the last {len(migrations)} are kept.</p>"
     differences = _words.differences(migrations)
-    header = (
+    header: tuple[str, ...] = (
         "machine",
         "options",
         "status",
@@ -103,7 +104,7 @@ def _overview(migrations: Sequence[Migration], drawn: Sequence[Migration], forgo
         "longest",
         "sent / memory",
     )
-    rows: list[Sequence[str]] = []
+    rows: list[tuple[str, ...]] = []
     first = len(migrations) - len(drawn)
     for number, migration in enumerate(migrations):
         latency = _words.latency_of(migration)
@@ -169,13 +170,10 @@ def _article(migration: Migration, number: int, differs: str) -> Iterator[str]:
             " migration ends.</p></section>"
         )
     else:
-        last_ms = max(
-            *(side.at_ms[-1] + migration.offset_ms(one) for one, side in migration.timelines), timeline.at_ms[0] + 1
-        )
-        first_ms = min(side.at_ms[0] + migration.offset_ms(one) for one, side in migration.timelines)
+        first_ms, last_ms = _charts.interesting(migration, timeline, marks)
         begun = next((mark.at_ms for mark in marks if mark.what == "offer"), None)
-        clock = _charts.Clock(float(first_ms), float(last_ms), begun)
-        found = _charts.spans(marks, float(last_ms))
+        clock = _charts.Clock(first_ms, last_ms, begun)
+        found = _charts.spans(marks, last_ms)
         yield from _over_time(migration, clock, marks, found, guest, name)
     yield from _pause(migration, name)
     if timeline is not None:
@@ -192,11 +190,9 @@ def _about(migration: Migration) -> str:
     parts = [f"<strong class={'good' if status in _words.GOOD else 'bad'}>{esc(status)}</strong>"]
     if migration.text("mode"):
         parts.append(f"mode {esc(migration.text('mode'))}")
-    started = next(
-        (text_of(side.run.get("started")) for side in _words.sides_of(migration) if side.run.get("started")), ""
-    )
-    if started:
-        parts.append(esc(started[:19].replace("T", " ") + " UTC"))
+    begun_ms = next((timeline.unix_ms for _, timeline in migration.timelines if timeline.unix_ms), None)
+    if begun_ms is not None:
+        parts.append(datetime.fromtimestamp(begun_ms / 1e3, UTC).strftime("%Y-%m-%d %H:%M:%S UTC"))
     sides = [side.name for side in _words.sides_of(migration)]
     if len(sides) == 2:
         parts.append("both sides")
@@ -281,6 +277,11 @@ def _over_time(
         )
     elif _charts.operations(migration) and len(migration.sides) == 1:
         captions.append("Of the guest only this host's part is known.")
+    whole_ms = float(timeline.at_ms[-1] - timeline.at_ms[0])
+    if clock.length_ms < 0.9 * whole_ms:
+        captions.append(
+            f"Of {ms(whole_ms)} that were recorded those are shown in which pages moved, and some before and after."
+        )
     if len(list(migration.timelines)) > 1 and not migration.one_host:
         captions.append("The two sides are put together by the wall clocks of two hosts, which may differ.")
     if migration.main.name == "source":

@@ -124,7 +124,7 @@ def guest_of(migration: Migration, guest: Sequence[tuple[str, Array, Array]]) ->
         return None
     at_ms = np.concatenate([at[:-1] for _, at, _ in guest])
     lengths = np.concatenate([np.diff(at) for _, at, _ in guest])
-    done = np.concatenate([values * np.diff(at) / 1e3 for _, at, values in guest])
+    done = np.concatenate([np.maximum(np.diff(counted), 0) for _, _, counted in guest])
     offer = next((mark.at_ms for mark in marks if mark.what == "offer" and mark.at_ms < pause.at_ms), pause.at_ms)
     end_ms = offer if (at_ms < offer - 200).sum() >= 3 else pause.at_ms
 

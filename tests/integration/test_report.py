@@ -54,9 +54,9 @@ def look(browser: Browser, path: Path, width: int, scheme: str, *, scripts: bool
             ".map(one => one.getBoundingClientRect()).map(box => [box.width, box.height])"
         )
         for one in found["texts"]:
-        one["text"] = one["text"].replace("\N{NO-BREAK SPACE}", " ")
-    more["title"] = more["title"].replace("\N{NO-BREAK SPACE}", " ")
-    return found["texts"], found | more
+            one["text"] = one["text"].replace("\N{NO-BREAK SPACE}", " ")
+        more["title"] = more["title"].replace("\N{NO-BREAK SPACE}", " ")
+        return found["texts"], found | more
 
 
 def assert_legible(texts: list[Json], seen: Json) -> None:
