@@ -19,6 +19,7 @@ import pytest
 from postcopy.cli import make_parser
 from postcopy.cli._commands import COMMANDS
 from postcopy.cli._parser import Parser, defaults_of, options_of, values
+from postcopy.dataplane.ahead import Prefetch, Way
 from postcopy.errors import ConfigurationError
 from postcopy.machines.kinds import MachineOptions
 from postcopy.migration.source import SourceOptions
@@ -87,7 +88,7 @@ WRITTEN: dict[str, tuple[str, Any]] = {
     "qemu": (f"{sys.executable} -m 'a b'", (sys.executable, "-m", "a b")),
     "qmp": ("vm1.qmp", "vm1.qmp"),
     "program": ("/opt/bin/postcopy", "/opt/bin/postcopy"),
-    "prefetch": ("both:16", "both:16"),
+    "prefetch": ("both:16", Prefetch(Way.BOTH, 16)),
     "push-after": ("1.5", 1.5),
     "readers": ("3", 3),
     "record-for": ("2.5", 2.5),

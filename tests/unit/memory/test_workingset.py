@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postcopy.errors import ConfigurationError, ResourceError
-from postcopy.handler import _workingset as workingset
 from postcopy.handler._image import SAMPLE_BYTES, SAMPLES, Image
-from postcopy.handler._workingset import DamagedError, WorkingSet, collect
+from postcopy.memory import workingset
+from postcopy.memory.workingset import DamagedError, WorkingSet, collect
 
 PAGE = 4096
 PAGES = 300
