@@ -24,7 +24,7 @@ from matplotlib.path import Path
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from postcopy.output.words import format_duration, format_speed
-from postcopy.report._model import KINDS, Array, Histogram, Mark, Migration, Timeline
+from postcopy.report._model import KINDS, Array, Histogram, Mark, Migration, Side, Timeline
 from postcopy.units import format_size
 
 WIDE, NARROW = 660, 300  # points: 880 and 400 pixels of CSS
@@ -108,10 +108,9 @@ def interesting(migration: Migration, timeline: Timeline, marks: Sequence[Mark])
     all_ms = [one.at_ms + migration.offset_ms(side) for side, one in migration.timelines]
     first, last = float(min(one[0] for one in all_ms)), float(max(one[-1] for one in all_ms))
     times = [mark.at_ms for mark in marks if mark.what in ("pause", "running", "lost", "recovered", "all-there")]
-    for name in ("received-bytes", "sent-bytes"):
-        if _moves(timeline, name):
-            share = np.nan_to_num(timeline.series[name]) / np.nanmax(timeline.series[name])
-            times += [float(at_ms[np.searchsorted(share, part)]) for part in (0.01, 0.99)]
+    if (moved := bytes_of(migration.main)) is not None:
+        share = np.maximum.accumulate(np.nan_to_num(moved)) / np.nanmax(moved)
+        times += [float(at_ms[np.searchsorted(share, part)]) for part in (0.01, 0.99)]
     if not times:
         return first, last
     begin, end = min(times), max(times)
@@ -213,7 +212,7 @@ def over_time(
                 lambda axes: _arrived(axes, clock, timeline, migration, page_bytes),
             )
         )
-    moved = next((timeline.series[name] for name in ("received-bytes", "sent-bytes") if _moves(timeline, name)), None)
+    moved = bytes_of(migration.main)
     if moved is not None:
         panels.append(
             (1, "Bytes a second, on all data channels", lambda axes: _throughput(axes, clock, timeline.at_ms, moved))
@@ -245,6 +244,12 @@ def over_time(
 
 def _moves(timeline: Timeline, name: str) -> bool:
     return name in timeline.series and bool(np.nanmax(timeline.series[name], initial=0))
+
+
+def bytes_of(side: Side) -> Array | None:
+    """What has gone over the data channels, in the direction in which pages go; None where nothing has."""
+    name = "sent-bytes" if side.name == "source" else "received-bytes"
+    return side.timeline.series[name] if side.timeline is not None and _moves(side.timeline, name) else None
 
 
 def _arrived(axes: Axes, clock: Clock, timeline: Timeline, migration: Migration, page_bytes: float) -> None:
@@ -292,10 +297,8 @@ def _waiting(axes: Axes, clock: Clock, timeline: Timeline) -> None:
 
 
 def operations(migration: Migration) -> list[tuple[str, Array, Array]]:
-    """Of the guest, counted: by side, its times, and the counter then. Where both sides are known, each counts while
-    the machine is its own."""
+    """Of the guest, counted: by side, its times, and the counter then. Each side counts while the machine is its own."""
     found = []
-    both = len(list(migration.timelines)) > 1
     for side, timeline in migration.timelines:
         if len(timeline.at_ms) < 2 or not _moves(timeline, "guest-operations"):
             continue
@@ -305,7 +308,7 @@ def operations(migration: Migration) -> list[tuple[str, Array, Array]]:
             known = np.flatnonzero(counted > 0)
             begin = int(known[0]) if len(known) else 0
             at_ms, counted = at_ms[begin:], counted[begin:]
-        elif turn is not None and both:
+        elif turn is not None:
             keep = int(np.searchsorted(at_ms, turn.at_ms, side="right"))
             at_ms, counted = at_ms[:keep], counted[:keep]
         good = ~np.isnan(counted)

@@ -361,11 +361,11 @@ def _residency(migration: Migration, clock: _charts.Clock, found: Sequence[_char
 
 
 def _latency(migration: Migration, name: str) -> Iterator[str]:
-    if migration.dest is None:
-        yield "<section><h2>How long a missing page took</h2><p class=missing>Only the destination knows that, and its lines are not here.</p></section>"
-        return
     stages, latency = _words.waits(migration), _words.latency_of(migration)
     yield "<section><h2>How long a missing page took</h2>"
+    if migration.dest is None:
+        yield "<p class=missing>Only the destination knows that in detail, and its lines are not here.</p></section>"
+        return
     if not latency.get("count"):
         what = "No access met a missing page" if latency else "Nothing is known of it"
         yield f"<p class=missing>{what}, so there is nothing to draw.</p></section>"

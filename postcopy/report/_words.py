@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from postcopy.output.words import format_count, format_duration, format_speed
-from postcopy.report._charts import rate
+from postcopy.report._charts import bytes_of
 from postcopy.report._model import Array, Histogram, Mark, Migration, Side, object_of, text_of
 from postcopy.units import format_size
 
@@ -120,7 +120,7 @@ def guest_of(migration: Migration, guest: Sequence[tuple[str, Array, Array]]) ->
     marks = marks_of(migration)
     pause = next((mark for mark in marks if mark.what == "pause"), None)
     running = next((mark for mark in marks if mark.what == "running"), None)
-    if pause is None or running is None or not guest:
+    if pause is None or running is None or len(guest) < 2:
         return None
     at_ms = np.concatenate([at[:-1] for _, at, _ in guest])
     lengths = np.concatenate([np.diff(at) for _, at, _ in guest])
@@ -288,16 +288,13 @@ def phases(migration: Migration) -> list[tuple[str, str, float, str]]:
 
 def speed(migration: Migration) -> str:
     """Mean throughput, of the time in which anything moved."""
-    timeline = migration.main.timeline
-    for name in ("received-bytes", "sent-bytes"):
-        if timeline is not None and name in timeline.series and len(timeline.at_ms) > 1:
-            moved = rate(timeline.at_ms, timeline.series[name])
-            lengths = np.diff(timeline.at_ms)
-            busy = moved > 0
-            if busy.any():
-                mean = float((moved * lengths)[busy].sum() / lengths[busy].sum())
-                return f"{format_speed(mean)} on average while anything moved"
-    return ""
+    timeline, moved = migration.main.timeline, bytes_of(migration.main)
+    if timeline is None or moved is None or len(timeline.at_ms) < 2:
+        return ""
+    lengths, steps = np.diff(timeline.at_ms), np.maximum(np.diff(moved), 0)
+    busy = steps > 0
+    mean = float(steps[busy].sum() / max(lengths[busy].sum(), 1e-3) * 1e3)
+    return f"{format_speed(mean)} on average while anything moved" if mean else ""
 
 
 def sides_of(migration: Migration) -> list[Side]:

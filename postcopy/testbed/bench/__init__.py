@@ -24,6 +24,8 @@ is reported is the median over the rounds of the ratio within a round, so that a
 - ``recovery-map``: what a destination of 1 TiB, half of it there, has to say when it comes back, against 10 MB and 1 s.
 - ``tls``: a fault, and the bulk push on one connection a processor, with TLS against without; from a cut network's
   return to the first page with TLS, against 500 ms; round trips that TLS adds to a recovery.
+- ``prefetch``: a page that is touched with `--prefetch adaptive` and no push, against none: in random order, where that
+  is to cost nothing, and in sequential and strided order, over loopback and with a long round trip.
 - ``contention``: mmap and munmap of one thread while others wait for a page, against none waiting: is a lock held?
 - ``userfaultfd``: a fault served by the Python binding under Trio against the smallest C handler; events per read.
 - ``dirty``: operations of a guest that writes, with its dirty log read every 100 ms, against those without; and what
@@ -80,6 +82,7 @@ __all__ = ["FIGURES", "add_arguments", "run"]
 
 FIGURES = {
     "fault": "_fault",
+    "prefetch": "_prefetch",
     "scale": "_scale",
     "pager-process": "_fault",
     "recording": "_fault",

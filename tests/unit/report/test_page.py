@@ -277,7 +277,7 @@ def _vm() -> Json:
 @pytest.mark.parametrize(
     ("lines", "said", "pictures_there"),
     [
-        ([source()], ["seen by the source alone", "Only the destination knows that", "when they were placed only the destination"], 3),
+        ([source()], ["seen by the source alone", "Only the destination knows that in detail", "when they were placed only the destination"], 3),
         ([dest()], ["seen by the destination alone", "the rest only the source knows"], 4),
         ([_failed_early()], ["failed before the machine was the destination's: 192.0.2.1:7777: connection refused."], 2),
         ([_no_faults()], ["No access had to wait for a page.", "No access met a missing page, so there is nothing to draw."], 3),
