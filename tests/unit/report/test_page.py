@@ -308,12 +308,26 @@ _EVIL = "<script>alert(1)</script>\"'&<img src=http://192.0.2.9/x>$\\frac{1}{0}$
 
 def test_text_from_the_lines_stays_text() -> None:
     line = dest()
-    line |= {"machine": _EVIL, "kind": _EVIL, "peer": _EVIL, "error": _EVIL, "status": "failed", "mode": _EVIL, _EVIL: _EVIL}
+    line |= {
+        "machine": _EVIL,
+        "kind": _EVIL,
+        "peer": _EVIL,
+        "error": _EVIL,
+        "status": "failed",
+        "mode": _EVIL,
+        _EVIL: _EVIL,
+    }
     for mark in line["recording"]["marks"]:
         mark["text"] = _EVIL
     line["recording"]["marks"].append({"moment-ms": 1234.0, "what": _EVIL, "text": _EVIL})
     line["recording"]["blocks"] = [{"name": _EVIL, "bytes": 1 << 20, "page-size": 4096}] * 3
-    begin = run("dest") | {"command": _EVIL, "version": _EVIL, "started": _EVIL, "options": {_EVIL: _EVIL}, "host": {_EVIL: _EVIL}}
+    begin = run("dest") | {
+        "command": _EVIL,
+        "version": _EVIL,
+        "started": _EVIL,
+        "options": {_EVIL: _EVIL},
+        "host": {_EVIL: _EVIL},
+    }
     page = draw(read(text(begin, line)))
     assert "alert(1)" in page
     assert "<script" not in page
