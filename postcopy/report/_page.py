@@ -38,8 +38,8 @@ def page(reader: Reader) -> str:
     if not migrations:
         body.append(
             "<p class=lead>The lines that were read tell of no migration. A report is made of what"
-            " <code>postcopy source</code>, <code>dest</code>, <code>daemon</code>, <code>pager</code> or <code>demo</code> writes with"
-            " <code>--json</code>.</p>"
+            " <code>postcopy source</code>, <code>dest</code>, <code>daemon</code>, <code>pager</code> or"
+            " <code>demo</code> writes with <code>--json</code>.</p>"
         )
     if len(migrations) > 1:
         body += _overview(migrations, drawn, reader.forgotten)

@@ -97,7 +97,7 @@ def waits(migration: Migration) -> dict[str, Histogram]:
 
 
 def latency_of(migration: Migration) -> dict[str, float]:
-    """Of demand faults: ``count``, and ``p50``, ``p99``, ``p99.9`` and ``max`` in microseconds; empty: nothing is known."""
+    """Of demand faults: ``count``, and ``p50``, ``p99``, ``p99.9`` and ``max`` in microseconds; empty: not known."""
     names = ("count", "p50", "p99", "p99.9", "max")
     known = {name: migration.number("fault-latency-us", name) for name in names}
     if (total := waits(migration).get("total")) is not None:

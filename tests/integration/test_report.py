@@ -98,12 +98,27 @@ def test_a_report_can_be_read(width: int, scheme: str, browser: Browser, pages: 
     assert seen["title"] == "postcopy: Migration of vm1 (rv64, 256 MiB)"
     words = " ".join(one["text"] for one in texts)
     for expected in (
-        "Migration of vm1 (rv64, 256 MiB)", "The machine stood still for", "Downtime", "4.20 ms", "2,113",
+        "Migration of vm1 (rv64, 256 MiB)",
+        "The machine stood still for",
+        "Downtime",
+        "4.20 ms",
+        "2,113",
         # in the pictures
-        "Memory that has arrived, by kind", "Bytes a second, on all data channels", "Operations of the guest, a second",
-        "Threads that wait for a page", "256 MiB", "pause", "cut", "all there", "s since the migration began",
-        "the destination prepares: 2.90 ms", "the first vCPU runs: 240 µs", "Place in the memory", "Took at most", "99.9 %",
-    ):  # fmt: skip
+        "Memory that has arrived, by kind",
+        "Bytes a second, on all data channels",
+        "Operations of the guest, a second",
+        "Threads that wait for a page",
+        "256 MiB",
+        "pause",
+        "cut",
+        "all there",
+        "s since the migration began",
+        "the destination prepares: 2.90 ms",
+        "the first vCPU runs: 240 µs",
+        "Place in the memory",
+        "Took at most",
+        "99.9 %",
+    ):
         assert expected in words, expected
     assert seen["requested"] == {pages["both"].as_uri(), "data:"}
     assert not seen["complaints"]
