@@ -27,6 +27,8 @@ class Mode(StrEnum):
     USER_ONLY = "user-only"
     SIGBUS = "sigbus"
     POISON = "poison"
+    RWP = "rwp"
+    RWP_ASYNC = "rwp-async"
 
 
 class Backing(StrEnum):
@@ -36,6 +38,7 @@ class Backing(StrEnum):
     MEMFD = "memfd"
     MEMFD_PRIVATE = "memfd-private"
     HUGETLB = "hugetlb"
+    GUEST_MEMFD = "guest-memfd"
 
 
 class Outcome(StrEnum):
