@@ -9,7 +9,7 @@ from msgspec import Meta, Struct, to_builtins
 
 Json = dict[str, Any]
 
-VERSION: Final = 2
+VERSION: Final = 3
 """Of the schema: raised when a field, an event, a request or one of the words that a field may be goes away or means
 something else, and when such a word is added. Fields, events and requests that are added do not raise it: a reader
 ignores those that it does not know."""

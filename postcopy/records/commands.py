@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `demo`, `chaos` and `merge` report at their end, and what `chaos` does meanwhile."""
+"""What `demo`, `chaos`, `merge` and `bench` report, and what `chaos` does meanwhile."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 from postcopy.records._base import Record, doc
 from postcopy.records.events import DestResult, SourceResult
 from postcopy.records.migration import Check, Counted, Kind, MigrationId, Pager
+from postcopy.records.results import Measurement
 
 
 class ChaosListening(Record, kw_only=True):
@@ -200,6 +201,7 @@ EVENTS: dict[str, tuple[type[Record], ...]] = {
     "listening": (ChaosListening,),
     "cut": (Cut,),
     "unreachable": (Unreachable,),
+    "measurement": (Measurement,),
     "result": (DemoResult, ChaosResult, MergeResult),
 }
 """The records that an event of these commands may have."""

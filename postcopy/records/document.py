@@ -211,9 +211,9 @@ beginning of 1970. A line of `--log-json` is a [LogLine](#logline)."""
 
 
 _REPORTS_HEAD = """\
-`probe`, `lab`, `conformance` and `bench` print objects without `event`. That of `faultpaths` is not one of them: it is
-a file that is kept, and compared with those of other kernels. So its `schema` is a number of its own, which changes
-only when such a file can no longer be read; [faultpaths.md](faultpaths.md#--json) has its fields.
+`probe`, `lab` and `conformance` print objects without `event`. That of `faultpaths`, which follows its line `run`, is
+not one of them: it is a file that is kept, and compared with those of other kernels. So its `schema` is a number of its
+own, which changes only when such a file can no longer be read; [faultpaths.md](faultpaths.md#--json) has its fields.
 """
 
 

@@ -24,6 +24,7 @@ from postcopy.records.migration import (
     Ram,
     Recoveries,
 )
+from postcopy.records.results import Run
 
 _Ended = Annotated[str, doc("How it ended.", of="completed|failed")]
 
@@ -153,6 +154,7 @@ class DaemonResult(Record, kw_only=True):
 
 
 _OF_MACHINES: dict[str, tuple[type[Record], ...]] = {
+    "run": (Run,),
     "listening": (Listening,),
     "metrics": (MetricsAddress,),
     "progress": (Progress, ProcessStatus),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What commands print with `--json` as one object, without events: `probe`, `lab` and `bench`."""
+"""What commands print with `--json` as one object, without events: `probe` and `lab`."""
 
 from __future__ import annotations
 
@@ -94,18 +94,4 @@ class Labs(Record, kw_only=True):
     labs: Annotated[list[Lab], doc("Of this user.")]
 
 
-class BenchFigure(Record, kw_only=True):
-    """A line of `bench`."""
-
-    schema: Schema
-    name: Annotated[str, doc("Of the figure; docs/performance.md has them all.")]
-    ratio: Annotated[float, doc("Median of the rounds.", "1")]
-    target: Annotated[str, doc("What the ratio is to be, as `<= 2`; empty: a comparison without a goal.")]
-    reached: Annotated[bool, doc("Whether it is.")]
-    unit: Annotated[str, doc("Of the values in the rounds.")]
-    rounds: Annotated[list[dict[str, float]], doc("What was measured, by name, in each round.")]
-    curve: Annotated[str, doc("What the names in the rounds count, where they are the points of a curve; else empty.")]
-    note: Annotated[str, doc("What else there is to say.")]
-
-
-REPORTS: tuple[type[Record], ...] = (Probe, Findings, Labs, BenchFigure)
+REPORTS: tuple[type[Record], ...] = (Probe, Findings, Labs)

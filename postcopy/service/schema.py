@@ -4,7 +4,7 @@
 One JSON object a line, UTF-8, in both directions, after QEMU's QMP. The server greets, then answers each request in
 its order::
 
-    <- {"postcopy": {"version": "0.1.0", "schema": 2, "side": "source", "pid": 4711}}
+    <- {"postcopy": {"version": "0.1.0", "schema": 3, "side": "source", "pid": 4711}}
     -> {"execute": "set", "arguments": {"max-bandwidth": 104857600}, "id": 7}
     <- {"return": {"max-bandwidth": 104857600}, "id": 7}
     -> {"execute": "sit"}

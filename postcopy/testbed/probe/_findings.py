@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from postcopy._host import read
 from postcopy._native import ffi, lib
 from postcopy.errors import ConfigurationError
 from postcopy.records import reports
@@ -156,7 +157,7 @@ def _change_user() -> Finding:
 def _hugetlb() -> Finding:
     uses = "--backing hugetlb"
     pool = {}
-    for line in _host.read("/proc/meminfo").splitlines():
+    for line in read("/proc/meminfo").splitlines():
         name, _, value = line.partition(":")
         if name in ("HugePages_Total", "HugePages_Free", "HugePages_Rsvd", "Hugepagesize"):
             pool[name] = int(value.split()[0])

@@ -4,7 +4,6 @@ Nothing here tries anything."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import platform
@@ -16,33 +15,11 @@ from typing import Any
 
 from postcopy._child import python
 from postcopy._files import explain_no_access, share_file
+from postcopy._host import chosen, container, read
 from postcopy.records.reports import System
 from postcopy.testbed import _linux
 
 Json = dict[str, Any]
-INIT_PID_NS, INIT_USER_NS = 0xEFFFFFFC, 0xEFFFFFFD  # inodes of the first namespaces, fixed in the kernel
-
-
-def read(path: str) -> str:
-    try:
-        return Path(path).read_text(errors="replace").replace("\0", "\n").strip()
-    except OSError:
-        return ""
-
-
-def container() -> str | None:
-    """In what kind of container this process is, None for none that shows."""
-    for path, kind in (("/.dockerenv", "docker"), ("/run/.containerenv", "podman")):
-        if os.path.exists(path):
-            return kind
-    for line in read("/proc/1/environ").splitlines():
-        if line.startswith("container="):
-            return line.partition("=")[2] or "unnamed"
-    for what, inode in (("pid", INIT_PID_NS), ("user", INIT_USER_NS)):
-        with contextlib.suppress(OSError):
-            if os.stat(f"/proc/self/ns/{what}").st_ino != inode:
-                return f"{what} namespace"
-    return None
 
 
 CAPABILITIES = {0: "CHOWN", 1: "DAC_OVERRIDE", 6: "SETGID", 7: "SETUID", 12: "NET_ADMIN", 14: "IPC_LOCK",
@@ -100,15 +77,9 @@ def system() -> System:
             for name in ("vm.unprivileged_userfaultfd", "vm.overcommit_memory", "vm.nr_hugepages",
                          "kernel.io_uring_disabled", "user.max_user_namespaces")
         },
-        thp=_chosen("/sys/kernel/mm/transparent_hugepage/enabled"),
-        thp_shmem=_chosen("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
+        thp=chosen("/sys/kernel/mm/transparent_hugepage/enabled"),
+        thp_shmem=chosen("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
     )  # fmt: skip
-
-
-def _chosen(path: str) -> str | None:
-    """The bracketed word of a setting such as ``always [madvise] never``."""
-    _, bracket, rest = read(path).partition("[")
-    return rest.partition("]")[0] if bracket else None
 
 
 def cpu_virtualization() -> bool | None:

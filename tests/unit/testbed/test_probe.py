@@ -21,6 +21,7 @@ import pytest
 from lines import parse_report
 
 from postcopy._files import explain_no_access
+from postcopy._host import container
 from postcopy.cli import main
 from postcopy.errors import ConfigurationError
 from postcopy.testbed import probe
@@ -86,7 +87,7 @@ def test_without_rights_it_says_what_rights_would_help(run_in_child: Callable[..
     assert findings["root"].state == "no"
     assert findings["netns"].state == "no"
     for name in ("root", "netns"):
-        assert findings[name].remedy.startswith("docker run --user 0 " if _host.container() else "sudo ")
+        assert findings[name].remedy.startswith("docker run --user 0 " if container() else "sudo ")
     for name, device in (("kvm", "/dev/kvm"), ("uffd-device", "/dev/userfaultfd"), ("tun", "/dev/net/tun")):
         if os.path.exists(device) and not findings[name]:
             assert "EACCES" in findings[name].detail or "Permission denied" in findings[name].detail
@@ -269,7 +270,7 @@ def test_a_qdisc_that_nobody_could_try_is_unknown(monkeypatch: pytest.MonkeyPatc
 
 def test_huge_pages_that_are_reserved_are_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "HugePages_Total: 4\nHugePages_Free: 2\nHugePages_Rsvd: 2\nHugepagesize: 2048 kB\n"
-    monkeypatch.setattr(_host, "read", lambda path: text)
+    monkeypatch.setattr(_findings, "read", lambda path: text)
     finding = _findings._hugetlb()
     assert finding.state == "no"
     assert finding.facts == {"total-pages": 4, "free-pages": 0, "page-bytes": 2 << 20}
