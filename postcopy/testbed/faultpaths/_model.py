@@ -264,6 +264,8 @@ class Run:
     expectations: Json = field(default_factory=dict)
     remote: Json | None = None
     """With `--remote`: what the path to the other host did."""
+    run: Json | None = None
+    """Where and when (`postcopy.records.results.Run`); None in a report of a version that did not tell."""
 
     @property
     def good(self) -> bool:
