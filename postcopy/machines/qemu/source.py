@@ -571,7 +571,7 @@ class QemuMachine(ProcessMachine):
                 await self._run_after_look()
 
     async def _run_after_look(self) -> None:
-        """The guest runs, or `resume` tries it again. One that is not as it was stopped here, another client has moved."""
+        """The guest runs, or `resume` tries it again. One that is not as it was stopped here, others have moved."""
         try:
             await self._run(_STOPPED_FOR_A_LOOK, trio.current_time() + GO_ON_TIMEOUT_S)
         except PostcopyError as error:
