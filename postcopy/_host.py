@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 _INIT_PID_NS, _INIT_USER_NS = 0xEFFFFFFC, 0xEFFFFFFD  # inodes of the first namespaces, fixed in the kernel
 _MAX_OPTIONS, _MAX_OPTION_CHARACTERS = 100, 200
-_NOT_TOLD = ("tls", "peer_file", "control", "user", "protection", "command", "json", "log_", "output")
+_NOT_TOLD = (
+    "tls", "peer_file", "control", "user", "protection", "command",
+    "json", "log_", "output", "report", "hdr", "html", "svg",
+)  # fmt: skip
 """How the names of options begin whose values say where secrets are, or say nothing of what was measured."""
 
 

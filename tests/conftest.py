@@ -134,6 +134,7 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "zsh": _command("zsh", "zsh"),
     "fish": _command("fish", "fish"),
     "man": _command("man", "man-db"),
+    "chromium": _command("chromium", "chromium"),  # in which a report is looked at
     "openssl": _command("openssl", "openssl"),
     "qemu": _qemu,  # that is moved, and that postcopy is measured beside
     "linux-guest": _linux_guest,  # a kernel of Debian's with our first process, for QEMU; made where it is not here

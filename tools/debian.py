@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "debian"
 PACKAGES = {"dockerd": "docker.io", "docker": "docker.io", "debootstrap": "debootstrap", "ip": "iproute2",
             "unshare": "util-linux", "setpriv": "util-linux", "chroot": "coreutils",
-            "zsh": "zsh", "fish": "fish", "man": "man-db", "qemu-system-x86_64": "qemu-system-x86"}  # fmt: skip
+            "zsh": "zsh", "fish": "fish", "man": "man-db", "qemu-system-x86_64": "qemu-system-x86",
+            "chromium": "chromium"}  # fmt: skip
 PYTHONS = {"bookworm": (3, 11), "trixie": (3, 13)}  # that the releases have
 PREFIX = "postcopy-debian-"
 
@@ -119,12 +120,12 @@ def ensure_installed(commands: Sequence[str]) -> None:
     apt = ("apt-get", "--quiet", "--yes", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=60")
     with no_services():
         try:
-            run([*apt, "install", *packages], 180, "apt-get install", env=environment)
+            run([*apt, "install", *packages], 300, "apt-get install", env=environment)
         except Failed:
             # Lists that are missing, or name versions that the mirror no longer has.
             try:
                 run(["apt-get", "--quiet", "update"], 120, "apt-get update", env=environment)
-                run([*apt, "install", *packages], 180, "apt-get install", env=environment)
+                run([*apt, "install", *packages], 300, "apt-get install", env=environment)
             except Failed as error:
                 raise NotFetched(str(error)) from None
 

@@ -98,7 +98,7 @@ print(*(need.replace(" ", "") for need in tomllib.load(open("pyproject.toml", "r
 	else
 		echo "setup: rebuilding postcopy, its sources have changed"
 	fi
-	CC=$cc "$venv/bin/pip" install --quiet --disable-pip-version-check --no-build-isolation --editable '.[test,dev,docs]'
+	CC=$cc "$venv/bin/pip" install --quiet --disable-pip-version-check --no-build-isolation --editable '.[report,test,dev,docs]'
 	touch "$venv/.dependencies"
 }
 

@@ -72,6 +72,19 @@ void pc_histogram_merge(struct pc_histogram *into, const struct pc_histogram *fr
     store(&into->count, load(&into->count) + added);
 }
 
+void pc_histogram_subtract(struct pc_histogram *from, const struct pc_histogram *earlier)
+{
+    from->count -= earlier->count;
+    from->sum_ns -= earlier->sum_ns;
+    for (uint32_t i = 0; i < PC_HISTOGRAM_BUCKETS; i++)
+        from->buckets[i] -= earlier->buckets[i];
+}
+
+uint64_t pc_histogram_bucket_edge(uint32_t bucket)
+{
+    return bucket < PC_HISTOGRAM_BUCKETS ? upper_edge(bucket) : UINT64_MAX;
+}
+
 uint64_t pc_histogram_percentile(const struct pc_histogram *h, double percentile)
 {
     uint64_t total = 0, seen = 0, rank, max_ns;

@@ -26,6 +26,7 @@
 #include "postcopy/engine.h"
 #include "postcopy/bench.h"
 #include "postcopy/machine.h"
+#include "postcopy/recorder.h"
 #include "postcopy/faultpaths.h"
 #include "postcopy/keeper.h"
 

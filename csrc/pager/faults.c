@@ -15,6 +15,7 @@
 #include "uffd/uffd_abi.h"
 
 #define LET_RUN_NS 16000
+#define LATE_NS 1000000000 /* see pc_request_late */
 #define UNPOLLABLE_NS 100000000 /* a userfaultfd that cannot be polled is looked at so often */
 
 /* ---- the pending table -------------------------------------------------------------------------------------------- */
@@ -150,6 +151,24 @@ static void note_served(struct pc_pager_stats *stats, uint64_t served, uint64_t 
         __atomic_store_n(at, now_ns, __ATOMIC_RELAXED);
 }
 
+/* Puts it where the recorder finds it, when it is one of those that are sampled. Its thread has been woken: this keeps nobody waiting. */
+static void sample_fault(struct shard *shard, const struct fault *fault, uint64_t placed_ns, uint64_t received_ns)
+{
+    uint64_t every = __atomic_load_n(&shard->pager->metrics.map->sample_every, __ATOMIC_RELAXED);
+    uint64_t number = shard->metrics->stages[PC_STAGE_TOTAL].count;
+    struct pc_fault_ring *ring = &shard->metrics->ring;
+    const struct pc_record_fault sample = {.number = number, .place = (uint64_t)fault->block << 40 | fault->page,
+                                           .event_ns = fault->event_ns, .sent_ns = received_ns ? fault->sent_ns : 0,
+                                           .received_ns = received_ns, .placed_ns = placed_ns};
+    uint64_t *to = (uint64_t *)&ring->faults[ring->head % PC_FAULT_RING];
+
+    if (!every || number & (every - 1))
+        return;
+    for (size_t i = 0; i < sizeof(sample) / sizeof(*to); i++) /* each after the head before it: see take_faults */
+        __atomic_store_n(&to[i], ((const uint64_t *)&sample)[i], __ATOMIC_RELEASE);
+    __atomic_store_n(&ring->head, ring->head + 1, __ATOMIC_RELEASE);
+}
+
 /* A thread that has been woken: accounted and forgotten. received_ns is 0 when its page did not come in answer to a request. */
 static void finish_fault(struct shard *shard, struct fault *fault, uint64_t placed_ns, uint64_t received_ns)
 {
@@ -161,7 +180,10 @@ static void finish_fault(struct shard *shard, struct fault *fault, uint64_t plac
         pc_histogram_add(&stages[PC_STAGE_SENT], fault->sent_ns - fault->event_ns);
         pc_histogram_add(&stages[PC_STAGE_RECEIVED], received_ns - fault->sent_ns);
         pc_histogram_add(&stages[PC_STAGE_PLACED], placed_ns - received_ns);
+    } else {
+        received_ns = 0;
     }
+    sample_fault(shard, fault, placed_ns, received_ns);
     account_blocked(shard, fault, placed_ns);
     remove_pending(shard->pending, fault);
     if (shard->overflowed && shard->pending->count < PENDING_MAX / 2) {
@@ -303,6 +325,29 @@ static void request_for_all(struct shard *shard, struct fault *fault)
         pc_recheck_page(shard, fault->block, fault->page);
     else
         request_page(shard, fault);
+}
+
+/* Threads that have waited for LATE_NS for what was requested ahead have it requested again, as what is waited for: a source that leaves the
+ * former unanswered holds them no longer than that. */
+void pc_request_late(struct shard *shard, uint64_t now_ns)
+{
+    struct pending *pending = shard->pending;
+
+    if (now_ns - shard->late_ns < LATE_NS)
+        return;
+    shard->late_ns = 0;
+    for (uint16_t i = pending->faults[0].newer; i; i = pending->faults[i].newer) { /* in the order in which they came */
+        struct fault *fault = &pending->faults[i];
+
+        if (!fault->late)
+            continue;
+        if (now_ns - fault->event_ns < LATE_NS) {
+            shard->late_ns = fault->event_ns;
+            break;
+        }
+        fault->late = false;
+        request_page(shard, fault);
+    }
 }
 
 /* Requests what threads wait for and what could not be requested when they came. */
@@ -453,7 +498,7 @@ static void handle_fault(struct shard *shard, const struct uffd_msg *message, ui
 {
     struct pc_pager *pager = shard->pager;
     uint64_t address = message->arg.pagefault.address, page;
-    bool minor = message->arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_MINOR, fresh = false, received, again;
+    bool minor = message->arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_MINOR, fresh = false, late = false, local, received, again;
     int32_t tid = shard->api.features & UFFD_FEATURE_THREAD_ID ? (int32_t)message->arg.pagefault.feat.ptid : 0;
     const struct range *range = find_range(shard, address);
     struct fault *fault;
@@ -478,10 +523,16 @@ static void handle_fault(struct shard *shard, const struct uffd_msg *message, ui
     received = pc_bits_test(block->received, page);
     if (!received)
         fresh = !pc_atomic_test_and_set_bit(block->requested, page);
+    local = pc_is_local(block, page);
+    late = !received && !fresh && !local && !find_pending(shard, range->block, page);
     if (received ? !pc_bits_test(block->zero, page) : !fresh)
         COUNT(pager, repeated_faults, 1);
-    if (received ? pc_bits_test(block->zero, page) : fresh)
+    if (received ? pc_bits_test(block->zero, page) : fresh || late)
         pc_touch(pager, range->block, page);
+    if (late)
+        COUNT(pager, prefetch_hits, 1);
+    if (!local)
+        pc_streams_note(shard, range->block, page, fresh, late);
     if (received && resolve_or_retry(shard, range->block, page, minor))
         return;
     fault = add_pending(shard, range->block, page, tid, now_ns, &again);
@@ -493,8 +544,13 @@ static void handle_fault(struct shard *shard, const struct uffd_msg *message, ui
         return;
     }
     fault->minor = minor;
+    if (late) {
+        fault->late = true;
+        if (!shard->late_ns)
+            shard->late_ns = now_ns;
+    }
     fault->unresolved = fault->unresolved || received;
-    if (fresh && pc_is_local(block, page) && pc_local_serve(shard, range->block, page))
+    if (fresh && local && pc_local_serve(shard, range->block, page))
         return;
     if (fresh)
         request_page(shard, fault);

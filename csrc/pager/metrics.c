@@ -61,6 +61,8 @@ int pc_metrics_new(struct pc_metrics **out)
 
 void pc_metrics_free(struct pc_metrics *metrics)
 {
+    for (uint32_t i = 0; i < metrics->view.count; i++)
+        pc_buffer_free(metrics->states[i].base, metrics->states[i].bytes);
     pc_buffer_free(metrics->map, sizeof(*metrics->map));
     close(metrics->fd);
     free(metrics);
@@ -69,6 +71,21 @@ void pc_metrics_free(struct pc_metrics *metrics)
 int pc_metrics_fd(struct pc_metrics *metrics)
 {
     return metrics->fd;
+}
+
+int pc_metrics_add_states(struct pc_metrics *metrics, int states_fd, uint64_t pages, uint64_t page_bytes)
+{
+    uint32_t number = metrics->view.count;
+    int error = number < PC_VIEW_MAPS ? pc_states_map(states_fd, pages, &metrics->states[number]) : -ENOSPC;
+
+    if (!error)
+        pc_view_add(&metrics->view, metrics->states[number].received, pages, page_bytes);
+    return error;
+}
+
+int pc_metrics_bins(struct pc_metrics *metrics, uint8_t *bins, uint32_t count)
+{
+    return (int)pc_view_bins(&metrics->view, bins, count);
 }
 
 int pc_metrics_track_thread(struct pc_metrics *metrics, uint32_t slot, int32_t tid)

@@ -252,6 +252,16 @@ int pc_pager_blocktime(struct pc_pager *pager, uint64_t *blocktime_ns, uint32_t 
     return pc_metrics_blocktime(&pager->metrics, blocktime_ns, slots);
 }
 
+struct pc_metrics *pc_pager_metrics(struct pc_pager *pager)
+{
+    return &pager->metrics;
+}
+
+int pc_pager_bins(struct pc_pager *pager, uint8_t *bins, uint32_t count)
+{
+    return pc_metrics_bins(&pager->metrics, bins, count);
+}
+
 int pc_pager_received(struct pc_pager *pager, uint32_t block, uint64_t *words)
 {
     const uint64_t *staged;

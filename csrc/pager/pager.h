@@ -94,6 +94,7 @@ struct fault { /* a thread of the machine that waits */
     bool minor;
     bool unrequested; /* no request for its page is under way: there was no channel, no room, or the page was claimed */
     bool unresolved;  /* its page is received, and the kernel could not resolve the fault yet */
+    bool late;        /* its page was requested ahead, and no request says yet that a thread waits */
 };
 
 struct pending { /* the table of them, faults.c; 0 is the number of no entry */
@@ -105,7 +106,7 @@ struct pending { /* the table of them, faults.c; 0 is the number of no entry */
     uint16_t used, free;
 };
 
-enum command_kind { COMMAND_ATTACH, COMMAND_PREFETCH, COMMAND_DISCONNECT, COMMAND_STOP };
+enum command_kind { COMMAND_ATTACH, COMMAND_PREFETCH, COMMAND_RUNS, COMMAND_DISCONNECT, COMMAND_STOP };
 
 struct command { /* from a caller to a fault thread, which owns it from then on */
     struct command *next;
@@ -114,6 +115,8 @@ struct command { /* from a caller to a fault thread, which owns it from then on 
     uint64_t page, end;      /* prefetch: pages of a block; `page` moves on */
     uint32_t block;
     sem_t *done; /* disconnect */
+    uint64_t run_count, run_next; /* runs: pages of this shard, in the order in which they are wanted; of the next one `page` have been looked at */
+    struct pc_page_run runs[];
 };
 
 struct channel { /* what urgent and bulk have in common; its thread's own */
@@ -136,6 +139,26 @@ struct cursor { /* a walk once around all that a shard guards */
     uint32_t range;
     uint64_t page; /* from the range's first page on */
     uint64_t left; /* pages to look at until all have been */
+};
+
+/* What faults show of the pages to come (streams.c): */
+#define STREAMS 16
+#define STREAM_HISTORY 32
+
+struct stream { /* pages at equal distances */
+    uint64_t page;  /* the last one that was reached */
+    int64_t stride; /* 0: there is none */
+    uint64_t asked; /* bit i: page + (i + 1) * stride was requested for it */
+    uint32_t block;
+    uint32_t depth, reach; /* how many pages ahead are wanted, and have been looked at */
+    uint32_t used;
+};
+
+struct streams {
+    struct stream all[STREAMS];
+    uint64_t history[STREAM_HISTORY]; /* faults that belong to none: place + 1; a ring */
+    uint32_t faults, clock, latest;
+    bool busy; /* one of them may want pages */
 };
 
 struct shard {
@@ -191,11 +214,14 @@ struct shard {
     uint32_t next_request;
 
     /* What is requested before a fault (prefetch.c): */
+    struct streams streams;
+    struct command *runs, **runs_end; /* a list; where its end is to be linked */
     struct command *prefetches; /* the last of a ring; the first is next */
     struct cursor lost, sweep;
     bool lost_first;
     bool ahead_left; /* pages to look at, more than the turn could */
     uint64_t ahead_in_flight;
+    uint64_t late_ns; /* since when at least a thread has waited for what was requested ahead; 0: none does */
 };
 
 /* ---- the pager ---- */
@@ -244,6 +270,7 @@ struct pc_pager {
     struct readers *readers; /* local.c */
     struct touches *touches; /* the log of first touches, or NULL; published */
     uint32_t accepted_compression; /* atomic: a set of enum pc_compression */
+    uint32_t prefetch;             /* atomic: enum pc_prefetch, and pages << 8 */
     struct pc_metrics metrics;
 };
 
@@ -327,6 +354,12 @@ static inline bool pc_is_local(const struct block *block, uint64_t page)
     return local && pc_bits_test(local, page);
 }
 
+/* Whether a page may be requested: it is missing, not local and not requested. */
+static inline bool pc_is_wanted(const struct block *block, uint64_t page)
+{
+    return !pc_bits_test(block->claimed, page) && !pc_bits_test(block->requested, page) && !pc_is_local(block, page);
+}
+
 static inline void pc_wake_pages(const struct shard *shard, const struct block *block, uint64_t first, uint64_t pages)
 {
     (void)pc_uffd_wake(shard->uffd, pc_page_address(block, first), pages * block->memory.page_bytes);
@@ -400,11 +433,12 @@ void pc_recheck_pending(struct shard *shard);
 void pc_requests_sent(struct shard *shard);
 void pc_requests_lost(struct shard *shard);
 void pc_request_pending(struct shard *shard);
+void pc_request_late(struct shard *shard, uint64_t now_ns);
 void pc_request_again(struct shard *shard);
 void pc_retry_later(struct shard *shard);
 
 /* urgent.c */
-struct command *pc_command_new(struct pc_pager *pager, enum command_kind kind); /* callers, as the next */
+struct command *pc_command_new(struct pc_pager *pager, enum command_kind kind, uint64_t runs); /* callers, as the next */
 void pc_command_send(struct shard *shard, struct command *command);
 void pc_command_push(struct command **stack, struct command *command); /* any thread, as the next two */
 void pc_commands_free(struct command **stack);
@@ -414,8 +448,15 @@ bool pc_queue_request(struct shard *shard, uint32_t block, uint64_t page, uint32
 bool pc_loop_init(struct shard *shard); /* before the thread; false and errno */
 void *pc_fault_thread(void *shard);
 
+/* streams.c: the shard's fault thread. */
+/* A fault on a page of the source's, which is `missing`, or was known to be there. `counted`: as a hit. */
+void pc_streams_note(struct shard *shard, uint32_t block, uint64_t page, bool missing, bool counted);
+/* The next page that is wanted ahead of a fault, which the caller requests. False: there is none. */
+bool pc_streams_next(struct shard *shard, uint32_t *index, uint64_t *page);
+
 /* prefetch.c: the shard's fault thread. */
 void pc_prefetch_add(struct shard *shard, struct command *command);
+void pc_prefetch_add_runs(struct shard *shard, struct command *command);
 void pc_cursor_restart(const struct shard *shard, struct cursor *cursor);
 void pc_request_ahead(struct shard *shard);
 

@@ -255,13 +255,15 @@ static int place_pages(struct pc_pager *pager, const struct channel *channel, co
         duplicates = pc_bits_popcount(mask & ~claimed);
         if (duplicates)
             COUNT(pager, duplicate_pages, duplicates);
-        if (frame->flags & PC_FRAME_DEMAND)
-            COUNT(pager, demand_pages, placed);
-        else
+        if (!(frame->flags & PC_FRAME_DEMAND))
             COUNT(pager, background_pages, placed);
+        else if (frame->request_id & REQUEST_AHEAD)
+            COUNT(pager, prefetched_pages, placed);
+        else
+            COUNT(pager, demand_pages, placed);
         if (channel->local)
             COUNT(pager, local_pages, placed);
-        if (channel->local && !(frame->flags & PC_FRAME_DEMAND))
+        if (channel->local && !(frame->flags & PC_FRAME_DEMAND) && !block->local.staging)
             COUNT(pager, prefetched_pages, placed);
         pc_announce_received(pager, placed);
         progress->fresh += placed;

@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Requests before a fault: pages that no thread waits for yet. They come from three places:
+ * Requests before a fault: pages that no thread waits for yet. They come from five places, in this order:
  *
+ *   streams            what faults have shown (streams.c); they may have half as many again under way as all others
+ *   runs               a working set, in its order
  *   prefetch requests  ranges that a caller asked for, one page of each in turn: a small one must not wait for a large one
  *   lost               pages that were requested on a channel that was lost, in turn with the former
  *   the sweep          any missing page, as many as a caller allows all shards together; when there is nothing of the former
@@ -18,6 +20,7 @@
 #include "pager/pager.h"
 
 #define WINDOW 128        /* requests that may be under way without a fault */
+#define STREAM_WINDOW 192 /* with those of streams */
 #define TURN_WORDS 2048   /* of the maps that a turn may look at */
 #define SEND_AHEAD_BYTES (SEND_BYTES / 2) /* the other half is kept for faults */
 
@@ -27,6 +30,13 @@ void pc_prefetch_add(struct shard *shard, struct command *command)
     if (shard->prefetches)
         shard->prefetches->next = command;
     shard->prefetches = command;
+}
+
+void pc_prefetch_add_runs(struct shard *shard, struct command *command)
+{
+    command->next = NULL;
+    *(shard->runs ? shard->runs_end : &shard->runs) = command;
+    shard->runs_end = &command->next;
 }
 
 void pc_cursor_restart(const struct shard *shard, struct cursor *cursor)
@@ -84,6 +94,30 @@ static bool next_prefetch(struct shard *shard, uint64_t *words, uint32_t *index,
     return found;
 }
 
+static bool next_of_runs(struct shard *shard, uint64_t *words, uint32_t *index, uint64_t *page)
+{
+    while (shard->runs && *words) {
+        struct command *first = shard->runs;
+        const struct pc_page_run *run = &first->runs[first->run_next];
+
+        *page = run->first_page + first->page;
+        if (find_wanted(shard->pager->blocks[run->block], NULL, page, run->first_page + run->pages, words)) {
+            *index = run->block;
+            first->page = *page + 1 - run->first_page;
+            return true;
+        }
+        first->page = *page - run->first_page;
+        if (first->page < run->pages)
+            continue;
+        first->page = 0;
+        if (++first->run_next < first->run_count)
+            continue;
+        shard->runs = first->next;
+        pc_command_push(&shard->pager->finished, first);
+    }
+    return false;
+}
+
 static bool next_at_cursor(struct shard *shard, struct cursor *cursor, bool lost, uint64_t *words, uint32_t *index, uint64_t *page)
 {
     while (cursor->left && *words) {
@@ -123,8 +157,12 @@ static bool take_sweep(struct pc_pager *pager)
 
 static bool next_ahead(struct shard *shard, uint64_t *words, uint32_t *index, uint64_t *page)
 {
+    if (pc_streams_next(shard, index, page))
+        return true;
+    if (shard->ahead_in_flight >= WINDOW)
+        return false;
     shard->lost_first = !shard->lost_first;
-    return (shard->lost_first && next_at_cursor(shard, &shard->lost, true, words, index, page)) ||
+    return next_of_runs(shard, words, index, page) || (shard->lost_first && next_at_cursor(shard, &shard->lost, true, words, index, page)) ||
            next_prefetch(shard, words, index, page) || next_at_cursor(shard, &shard->lost, true, words, index, page) ||
            (__atomic_load_n(&shard->pager->sweep_left, __ATOMIC_RELAXED) &&
             next_at_cursor(shard, &shard->sweep, false, words, index, page) && take_sweep(shard->pager));
@@ -136,7 +174,7 @@ void pc_request_ahead(struct shard *shard)
     uint32_t index;
 
     shard->ahead_left = false;
-    while (shard->stream.fd >= 0 && shard->ahead_in_flight < WINDOW && shard->send_bytes < SEND_AHEAD_BYTES) {
+    while (shard->stream.fd >= 0 && shard->ahead_in_flight < STREAM_WINDOW && shard->send_bytes < SEND_AHEAD_BYTES) {
         if (!next_ahead(shard, &words, &index, &page)) {
             shard->ahead_left = !words;
             break;
@@ -181,7 +219,7 @@ int64_t pc_pager_request_range(struct pc_pager *pager, uint32_t index, uint64_t 
         high = high < end ? high : end;
         if (!find_wanted(block, NULL, &low, high, &no_limit))
             continue;
-        command = pc_command_new(pager, COMMAND_PREFETCH);
+        command = pc_command_new(pager, COMMAND_PREFETCH, 0);
         if (!command)
             return -ENOMEM;
         command->block = index;
@@ -190,4 +228,52 @@ int64_t pc_pager_request_range(struct pc_pager *pager, uint32_t index, uint64_t 
         pc_command_send(pager->shards[segment->shard], command);
     }
     return (int64_t)missing;
+}
+
+/* Of the runs what one shard guards, into `out` where that is not NULL: how many runs that is. */
+static uint64_t runs_of_shard(const struct pc_pager *pager, uint32_t shard, const struct pc_page_run *runs, uint64_t count,
+                              struct pc_page_run *out, uint64_t room)
+{
+    uint64_t found = 0;
+
+    for (uint64_t i = 0; i < count; i++) {
+        const struct block *block = pager->blocks[runs[i].block];
+        uint32_t segments = __atomic_load_n(&block->segment_count, __ATOMIC_ACQUIRE);
+
+        for (uint32_t j = 0; j < segments; j++) {
+            const struct segment *segment = &block->segments[j];
+            uint64_t low = runs[i].first_page > segment->first_page ? runs[i].first_page : segment->first_page;
+            uint64_t run_end = runs[i].first_page + runs[i].pages, end = segment->first_page + segment->pages;
+            uint64_t high = run_end < end ? run_end : end;
+
+            if (segment->shard != shard || low >= high)
+                continue;
+            if (out && found < room)
+                out[found] = (struct pc_page_run){.first_page = low, .pages = (uint32_t)(high - low), .block = runs[i].block};
+            found++;
+        }
+    }
+    return found;
+}
+
+int pc_pager_request_runs(struct pc_pager *pager, const struct pc_page_run *runs, uint64_t count)
+{
+    uint32_t shards = pc_shard_count(pager);
+
+    for (uint64_t i = 0; i < count; i++)
+        if (!runs[i].pages || !pc_block_has(pager, runs[i].block, runs[i].first_page, runs[i].pages))
+            return -EINVAL;
+    for (uint32_t i = 0; i < shards; i++) {
+        uint64_t room = runs_of_shard(pager, i, runs, count, NULL, 0), found;
+        struct command *command = room ? pc_command_new(pager, COMMAND_RUNS, room) : NULL;
+
+        if (!room)
+            continue;
+        if (!command)
+            return -ENOMEM;
+        found = runs_of_shard(pager, i, runs, count, command->runs, room);
+        command->run_count = found < room ? found : room; /* more has been armed meanwhile */
+        pc_command_send(pager->shards[i], command);
+    }
+    return 0;
 }

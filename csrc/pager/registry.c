@@ -101,6 +101,7 @@ int pc_pager_add_block(struct pc_pager *pager, const struct pc_memory *memory, i
         pager->blocks[index] = block;
         block->missing = block->pages - pc_bits_count(block->received, 0, block->pages);
         (void)__atomic_fetch_add(&pager->missing, block->missing, __ATOMIC_SEQ_CST);
+        pc_view_add(&pager->metrics.view, block->received, block->pages, memory->page_bytes);
         __atomic_store_n(&pager->block_count, pager->block_count + 1, __ATOMIC_RELEASE);
     }
     pthread_mutex_unlock(&pager->lock);
@@ -126,6 +127,7 @@ void pc_shard_free(struct shard *shard)
         last->next = NULL;
     }
     pc_commands_free(&shard->prefetches);
+    pc_commands_free(&shard->runs);
     pc_commands_free(&shard->commands);
     if (shard->uffd >= 0)
         close(shard->uffd);

@@ -21,6 +21,7 @@
 #define REPEATS_BEFORE_REST 64
 #define REST_NS 500000
 #define BUSY_TURNS 8 /* of a thread that busy-waits: in one of so many it looks at everything */
+#define LATE_LOOK_MS 250
 #define SMALL_RECEIVE_BYTES (64 * 1024)
 #define TURN_NS 200000 /* what a turn may do for the channel, as the costs in pager.h estimate it */
 /* So much work in a row that brought nothing new, and the channel is read at a sixteenth of the processor's time. */
@@ -63,12 +64,12 @@ void pc_command_send(struct shard *shard, struct command *command)
     pc_shard_notify(shard);
 }
 
-struct command *pc_command_new(struct pc_pager *pager, enum command_kind kind)
+struct command *pc_command_new(struct pc_pager *pager, enum command_kind kind, uint64_t runs)
 {
     struct command *command;
 
     pc_commands_free(&pager->finished);
-    command = calloc(1, sizeof(*command));
+    command = calloc(1, sizeof(*command) + runs * sizeof(command->runs[0]));
     if (command) {
         command->kind = kind;
         command->stream.fd = -1;
@@ -86,7 +87,7 @@ int pc_pager_attach_urgent(struct pc_pager *pager, uint32_t shard_index, int fd,
     if (error)
         return error;
     if (shard)
-        command = pc_command_new(pager, COMMAND_ATTACH);
+        command = pc_command_new(pager, COMMAND_ATTACH, 0);
     error = !shard ? -EINVAL : !command ? -ENOMEM : 0;
     if (command)
         command->stream = stream;
@@ -310,6 +311,9 @@ static void handle_command(struct shard *shard, struct command *command, bool *g
     case COMMAND_PREFETCH:
         pc_prefetch_add(shard, command);
         break;
+    case COMMAND_RUNS:
+        pc_prefetch_add_runs(shard, command);
+        break;
     case COMMAND_DISCONNECT: /* its caller waits for it, and has it on its stack */
         if (shard->stream.fd >= 0)
             close_stream(shard, 0, NULL);
@@ -420,6 +424,8 @@ static uint32_t wait_for_work(struct shard *shard, uint64_t spin_until_ns)
             return 0;
         timeout_ms = 0;
     }
+    if (timeout_ms < 0 && shard->late_ns)
+        timeout_ms = LATE_LOOK_MS;
     if (held)
         ready = READY_CHANNEL;
     count = epoll_wait(shard->poll_fd, events, 3, timeout_ms);
@@ -454,6 +460,8 @@ void *pc_fault_thread(void *argument)
         }
         if (due || __atomic_load_n(&shard->recheck, __ATOMIC_RELAXED))
             pc_recheck_pending(shard);
+        if (shard->late_ns)
+            pc_request_late(shard, pc_now_ns());
         /* A command may have put another stream there, even under the same number; then a read that finds nothing does no harm. */
         if (ready & READY_CHANNEL && stream_fd >= 0 && stream_fd == shard->stream.fd && !shard->frames_left && !shard->stalled &&
             !shard->read_at_ns) {

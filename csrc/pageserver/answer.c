@@ -86,7 +86,8 @@ static int answer_page(struct channel *channel, struct batch *batch, const struc
     return 0;
 }
 
-static int answer_request(struct channel *channel, struct batch *batch, const uint8_t *header, char *text,
+/* *waited_for: whether the batch has a page that a thread waits for. It goes out before pages that were requested ahead are made ready. */
+static int answer_request(struct channel *channel, struct batch *batch, const uint8_t *header, bool *waited_for, char *text,
                           size_t text_bytes)
 {
     struct pc_pageserver *server = channel->server;
@@ -106,6 +107,9 @@ static int answer_request(struct channel *channel, struct batch *batch, const ui
                        (unsigned long long)request.first_page, request.pages, request.block,
                        (unsigned long long)block->pages);
     ADD(server, requests, 1);
+    if (request.request_id & PC_PAGER_REQUEST_AHEAD && *waited_for && batch->frame_count)
+        error = pc_batch_send(batch, channel);
+    *waited_for = !(request.request_id & PC_PAGER_REQUEST_AHEAD);
     for (uint64_t page = request.first_page; !error && page < request.first_page + request.pages; page++) {
         error = answer_page(channel, batch, &request, page, text, text_bytes);
         if (!error && batch->frame_count >= REQUESTS_PER_TURN)
@@ -133,6 +137,7 @@ int pc_channel_answer(struct channel *channel, char *text, size_t text_bytes)
 {
     struct batch *batch = channel->batch;
     uint8_t requests[REQUEST_BYTES];
+    bool waited_for = false;
     size_t have = 0, at;
     int error = 0;
 
@@ -148,7 +153,7 @@ int pc_channel_answer(struct channel *channel, char *text, size_t text_bytes)
         if (have >= PC_FRAME_HEADER_BYTES && !pc_pageserver_wait_serving(channel->server))
             return -ECANCELED;
         for (at = 0; !error && have - at >= PC_FRAME_HEADER_BYTES; at += PC_FRAME_HEADER_BYTES)
-            error = answer_request(channel, batch, requests + at, text, text_bytes);
+            error = answer_request(channel, batch, requests + at, &waited_for, text, text_bytes);
         if (!error && batch->frame_count)
             error = pc_batch_send(batch, channel);
         if (error)

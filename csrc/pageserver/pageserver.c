@@ -147,6 +147,7 @@ int pc_pageserver_add_block(struct pc_pageserver *server, const struct pc_memory
     } else if (block_count(server) < PC_MAX_BLOCKS) {
         index = (int)block_count(server);
         server->blocks[index] = block;
+        pc_view_add(&server->view, block->sent, block->pages, page_bytes);
         __atomic_store_n(&server->block_count, (uint32_t)index + 1, __ATOMIC_RELEASE);
         ADD(server, total_pages, block->pages);
     }
@@ -174,7 +175,7 @@ int pc_pageserver_set_present(struct pc_pageserver *server, uint32_t index, cons
             uint64_t valid = pc_bits_mask(word, 0, block->pages);
 
             block->present[word] = present_words[word] & valid;
-            block->sent[word] = ~present_words[word] & valid; /* the destination knows these from the page map */
+            __atomic_store_n(&block->sent[word], ~present_words[word] & valid, __ATOMIC_RELAXED); /* the destination knows these from the page map */
         }
         block->unsent = block->pages - pc_bitmap_count(block->sent, block->pages);
         pc_summary_make(&block->sent_words, block->sent, block->pages);
@@ -205,7 +206,7 @@ int pc_pageserver_set_received(struct pc_pageserver *server, uint32_t index, con
             uint64_t valid = pc_bits_mask(word, 0, block->pages);
 
             /* What is absent is known to the destination from the page map, received or not. */
-            block->sent[word] = (received_words[word] | ~block->present[word]) & valid;
+            __atomic_store_n(&block->sent[word], (received_words[word] | ~block->present[word]) & valid, __ATOMIC_RELAXED);
             /* An answer that was lost on its way was none: asking again is no repetition. */
             block->demanded[word] &= received_words[word];
             block->released_before[word] = pc_bits_word(block->released, word);
@@ -250,7 +251,7 @@ int pc_pageserver_set_stale(struct pc_pageserver *server, uint32_t index, const 
             ADD(server, zero_pages, -pc_bits_popcount(again & ~block->present[word]));
             block->unsent += pc_bits_popcount(again);
             block->present[word] |= again;
-            block->sent[word] &= ~again;
+            pc_atomic_clear(block->sent, word, again);
         }
         pc_summary_make(&block->sent_words, block->sent, block->pages);
     }
@@ -464,6 +465,16 @@ int pc_pageserver_stats(struct pc_pageserver *server, struct pc_pageserver_stats
     for (size_t i = 0; i < sizeof(*stats) / sizeof(*count); i++)
         ((uint64_t *)stats)[i] = __atomic_load_n(&count[i], __ATOMIC_RELAXED);
     return 0;
+}
+
+int pc_pageserver_bins(struct pc_pageserver *server, uint8_t *bins, uint32_t count)
+{
+    return (int)pc_view_bins(&server->view, bins, count);
+}
+
+const struct pc_view *pc_pageserver_view(const struct pc_pageserver *server)
+{
+    return &server->view;
 }
 
 static void set_stopping(struct pc_pageserver *server, bool stopping)

@@ -48,6 +48,7 @@
 #include "core/stream.h"
 #include "core/summary.h"
 #include "core/util.h"
+#include "core/view.h"
 #include "postcopy/engine.h"
 #include "tls/stream.h"
 
@@ -131,6 +132,7 @@ struct pc_pageserver {
     struct pc_events events;
     struct source_block *blocks[PC_MAX_BLOCKS];
     uint32_t block_count; /* atomic */
+    struct pc_view view;  /* of the pages that are sent */
     struct channel urgent[PC_MAX_SHARDS];
     struct channel bulk[PC_MAX_BULK_CHANNELS];
 
@@ -186,6 +188,7 @@ int pc_channel_answer(struct channel *channel, char *text, size_t text_bytes);
 bool pc_claim_run(struct pc_pageserver *server, struct run *run);
 int pc_channel_push(struct channel *channel, char *text, size_t text_bytes);
 
+const struct pc_view *pc_pageserver_view(const struct pc_pageserver *server);
 /* pageserver.c. Waits until the server serves: true, or false when it is being stopped. Without a lock once it does. */
 bool pc_pageserver_wait_serving(struct pc_pageserver *server);
 /* A page's content cannot be had, and no other connection would serve it. Reported once between two disconnections: events wait in

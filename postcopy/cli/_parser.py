@@ -27,7 +27,7 @@ from postcopy import __version__
 from postcopy.cli._commands import COMMANDS
 from postcopy.errors import ConfigurationError
 from postcopy.service import options
-from postcopy.service.options import OUTPUT, Group, OneOf, Option, is_name
+from postcopy.service.options import Group, OneOf, Option, is_name
 from postcopy.units import among, any_of, argument, did_you_mean
 from postcopy.wire import one_line
 
@@ -334,7 +334,7 @@ def add_groups(parser: argparse.ArgumentParser, groups: Iterable[Group], default
                     add_option(one, option, defaults)
             else:
                 add_option(section, item, defaults)
-        if group is OUTPUT:
+        if group.title == "output":
             section.add_argument(
                 "-v", "--verbose", action="store_const", const="info", dest="log_level", default=argparse.SUPPRESS,
                 help="same as --log-level info",

@@ -19,7 +19,7 @@ from postcopy.migration.salvage import MAX_RANGES
 from postcopy.migration.tasks import Interrupted
 from postcopy.output import Kind, Output
 from postcopy.records.commands import DoubtfulRange, MergeResult
-from postcopy.service.options import OUTPUT, Group, OneOf, Option, parse_path, path
+from postcopy.service.options import LOGGING, Group, OneOf, Option, parse_path, path
 from postcopy.units import format_size
 
 # fmt: off
@@ -30,7 +30,7 @@ OPTIONS = (
           OneOf(path("output", "write a memory image (sparse): one RAM block after the other"),
                 path("into", "write a new directory with all that was salvaged of the machine, for `postcopy source"
                      " --from`", "DIR"))),
-    OUTPUT,
+    LOGGING,
 )
 # fmt: on
 

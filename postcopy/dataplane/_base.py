@@ -18,7 +18,7 @@ import errno
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import trio
 
@@ -30,6 +30,12 @@ from postcopy.errors import CoreError, ErrorLine, MigrationError, c_text, check
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
 from postcopy.tls import DataChannel
+
+if TYPE_CHECKING:
+    from postcopy.dataplane.histogram import Histogram
+    from postcopy.dataplane.recorder import Recorder
+SHOWN_BINS = 64
+"""Of the picture of the memory that is shown while it moves."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ class DataPlane(abc.ABC):
     def __init__(self) -> None:
         self._blocks: list[BlockInUse] = []
         self._ending = trio.Lock()
+        self._recorder: Recorder | None = None
         self._closed = False
 
     # ---- events
@@ -95,6 +102,32 @@ class DataPlane(abc.ABC):
     async def wait_event(self) -> None:
         """Until `take_event` may have something. `trio.ClosedResourceError` when closed meanwhile."""
 
+    # ---- looking at it
+
+    def bins(self, count: int = SHOWN_BINS) -> bytes:
+        """Which parts of the memory are there (of a page server: sent): as many of equal size as it has pages, at most
+        `count`, in the order of the blocks; each from 0 (nothing) to 63 (all of it). Takes microseconds."""
+        self._check_open()
+        found = ffi.new("uint8_t[]", count)
+        filled = self._fill_bins(found, count)
+        return bytes(ffi.buffer(found)[0:filled])
+
+    def _fill_bins(self, bins: Any, count: int) -> int:
+        return 0  # not known
+
+    def be_recorded(self, recorder: Recorder) -> None:
+        """From here on, until `close`, which stops the recorder."""
+        self._check_open()
+        self._recorder = recorder
+        self._give_to(recorder)
+
+    def _give_to(self, recorder: Recorder) -> None:  # noqa: B027 -- one that the core does not have is not recorded
+        """What is to be looked at."""
+
+    def stages(self) -> list[Histogram]:
+        """Latencies of demand faults by `Stage`, where there are any."""
+        return []
+
     # ---- the end
 
     @abc.abstractmethod
@@ -108,6 +141,8 @@ class DataPlane(abc.ABC):
             async with self._ending:
                 if self._closed:
                     return
+                if self._recorder is not None:
+                    self._recorder.stop()
                 try:
                     await self._end()
                 finally:
@@ -214,6 +249,12 @@ class CoreDataPlane(DataPlane):
         await self._run(self._end_by, f"ending the {self.NAME}")
 
     # ---- calling the core
+
+    def _fill_bins(self, bins: Any, count: int) -> int:
+        return int(self._function("bins")(self._struct, bins, count))
+
+    def _give_to(self, recorder: Recorder) -> None:
+        recorder.take(self.PREFIX.removeprefix("pc_"), self._struct)
 
     def _function(self, name: str) -> Any:
         return getattr(lib, f"{self.PREFIX}_{name}")

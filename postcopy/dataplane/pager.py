@@ -102,6 +102,9 @@ class PagerCounters(DataPlane):
         self._count("reading the pager's latencies", "latency", stage, histogram.struct)
         return histogram
 
+    def stages(self) -> list[Histogram]:
+        return [self.latency(stage) for stage in Stage]
+
     def blocktime_ns(self) -> list[int]:
         """How long each tracked slot has been blocked on missing pages, faults still pending counted up to now."""
         times: Any = ffi.new("uint64_t[]", max(1, self._slots))

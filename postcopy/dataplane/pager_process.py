@@ -47,6 +47,7 @@ from postcopy.dataplane._events import ChannelKind, Event, EventType
 from postcopy.dataplane._pager_child import MESSAGE_BYTES
 from postcopy.dataplane.compression import Compression
 from postcopy.dataplane.pager import PagerCounters, PagerStatistics
+from postcopy.dataplane.recorder import Recorder
 from postcopy.errors import BusyError, CoreError, MigrationError, PostcopyError, check
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
@@ -374,7 +375,9 @@ class ProcessPager(PagerCounters):
     def add_block(self, memory: Memory) -> int:
         states_fd = check(lib.pc_states_new(memory.pages), "making page states")
         try:
-            return self._add_block(memory, memory.pages, lambda: self._give_block(memory, states_fd), states_fd)
+            number = self._add_block(memory, memory.pages, lambda: self._give_block(memory, states_fd), states_fd)
+            check(lib.pc_metrics_add_states(self._counters, states_fd, memory.pages, memory.page_bytes), "mapping them")
+            return number
         except BaseException:
             os.close(states_fd)
             raise
@@ -464,6 +467,12 @@ class ProcessPager(PagerCounters):
         bitmap = Bitmap(entry.pages)
         check(lib.pc_states_received(entry.states_fd, len(bitmap), bitmap.words), "reading the received map")
         return bitmap
+
+    def _fill_bins(self, bins: Any, count: int) -> int:
+        return int(lib.pc_metrics_bins(self._counters, bins, count))
+
+    def _give_to(self, recorder: Recorder) -> None:
+        recorder.take("metrics", self._counters)
 
     def take_event(self) -> Event | None:
         self._check_open()

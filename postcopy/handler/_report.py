@@ -8,7 +8,8 @@ import time
 from postcopy.dataplane.histogram import Histogram
 from postcopy.handler._vm import Vm
 from postcopy.records import pager as records
-from postcopy.records.migration import Latency
+from postcopy.records.migration import Latency, Recent
+from postcopy.records.timeline import residency_text
 
 _SERVED = {"1": "first_fault_ns", "100": "fault_100_ns", "1000": "fault_1000_ns", "10000": "fault_10000_ns"}
 LATENCY_BUCKETS = 24
@@ -68,6 +69,8 @@ def vm_record(vm: Vm, deaths: int) -> records.Vm:
         removed_pages=counted("removed_pages"),
         retries=counted("retries"),
         fault_latency_us=latency_record(vm.latency),
+        recent=None if vm.recent is None else Recent(**vm.recent.fields()),
+        residency=residency_text(vm.bins) or None,
         postcopy_latency_dist=latency_distribution(vm.latency),
         faults_served_ms={
             number: round((at_ns - about.connected_ns) / 1e6, 1)

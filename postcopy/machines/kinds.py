@@ -26,7 +26,7 @@ class MachineOptions:
     vcpus: int | None = None
     workload: str | None = None
     backing: str | None = None
-    working_set_bytes: int | None = None
+    used_memory_bytes: int | None = None
     seed: int | None = None
     disk: str | None = None  # path of the backing file
     disk_bytes: int | None = None

@@ -38,7 +38,7 @@ from postcopy import wire
 from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
 from postcopy.dataplane import compression
-from postcopy.dataplane.histogram import Histogram
+from postcopy.dataplane.histogram import Histogram, RecentWindow
 from postcopy.dataplane.pager import ChannelKind, Event, EventType
 from postcopy.errors import MigrationError, PostcopyError, ProtocolError
 from postcopy.machines import BlockLayout, Extent, Machine, MachineState, MachineStatistics
@@ -115,6 +115,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         self.machine_failure = ""  # what the guest, or its vCPUs, found wrong here
         self.at_switchover: MachineStatistics | None = None
         self.latency = Histogram()  # of demand faults, as `statistics` has seen it last
+        self._window = RecentWindow()
         self._make_machine = make_machine
         self._make_pager = make_pager
         self._background = background
@@ -160,7 +161,9 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             counted,
             page_bytes=self.machine.blocks[0].memory.page_bytes if self.machine is not None else 0,
             latency=Latency.of(self.latency),
+            recent=self._window.look(self.latency),
             blocktime_ns=tuple(data.blocktime_ns()),
+            bins=data.bins(),
             iteration=self.iteration,
         )
 
@@ -319,6 +322,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             raise MigrationError(self.at_switchover.failure_text)
         control.hurry()
         await control.send(protocol.send(wire.Prepared()))
+        self._mark("prepared")
         self._count_precopy()
         await control.receive(wire.Commit, STEP_TIMEOUT_S)
         await self._start(control, machine)
@@ -358,11 +362,13 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         """Shielded: a machine that was committed to us runs, whatever else happens meanwhile. Where it cannot, no
         connection would help."""
         self.committed_ns = now_ns()
+        self._mark("commit", at_ns=self.committed_ns)
         self._searching_since_s = None  # it is in doubt no more
         with trio.CancelScope(shield=True):
             await machine.resume()
             await machine.claim_network()
             self.running_ns = await self._first_run(machine)
+        self._mark("running", at_ns=self.running_ns)
         self.breakdown = replace(self.breakdown, first_run_ns=self._resume_ns)
 
     async def _finish(self, control: Control[DestinationProtocol], pager: AnyPager) -> None:
@@ -383,6 +389,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             now = now_ns()
             await pager.disarm()
             self.completed_ns = now
+            self._mark("all-there", at_ns=now, begins=True)
             assert self.machine is not None
             with trio.CancelScope(shield=True):
                 await self._contained(self.machine.made_whole)
@@ -395,8 +402,12 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         machine = self.machine = self._make_machine(offer.machine, offer.config, layout)
         self._placed_every_s = offer.placed_every_ms / 1000
         self._join(link, Session(offer.migration, offer.token, epoch=0))
+        self._mark("offer")
         await machine.prepare()
         pager = self._data = self._make_pager()
+        if self.recorder is not None:
+            self.recorder.follow(pager, [(block.name, block.size_bytes, block.page_bytes) for block in machine.layout])
+            machine.be_recorded(self.recorder)
         for block in machine.blocks:
             pager.add_block(block.memory)
         for _ in range(0 if machine.lends else machine.shards):
@@ -428,6 +439,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         assert isinstance(message, wire.Switchover)
         self._forgets = False
         armed_ns = now_ns()
+        self._mark("switchover", at_ns=began_ns, begins=True)
         await machine.load_and_map(message.state, partial(self._adopt, pager))
         self.breakdown = Breakdown(arm_ns=armed_ns - began_ns, load_ns=now_ns() - armed_ns)
         if message.whole:  # after it: pages that were staged can be placed only now
@@ -457,6 +469,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         self._rounds += 1
         if message.pushed:
             self.iteration += 1
+            self._mark("round", str(self.iteration))
             self._pushing = set(range(self._bulk_channels))
             pager.expect_push()
             await pager.confirm()  # the source pushes as soon as it has heard of it
@@ -526,6 +539,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             self._pushing.discard(event.channel)
             self._wake()
         elif event.type is EventType.DIED:
+            self._mark("pager-died", event.text)
             raise MigrationError(event.text)
 
     def _needs(self, event: Event) -> bool:

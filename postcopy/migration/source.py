@@ -97,6 +97,7 @@ class SourceOptions:
     max_downtime_s: float = 0.3  # what is left after a round and fits is sent while the machine is paused
     precopy_rounds: int = 30  # at most, where `precopy_s` is inf
     compress: str = "off"  # background pages: off, lz4, zstd, auto
+    push_after_s: float = 0.0  # from the switchover on; inf: not at all, but when this side is told to
 
 
 class SourceMigration(Engine[SourceProtocol, PageServer]):
@@ -173,6 +174,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
     def _count(self, data: PageServer) -> Statistics:
         counted = data.statistics()
         mine: dict[str, Any] = {
+            "bins": data.bins(),
             "iteration": self.iteration,
             "dirty_sync_count": self._synchronised,
             "dirty_pages_rate": self._dirty_rate,
@@ -247,12 +249,16 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         """
         self._keep = keep
         self.set_recover_for(self._recover_for_s)
+        if self.recorder is not None:
+            self.machine.be_recorded(self.recorder)
         try:
             await self._run(stop, partial(self._migrate, go=go))
         finally:
             with trio.CancelScope(shield=True):  # bounded by `_resume`
                 async with self._resuming:  # by `reclaim`, which ends this: its owner may close the machine then
                     pass
+            if self.recorder is not None:
+                self.recorder.stop()
             self.connected.set()
 
     async def _connect(self) -> Link | None:
@@ -433,6 +439,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
                 compression.names(wanted),
             )
             await control.send(protocol.send(offer))
+            self._mark("offer", at_ns=now_ns())
             self._change()
             accept = self._accepted = await control.receive(wire.Accept, STEP_TIMEOUT_S)
             self._check_accept(accept, blocks)
@@ -446,6 +453,14 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
                 )
             for block, unit in zip(machine.blocks, accept.page_bytes, strict=True):
                 server.add_block(block.memory, unit)
+            if self.recorder is not None:
+                self.recorder.follow(
+                    server,
+                    [
+                        (block.name, block.size_bytes, unit)
+                        for block, unit in zip(machine.layout, accept.page_bytes, strict=True)
+                    ],
+                )
             if self._options.release_ram:
                 self._releaser = Releaser(server, len(blocks))
             self._change()
@@ -454,6 +469,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         self.ready_ns = now_ns()
         self._change()
         await go.wait()
+        self._begin_detail()
         if link.version >= 4:
             await self._tell(control, server)
             await self._precopy(control, server)
@@ -481,6 +497,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
 
     def _runs_there(self, since_ns: int) -> None:
         self.running_ns = since_ns
+        self._mark("running", at_ns=since_ns)
         self.downtime_ns = since_ns - self.paused_ns
         self._push_the_rest()
         self.breakdown = replace(self.breakdown, commit_ns=since_ns - self._prepared_ns)
@@ -500,6 +517,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         if not isinstance(message, wire.Complete):
             raise ProtocolError(f"{message.TYPE} came where complete was due")
         self.completed_ns = now_ns()
+        self._mark("all-there", at_ns=self.completed_ns)
         self.total_ns = self.completed_ns - self.paused_ns
         self._reported = replace(Statistics.from_wire(message.stats), pending_faults=None)
         with trio.CancelScope(shield=True, deadline=trio.current_time() + STEP_TIMEOUT_S):
@@ -545,6 +563,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         while not (why := policy.why_no_other(since_s())):
             before = server.statistics()
             self.iteration += 1
+            self._mark("round", str(self.iteration))
             self._change()
             push_s = await self._push(server, since_s)
             pushed = server.statistics()
@@ -624,6 +643,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         if began_ns <= (stopped_ns := machine.statistics().paused_ns) < parts["paused"]:  # it was then already
             parts["paused"] = stopped_ns
         self.paused_ns = parts["paused"]
+        self._begin_detail()
         await machine.pause()
         parts["stop_ns"] = now_ns()
         part: type[Part] = wire.StaleMap
@@ -711,6 +731,9 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         parts = {name: end - begin for name, begin, end in zip(list(at_ns)[1:], ends, ends[1:], strict=False)}
         self._prepared_ns = ends[-1]
         self.breakdown = Breakdown(**parts)
+        for what, at in (("pause", "paused"), ("switchover", "send_ns"), ("prepared", "prepared_ns")):
+            self._mark(what, at_ns=at_ns[at])
+        self._mark("commit", at_ns=self.committed_ns)
 
     def _check_accept(self, accept: wire.Accept, blocks: tuple[wire.Block, ...]) -> None:
         if len(accept.page_bytes) != len(blocks):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from postcopy.dataplane.counters import PagerStatistics, PageServerStatistics
-from postcopy.dataplane.histogram import Histogram
+from postcopy.dataplane.histogram import Histogram, Recent
 
 
 def milliseconds(ns: int) -> float:
@@ -106,7 +106,9 @@ class Statistics:
     compressed_bytes: int | None = None  # payloads as they were on the wire, and
     uncompressed_bytes: int | None = None  # what they stand for
     latency: Latency = Latency()
+    recent: Recent | None = None  # the same, in the newest interval that was looked at
     blocktime_ns: tuple[int, ...] = ()  # by vCPU
+    bins: bytes = b""  # which parts of the memory are there, see `DataPlane.bins`
 
     @property
     def remaining_bytes(self) -> int | None:
@@ -117,7 +119,7 @@ class Statistics:
     @classmethod
     def of(cls, counted: PagerStatistics | PageServerStatistics, **more: Any) -> Statistics:
         """What the core has counted, under the same names."""
-        same = {
+        same: dict[str, Any] = {
             name: getattr(counted, name) for name in cls.__dataclass_fields__ if name in counted.__dataclass_fields__
         }
         return cls(transferred_bytes=counted.bytes_received + counted.bytes_sent, **same, **more)
@@ -139,8 +141,9 @@ class Statistics:
         """What the peer has counted. What is no sensible number there is 0."""
         latency, blocktime = table.get("latency"), table.get("blocktime_ns")
         latency = latency if isinstance(latency, Mapping) else {}
+        told: dict[str, Any] = {name: natural(table.get(name)) for name in _ON_WIRE}
         return cls(
-            **{name: natural(table.get(name)) for name in _ON_WIRE},
+            **told,
             latency=Latency(*(natural(latency.get(each.name)) for each in fields(Latency))),
             blocktime_ns=tuple(natural(value) for value in blocktime[:64]) if isinstance(blocktime, list) else (),
         )

@@ -34,6 +34,10 @@ class Settings(Record, kw_only=True):
         float | None,
         doc("The machine is paused when what is left can be sent in this time. Not there at a destination.", "s"),
     ] = None
+    push_after: Annotated[
+        float | Literal["forever"] | None,
+        doc("How long the push is held back after the switchover. Not there at a destination.", "s"),
+    ] = None
     recover_for: Annotated[float | Literal["forever"], doc("How long a peer that was lost is looked for.", "s")]
 
 

@@ -22,9 +22,11 @@ from postcopy.records.migration import (
     Pager,
     Process,
     Ram,
+    Recent,
     Recoveries,
 )
 from postcopy.records.results import Run
+from postcopy.records.timeline import Timeline, VmTimeline
 
 _Ended = Annotated[str, doc("How it ended.", of="completed|failed")]
 
@@ -60,6 +62,7 @@ class Progress(OfMigration, kw_only=True):
     guest: Annotated[Guest | None, doc("What the machine says of itself, once it is there.")] = None
     ram: Annotated[Ram | None, doc("Memory and pages.")] = None
     pending_faults: Annotated[int | None, doc("Destination: threads that wait for a page now.", "threads")] = None
+    recent: Annotated[Recent | None, doc("Destination: demand faults of the last moment.")] = None
     recoveries: Annotated[Recoveries | None, doc("Connections lost and replaced.")] = None
     pager: Annotated[Pager | None, doc("Destination: where its pager lives.")] = None
 
@@ -160,6 +163,7 @@ _OF_MACHINES: dict[str, tuple[type[Record], ...]] = {
     "progress": (Progress, ProcessStatus),
     "migration-status": (MigrationStatus,),
     "migration-ended": (MigrationEnded,),
+    "timeline": (Timeline, VmTimeline),
     "machine-started": (MachineStarted,),
     "machine-received": (MachineReceived,),
     "machine-left": (MachineLeft,),

@@ -126,6 +126,12 @@ class Ram(Record):
         doc("Memory that `--release-ram` has given back to the source's host.", "bytes",
             metric="postcopy_migration_released_bytes"),
     ] = None  # fmt: skip
+    residency: Annotated[
+        str | None,
+        doc("Which parts of the memory are there (source: sent): up to 64 parts of equal size, in the order of the"
+            " blocks, a digit of base64 for each: A: nothing of it, /: all of it; the others are 62 equal steps"
+            " between. Above 2 GiB of memory each is an even sample of its pages."),
+    ] = None  # fmt: skip
 
 
 class Latency(Record, kw_only=True):
@@ -137,6 +143,15 @@ class Latency(Record, kw_only=True):
     p99: Annotated[float, doc("Not exceeded by 99 % of them.", "us")]
     p99_9: Annotated[float, doc("Not exceeded by 99.9 % of them.", "us")] = field(name="p99.9")
     max: Annotated[float, doc("The longest.", "us")]
+
+
+class Recent(Record, kw_only=True):
+    """Demand faults of the newest interval, of half a second at least, that was looked at."""
+
+    interval_ms: Annotated[float, doc("How long it was.", "ms")]
+    count: Annotated[int, doc("Faults that ended in it.", "faults")]
+    p50: Annotated[float, doc("Not exceeded by 50 % of them.", "us")]
+    p99: Annotated[float, doc("Not exceeded by 99 % of them.", "us")]
 
 
 def _part(text: str, part: str) -> Meta:
@@ -264,6 +279,7 @@ class Migration(Counted, kw_only=True):
         None
     )
     elapsed_ms: Annotated[float, doc("Since the migration began, until its end.", "ms")]
+    recent: Annotated[Recent | None, doc("Destination: demand faults of the last moment.")] = None
 
 
 class Vcpu(Record, kw_only=True):

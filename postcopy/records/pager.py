@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from postcopy.records._base import Record, doc
-from postcopy.records.migration import Error, Latency
+from postcopy.records.migration import Error, Latency, Recent
 
 _PAGES = "Pages by how they came: demand, prefetched (before a fault asked), background (pushed by a source), zero."
 
@@ -101,6 +101,11 @@ class Vm(Record, kw_only=True):
         doc("How long demand faults took.", "us", metric="postcopy_vm_fault_latency_seconds",
             help="Of demand faults, event read until thread woken."),
     ]  # fmt: skip
+    recent: Annotated[Recent | None, doc("Demand faults of the last moment.")] = None
+    residency: Annotated[
+        str | None,
+        doc("Which parts of the memory are there: as `residency` of a migration's memory (Ram)."),
+    ] = None
     postcopy_latency_dist: Annotated[
         list[int],
         doc("The same as QEMU counts them: the number at place N is that of faults that took 2^N to 2^(N+1) us, the"

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from postcopy.records._base import Record, doc
+from postcopy.records.timeline import Distribution
 
 
 class Host(Record, kw_only=True):
@@ -70,13 +71,6 @@ class Curve(Record, kw_only=True):
     fit: Annotated[Fit | None, doc("How it grows; not there where that was not asked.")] = None
 
 
-class Distribution(Record, kw_only=True):
-    """A histogram of times, with the buckets in which there are any."""
-
-    buckets_ns: Annotated[list[int], doc("Upper edge of each bucket, rising.", "ns")]
-    bucket_counts: Annotated[list[int], doc("How many times are in it.", "times")]
-
-
 class Measurement(Record, kw_only=True):
     """Something that was measured. It is about `of`, divided by `to` within each round where there is one."""
 
@@ -96,5 +90,21 @@ class Measurement(Record, kw_only=True):
     )
     reached: Annotated[bool | None, doc("Whether the goal is; not there without one.")] = None
     curve: Annotated[Curve | None, doc("Where the values are points of one.")] = None
-    latency: Annotated[dict[str, Distribution] | None, doc("Distributions of times, all rounds together.")] = None
+    distributions: Annotated[dict[str, Distribution] | None, doc("Distributions of times, all rounds together.")] = None
     note: Annotated[str | None, doc("What else there is to say.")] = None
+
+
+class Comparison(Record, kw_only=True):
+    """A value of two files of results (`bench compare A B`)."""
+
+    name: Annotated[str, doc("Of the value.")]
+    unit: Annotated[str, doc("Of the medians.")]
+    better: _Better | None = None
+    before: Annotated[float | None, doc("Median of the rounds of A; null: there are none.", "`unit`")]
+    after: Annotated[float | None, doc("Median of those of B.", "`unit`")]
+    rounds_before: Annotated[int, doc("Of A.", "rounds")]
+    rounds_after: Annotated[int, doc("Of B.", "rounds")]
+    ratio: Annotated[float | None, doc("`after` over `before`; not there with too few rounds.", "1")] = None
+    low: Annotated[float | None, doc("Lower end of its 95 % confidence interval.", "1")] = None
+    high: Annotated[float | None, doc("Upper end of it.", "1")] = None
+    verdict: Annotated[str, doc("What can be said.", of="worse|better|no difference seen|too few rounds")]

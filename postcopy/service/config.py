@@ -30,6 +30,9 @@ class ArrivalOptions:
     net: str | None = None  # tap:NAME or IFACE=TAP,...: where network devices are attached
     busy_poll_us: int = 0
     pager_process: bool = False  # the pager in a process of its own
+    prefetch: str = "none"  # what is asked for before it is touched
+    working_set: str | None = None  # path, of what is asked for first; for a daemon of a directory
+    record_working_set: str | None = None  # the same, where to write what was waited for
     kill_when_lost: bool = False
     api_socket: str | None = None  # where a microVM is loaded: that of a Firecracker which was told nothing yet,
     firecracker: str | None = None  # or the binary, which is started

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 from postcopy._files import absolute, explain_bad_name
+from postcopy.dataplane.ahead import check_prefetch
 from postcopy.errors import ConfigurationError
 from postcopy.machines.firecracker.opened import parse_allowed
 from postcopy.machines.kinds import BACKINGS, KINDS, is_live, parse_pairs
@@ -388,7 +389,7 @@ LIVE_KIND = choice("machine", tuple(filter(is_live, KINDS)), "kind of the machin
 MEMORY = size("memory", "kvm, rv64: size of its memory, as 1GiB")
 VCPUS = whole("vcpus", "kvm, rv64: number of virtual CPUs", 0, 1000)
 WORKLOAD = choice("workload", tuple(WORKLOADS), "kvm, rv64: program that the guest runs")
-WORKING_SET = size("working-set", "kvm, rv64: how much of the memory that program uses (default: all)")
+USED_MEMORY = size("used-memory", "kvm, rv64: how much of the memory that program uses (default: all)")
 SEED = whole("seed", "kvm, rv64: makes the content of the memory the same in each run (default: random)", 0, 2**64 - 1)
 DISK = path("disk", "workload disk: file of the guest's disk, which both hosts must have (default: a temporary file)")
 IMAGE = path("image", "image: memory image to serve")
@@ -398,7 +399,7 @@ QMP = path("qmp", "qemu: a QMP monitor of it that no other client uses", "PATH")
 PRELOAD = path("preload", "program, qemu: socket of the preload library in it (default for qemu: as `postcopy run` has"
                " told it)", "PATH")
 LIVE_MACHINE = (
-    MEMORY, VCPUS, WORKLOAD, WORKING_SET, SEED, DISK, NET,
+    MEMORY, VCPUS, WORKLOAD, USED_MEMORY, SEED, DISK, NET,
     Option("net-mac", "workload echo: MAC address of the guest (default: made from the seed)", "MAC",
            parse_mac, format_mac),
     Option("net-address", "workload echo: IPv4 address of the guest (default: made from the seed)", "IPV4",
@@ -462,8 +463,19 @@ MAX_BANDWIDTH = Option("max-bandwidth", "limit of the background push, as 100MiB
                        field="max_bandwidth_bytes_per_s", json_unit="B/s")
 RELEASE_RAM = flag("release-ram", "kvm, rv64: past the point of no return, give memory back to this host as the"
                    " destination acknowledges its pages")
-ONE_WAY = (MODE, PRECOPY, MAX_DOWNTIME, PRECOPY_ROUNDS, COMPRESS, BULK_CHANNELS)  # of one migration
+PUSH_AFTER = seconds("push-after", "hold the background push back for SECONDS after the switchover: before that only"
+                     " pages go out that the destination asks for", forever=True)
+ONE_WAY = (MODE, PRECOPY, MAX_DOWNTIME, PRECOPY_ROUNDS, COMPRESS, BULK_CHANNELS, PUSH_AFTER)  # of one migration
 SENDING = (*ONE_WAY, MAX_BANDWIDTH, RELEASE_RAM)
+
+PREFETCH = Option("prefetch", "ask for pages before the machine touches them: the PAGES behind each fault, or half of"
+                  " them on either side of it (8 where no number is given); or, adaptive, along the strides that faults"
+                  " show",
+                  "none|forward[:PAGES]|both[:PAGES]|adaptive", check_prefetch)
+SET_FILE = path("working-set", "ask for these pages first, in their order, which --record-working-set has written")
+RECORD_SET = path("record-working-set", "write which pages the machine waits for, and in what order, to FILE when the"
+                  " last page is here")
+AHEAD = (PREFETCH, SET_FILE, RECORD_SET)
 
 HEARTBEAT = seconds("heartbeat", f"interval of signs of life; a peer that is silent for {MISSED_HEARTBEATS} intervals"
                     " is lost", 0.05, 3600)
@@ -497,12 +509,13 @@ PAGER_SOURCE = OneOf(
     replace(CONNECT, help="get the pages from a `postcopy source --machine image --listen` or `postcopy.serve`, which"
             " listens at this address"),
 )
-PREFETCH = choice("prefetch", ("none", "all", "working-set"), "place pages behind those that are waited for: none, the"
-                  " working set, or that and then all (default: working-set where there is one, else none)")
-SET_FILE = path("working-set", "place these pages first, which --record-working-set has written; with --images: NAME.ws"
-                " in this directory")
-RECORD_SET = path("record-working-set", "write which pages a virtual machine touches, and in what order, to FILE when"
-                  " it ends; with --images: to NAME.ws in this directory")
+PAGER_PREFETCH = choice("prefetch", ("none", "all", "working-set"), "place pages behind those that are waited for:"
+                        " none, the working set, or that and then all (default: working-set where there is one, else"
+                        " none)")
+PAGER_SET = replace(SET_FILE, help="place these pages first, which --record-working-set has written; with --images:"
+                    " NAME.ws in this directory")
+RECORD_PAGER_SET = replace(RECORD_SET, help="write which pages a virtual machine touches, and in what order, to FILE"
+                           " when it ends; with --images: to NAME.ws in this directory")
 RECORD_FOR = seconds("record-for", "how long that is recorded; the file is written then", forever=True)
 PAGER_LOST = choice("on-lost", {"hold": False, "kill": True}, "when pages cannot be had any more: hold the virtual"
                     " machine where it needs them, or kill its process", "kill_when_lost")
@@ -544,12 +557,15 @@ def _operating(control_default: str) -> Group:
     )
 
 
-OUTPUT = Group(
+REPORT = path("report", "when a migration has ended, write a report of it, with pictures, to FILE.html; `postcopy"
+              " report` makes one of the --json lines of both sides", "FILE.html")
+LOGGING = Group(
     "output",
     flag("json", "print one JSON object per line on stdout, the result last"),
     choice("log-level", ("debug", "info", "warning", "error"), f"lowest severity to log (default: {LOG_LEVEL})"),
     flag("log-json", "log one JSON object per line on stderr, with the id of the migration"),
 )
+OUTPUT = Group("output", REPORT, *LOGGING)
 _NETS = replace(NET, help="workload echo: TAP device on this host; firecracker: that of each interface, where it is"
                 " another one than at the source", metavar="tap:NAME|IFACE=TAP[,...]", parse=_check_nets)
 _CALLING_TLS = Group("TLS", TLS, TLS_HOSTNAME, TLS_AUTHZ, INSECURE)
@@ -575,7 +591,7 @@ COMMANDS: Mapping[str, tuple[Group, ...]] = {
               FIRECRACKER, DRIVE, ALLOW,
               replace(QMP, help="qemu: a QMP monitor of one that `postcopy run` has started with -incoming defer -S"),
               QEMU, PRELOAD, RUN_FOR, DUMP, VERIFY),
-        Group("migration", BACKING, BUSY_POLL, PAGER),
+        Group("migration", BACKING, BUSY_POLL, PAGER, *AHEAD),
         Group("when the network fails", HEARTBEAT, RECOVER_FOR, ON_LOST, SALVAGE),
         _operating("none"), OUTPUT,
     ),
@@ -585,14 +601,19 @@ COMMANDS: Mapping[str, tuple[Group, ...]] = {
         Group("TLS", TLS, TLS_AUTHZ, INSECURE),
         Group("machine to begin with", LIVE_KIND, NAME, *(_NETS if each is NET else each for each in LIVE_MACHINE)),
         Group("machines that come", FIRECRACKER, DRIVE, ALLOW, QEMU, MACHINES_OF_ONE, MEMORY_OF_ONE),
-        Group("migration", BACKING, BUSY_POLL, PAGER, *SENDING),
+        Group("migration", BACKING, BUSY_POLL, PAGER, PREFETCH,
+              replace(SET_FILE, help="ask for the pages in NAME.ws in this directory first, for a machine NAME",
+                      metavar="DIR"),
+              replace(RECORD_SET, help="write which pages a machine NAME waits for when it comes, and in what order, to"
+                      " NAME.ws in this directory", metavar="DIR"),
+              *SENDING),
         Group("when the network fails", HEARTBEAT, RECOVER_FOR),
         _operating(DEFAULT_CONTROL), OUTPUT,
     ),
     "pager": (
         Group("virtual machines", PAGER_SOCKET, PAGER_SOURCE, ALLOW_UID, MAX_VMS, MAX_MEMORY),
         _CALLING_TLS,
-        Group("pages", PREFETCH, SET_FILE, RECORD_SET, RECORD_FOR, READERS, BUSY_POLL),
+        Group("pages", PAGER_PREFETCH, PAGER_SET, RECORD_PAGER_SET, RECORD_FOR, READERS, BUSY_POLL),
         Group("when something fails", PAGER_LOST, RECOVER_FOR, KEEPER, RESTART_BURST),
         _operating("none"), OUTPUT,
     ),

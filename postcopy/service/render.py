@@ -97,6 +97,8 @@ def _setting_rows(settings: Json) -> list[tuple[str, str]]:
         rows.append(("Default mode", settings["mode"] + rounds))
         if precopy:
             rows.append(("Max downtime", format_duration(settings["max-downtime"])))
+    if after := settings.get("push-after"):
+        rows.append(("Push after", after if isinstance(after, str) else f"{after:g} s"))
     if "recover-for" in settings:
         patience = settings["recover-for"]
         rows.append(("Recover for", patience if isinstance(patience, str) else f"{patience:g} s"))

@@ -14,6 +14,7 @@ from typing import Any
 import trio
 
 from postcopy import records
+from postcopy.dataplane.histogram import Recent as Interval
 from postcopy.machines import Check, MachineStatistics
 from postcopy.machines import Machine as AnyMachine
 from postcopy.migration import statistics as counts
@@ -34,12 +35,14 @@ from postcopy.records.migration import (
     Network,
     Pager,
     Ram,
+    Recent,
     Recoveries,
     Tls,
     Vcpu,
 )
 from postcopy.records.migration import Check as CheckRecord
 from postcopy.records.migration import Migration as MigrationRecord
+from postcopy.records.timeline import Timeline, residency_text
 from postcopy.tls import PeerCertificate
 
 Json = records.Json
@@ -62,6 +65,18 @@ def ended(machine: str, migration: Migration) -> MigrationEnded:
     """How one migration has ended, in short."""
     downtime_ms, total_ms = milliseconds(migration.downtime_ns), milliseconds(migration.total_ns)
     return MigrationEnded(machine=machine, downtime_ms=downtime_ms, total_ms=total_ms, **_identity(migration))
+
+
+def timeline(machine: str, kind: str | None, migration: Migration) -> Timeline | None:
+    """How a migration came about, once it has ended; None where it was not recorded, or nothing was moved."""
+    recorder, migration.recorder = migration.recorder, None
+    if recorder is None:
+        return None
+    recording = recorder.recording(migration.committed_ns)
+    recorder.close()
+    if recording is None:
+        return None
+    return Timeline(machine=machine, kind=kind, recording=recording, **_counted(migration))
 
 
 def _identity(migration: Migration) -> dict[str, Any]:
@@ -116,6 +131,7 @@ def progress(own: str, machine: AnyMachine | None, migration: Migration | None) 
     if migration is not None:
         statistics = migration.statistics()
         now.ram, now.pending_faults = ram(statistics), statistics.pending_faults
+        now.recent = recent(statistics.recent)
         now.recoveries = recoveries(migration.recoveries)
         if isinstance(migration, DestinationMigration) and machine is not None:
             now.pager = pager(migration.pager_process)
@@ -144,6 +160,7 @@ def _migration(migration: Migration) -> MigrationRecord:
     elapsed_ns = (migration.completed_ns or migration.ended_ns or now_ns()) - migration.started_ns
     return MigrationRecord(
         elapsed_ms=milliseconds(elapsed_ns),
+        recent=recent(migration.statistics().recent),
         looking_for_peer=not migration.over if migration.status in LOST else None,
         **_counted(migration),
     )
@@ -189,6 +206,7 @@ def ram(statistics: Statistics) -> Ram:
         compressed_bytes=statistics.compressed_bytes,
         uncompressed_bytes=statistics.uncompressed_bytes,
         released=statistics.released_bytes,
+        residency=residency_text(statistics.bins) or None,
     )
 
 
@@ -203,6 +221,10 @@ def latency(counted: counts.Latency) -> Latency:
         round(ns / 1e3, 1) for ns in (counted.p50_ns, counted.p99_ns, counted.p999_ns, counted.max_ns)
     )
     return Latency(count=counted.count, p50=p50, p99=p99, p99_9=p99_9, max=most)
+
+
+def recent(counted: Interval | None) -> Recent | None:
+    return None if counted is None else Recent(**counted.fields())
 
 
 def recoveries(counted: counts.Recoveries) -> Recoveries:

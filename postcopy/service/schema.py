@@ -78,7 +78,7 @@ _TLS_HOSTNAME = replace(
 _NEW_MACHINE = (
     replace(options.NAME, help="name of the machine (default: its kind and random digits)"),
     replace(options.LIVE_KIND, name="kind", help="kvm, rv64, firecracker, qemu or program", metavar="KIND"),
-    *(options.MEMORY, options.VCPUS, options.WORKLOAD, options.WORKING_SET, options.SEED, options.BACKING),
+    *(options.MEMORY, options.VCPUS, options.WORKLOAD, options.USED_MEMORY, options.SEED, options.BACKING),
     options.DISK,
     replace(options.API_SOCKET, help="firecracker: API socket of the one that runs it, which is taken over"),
     replace(options.QMP, help="qemu: a QMP monitor, which no other client uses, of the one that is taken over"),
@@ -92,6 +92,7 @@ SETTINGS = (  # each is a field of `SourceOptions`
         help="for how long memory is sent in rounds before the switchover, in this migration and the next ones",
     ),
     options.MAX_DOWNTIME,
+    replace(options.PUSH_AFTER, help="hold the background push back for SECONDS after the switchover; 0: push now"),
     replace(options.RECOVER_FOR, help="how long to try to reach a lost peer, from its loss on"),
 )
 

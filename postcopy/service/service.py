@@ -471,6 +471,8 @@ class Service(abc.ABC):
         peer = to.address if isinstance(to, Route) else None
         migration = SourceMigration(owned.machine, link, owned.sending, peer=peer, on_change=self.changed)
         migration.is_begun_again = lambda: owned.migration is migration and owned.is_begun_again
+        if self.output.records:
+            migration.record()
         return migration
 
     async def send(
@@ -540,7 +542,19 @@ class Service(abc.ABC):
             on_change=self.changed,
         )
         owned.announced = ""
+        if self.output.records:
+            migration.record()
         return migration
+
+    def emit_timeline(self, owned: Owned, migration: Migration) -> None:
+        """How a migration came about, where that was recorded: once, when it has ended."""
+        machine = migration.machine or owned.machine
+        if (record := report.timeline(owned.name, machine.kind if machine else None, migration)) is not None:
+            self.output.emit("timeline", record)
+
+    def emit_ended(self, owned: Owned, migration: Migration) -> None:
+        self.emit_timeline(owned, migration)
+        self.output.emit("migration-ended", report.ended(owned.name, migration))
 
     def make_arriving(
         self, owned: Owned, kind: str, config: Mapping[str, Any], layout: Sequence[BlockLayout]

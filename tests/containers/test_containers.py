@@ -12,7 +12,7 @@ both = pytest.mark.parametrize("stage", FILES, indirect=True)
 no_device = pytest.mark.parametrize("stage", ["compose.nodevice.yaml"], indirect=True)
 
 # The last value counts: what the files say would make each of these tests take long.
-QUICK_SOURCE = ("--memory", "32MiB", "--working-set", "16MiB", "--migrate-after", "0.2", "--heartbeat", "0.2")
+QUICK_SOURCE = ("--memory", "32MiB", "--used-memory", "16MiB", "--migrate-after", "0.2", "--heartbeat", "0.2")
 QUICK_DEST = ("--run-for", "0.5", "--heartbeat", "0.2")
 SLOW_PUSH = ("--max-bandwidth", "1MiB/s")
 # Where nothing is to be lost: a container that gets no processor for 0.6 s must not be given up before the switchover.

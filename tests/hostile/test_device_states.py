@@ -103,7 +103,7 @@ class State:
 
 async def saved_machine(kind: str, seed: int) -> tuple[Machine, bytes]:
     """One that computes, paused."""
-    options = MachineOptions(memory_bytes=16 * MIB, vcpus=2, workload="random", seed=seed, working_set_bytes=MIB)
+    options = MachineOptions(memory_bytes=16 * MIB, vcpus=2, workload="random", seed=seed, used_memory_bytes=MIB)
     source = create_source(kind, options)
     await source.boot()
     await source.resume()

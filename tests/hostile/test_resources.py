@@ -42,7 +42,7 @@ def large(version: int) -> Machine:
     from hostile import _program
 
     with _program.starter() as start:
-        machine = ("--machine", "rv64", "--memory", "64MiB", "--workload", "random", "--working-set", "56MiB")
+        machine = ("--machine", "rv64", "--memory", "64MiB", "--workload", "random", "--used-memory", "56MiB")
         source = start("source", "--json", *machine, "--listen", "127.0.0.1:0")
         taken = Destination.connect(source.address, version).until("run").take_all()
         assert source.end() == 0
@@ -212,7 +212,7 @@ def test_state_that_makes_the_kernel_write(
 ) -> None:
     """The page that it writes to is missing, and does not come. Refused, or loaded all the same, in bounded time; and
     the daemon can be ended."""
-    kvm = ("--machine", "kvm", "--memory", "16MiB", "--workload", "random", "--working-set", "4MiB")
+    kvm = ("--machine", "kvm", "--memory", "16MiB", "--workload", "random", "--used-memory", "4MiB")
     original = start("source", "--json", *kvm, "--listen", "127.0.0.1:0")
     machine = Destination.connect(original.address, version).until("run").take_all()
     machine.state = with_msr(machine.state, index, value)

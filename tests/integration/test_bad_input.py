@@ -39,7 +39,7 @@ CASES = [
     ),
     (f"{SOURCE} --memory 1GB", 2, "did you mean 1GiB?"),
     (f"{SOURCE} --memory 64", 2, "--memory: '64' has no unit; write 64MiB, or 64B for bytes"),
-    (f"{SOURCE} --memory 64MiB --working-set 65MiB", 2, "--working-set 65MiB is more than --memory 64MiB"),
+    (f"{SOURCE} --memory 64MiB --used-memory 65MiB", 2, "--used-memory 65MiB is more than --memory 64MiB"),
     (f"{SOURCE} --max-bandwidth 100", 2, "'100' has no unit; write 100MiB/s (bytes) or 100mbit (bits)"),
     (f"{SOURCE} --vcpus 0", 2, "1 to 8 vcpus"),
     (f"{SOURCE} --vcpus 9", 2, "1 to 8 vcpus"),

@@ -69,7 +69,7 @@ def test_image(side: Start, tmp_path: Path, plan: str) -> None:
 def test_hybrid(side: Start) -> None:
     """Cut in the rounds of precopy, it is begun again; cut after the switchover, it recovers."""
     # The round takes more than a second, and is cut in the first third of a second; what is left then does not fit.
-    machine = ("--memory", "16MiB", "--workload", "dirty", "--working-set", "4MiB", "--run-for", "0.1")
+    machine = ("--memory", "16MiB", "--workload", "dirty", "--used-memory", "4MiB", "--run-for", "0.1")
     arguments = (*machine, "--max-bandwidth", "3MiB/s", "--mode", "hybrid", "--precopy-rounds", "1")
     plan = ("--migrate-after", "0.1", "--chaos", "cut", "--seed", seed())
     status, result, errors = side("demo", "--json", *arguments, *plan).end(100)

@@ -17,7 +17,7 @@ from cgroups import Group, group_of
 
 MIB = 1 << 20
 POSTCOPY = (sys.executable, "-P", "-m", "postcopy")
-RV64 = ("--machine", "rv64", "--memory", "16MiB", "--workload", "random", "--working-set", "4MiB")
+RV64 = ("--machine", "rv64", "--memory", "16MiB", "--workload", "random", "--used-memory", "4MiB")
 # Under KVM, whose guest asks for its pages one by one, a migration with a small bandwidth lasts for many seconds.
 SLOW = ("--machine", "kvm", "--memory", "32MiB", "--vcpus", "2", "--workload", "random", "--max-bandwidth", "64KiB/s")
 

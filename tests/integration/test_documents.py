@@ -62,7 +62,7 @@ SAYS = {  # page, command: what it says, each time that it is typed; a reader ty
     ("docs/tls.md", "host-b$ postcopy ctl status"): ["vm1"],
 }
 # Put behind the options of a demo, where they count: test_migration and test_chaos are about larger ones.
-QUICK_DEMO = " --memory 16MiB --working-set 8MiB --migrate-after 0.2 --run-for 0.5"
+QUICK_DEMO = " --memory 16MiB --used-memory 8MiB --migrate-after 0.2 --run-for 0.5"
 CERTIFICATES = [
     "host-a$ postcopy tls new-ca ca",
     "host-a$ postcopy tls issue ca --host host-a --out host-a.tls",
@@ -101,6 +101,7 @@ ELSEWHERE = {  # page: the tests that do what it says; that its commands and opt
     "docs/operating.md": "tests/integration/test_operating.py",
     "docs/privileges.md": "tests/integration/test_privileges.py",
     "docs/probe.md": "tests/unit/testbed/test_probe.py",
+    "docs/results.md": "tests/unit/testbed/test_bench_compare.py",
     "docs/salvage.md": "tests/integration/test_salvage.py",
     "docs/userfaultfd.md": "tests/packages/test_install.py",
 }

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+from lines import parse_line
 
 from postcopy.dataplane.pager import Pager
 from postcopy.testbed import _linux
@@ -34,7 +35,8 @@ GONE_S = 20.0
 
 def report_of(stdout: str) -> Any:
     """Behind the line that says what ran where."""
-    run, report = map(json.loads, stdout.splitlines())
+    began, found = stdout.splitlines()
+    run, report = parse_line(began), json.loads(found)
     assert (run["event"], run["command"]) == ("run", "faultpaths")
     assert run["host"]["kernel"] == report["system"]["kernel"]
     return report

@@ -243,7 +243,7 @@ class TestKvm:
     def test_modes_without_postcopy(self, side: Start, mode: str, library: str) -> None:
         """Compressed with one library each, where that is installed."""
         compress = library if library in compression.names(compression.available()) else "off"
-        machine = ("--memory", "16MiB", "--workload", "dirty", "--working-set", "4MiB")
+        machine = ("--memory", "16MiB", "--workload", "dirty", "--used-memory", "4MiB")
         arguments = (*machine, "--migrate-after", "0.1", "--run-for", "0.1", "--mode", mode, "--compress", compress)
         status, result, errors = side("demo", "--json", *arguments).end(100)
         assert status == 0, errors
@@ -262,7 +262,7 @@ class TestKvm:
     def test_precopy_saves_requests(self, side: Start) -> None:
         """What the machine has written since the last round fits the downtime that is allowed, however slow the host:
         so no page is missing when it goes on. Without precopy it goes on before any has come."""
-        machine = ("--memory", "16MiB", "--workload", "dirty", "--working-set", "4MiB", "--max-bandwidth", "16MiB/s")
+        machine = ("--memory", "16MiB", "--workload", "dirty", "--used-memory", "4MiB", "--max-bandwidth", "16MiB/s")
         requests = []
         for precopy in (("auto", "--max-downtime", "1min"), ("off",)):
             arguments = (*machine, "--migrate-after", "0.1", "--run-for", "0.1", "--precopy", *precopy)
@@ -280,7 +280,7 @@ class TestKvm:
         arguments = (
             "--workload",
             "random",
-            "--working-set",
+            "--used-memory",
             "8MiB",
             "--migrate-after",
             "2",
@@ -375,7 +375,7 @@ class TestKvm:
     def test_peer_lost_after_commit(self, side: Start, victim: str) -> None:
         """Each side says paused and keeps what it has; the machine never runs at the source again."""
         dest = side("dest", "--json", "--listen", "127.0.0.1:0")
-        arguments = ("--workload", "idle", "--working-set", "8MiB", "--max-bandwidth", "16KiB/s")
+        arguments = ("--workload", "idle", "--used-memory", "8MiB", "--max-bandwidth", "16KiB/s")
         source = side(*KVM, *arguments, "--connect", dest.address)
         dest.wait_status("postcopy-active")
         source.wait_status("postcopy-active")
@@ -396,7 +396,7 @@ class TestKvm:
     @pytest.mark.parametrize("listening", ["source", "dest"])
     def test_frozen_peer(self, side: Start, victim: str, listening: str) -> None:
         """One that gives no sign of life is lost, on either side; when it wakes up both go on, and nothing was lost."""
-        arguments = ("--workload", "random", "--working-set", "16MiB", "--max-bandwidth", "2MiB/s")
+        arguments = ("--workload", "random", "--used-memory", "16MiB", "--max-bandwidth", "2MiB/s")
         calls = {"source": (*KVM, *arguments), "dest": ("dest", "--json", "--run-for", "0.5")}
         calling = "dest" if listening == "source" else "source"
         sides = {listening: side(*calls[listening], "--heartbeat", "0.2", "--listen", "127.0.0.1:0")}
@@ -418,7 +418,7 @@ class TestKvm:
     @pytest.mark.parametrize("policy", ["hold", "kill"])
     def test_source_lost_for_good(self, side: Start, policy: str) -> None:
         """A machine whose missing pages are nowhere any more is kept for an operator, or ended, as `--on-lost` says."""
-        arguments = ("--workload", "idle", "--working-set", "8MiB", "--max-bandwidth", "16KiB/s")
+        arguments = ("--workload", "idle", "--used-memory", "8MiB", "--max-bandwidth", "16KiB/s")
         dest = side("dest", "--json", "--listen", "127.0.0.1:0", "--recover-for", "0.3", "--on-lost", policy)
         source = side(*KVM, *arguments, "--connect", dest.address)
         source.wait_status("postcopy-active")
@@ -434,7 +434,7 @@ class TestKvm:
 
     def test_peer_that_never_comes_back(self, side: Start) -> None:
         """Who has been given up is not waited for by a program either, and the machine's memory is kept."""
-        arguments = ("--workload", "idle", "--working-set", "8MiB", "--max-bandwidth", "16KiB/s")
+        arguments = ("--workload", "idle", "--used-memory", "8MiB", "--max-bandwidth", "16KiB/s")
         dest = side("dest", "--json", "--listen", "127.0.0.1:0")
         source = side(*KVM, *arguments, "--connect", dest.address, "--recover-for", "0.5")
         source.wait_status("postcopy-active")

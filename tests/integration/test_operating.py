@@ -34,7 +34,7 @@ Operator = Any  # tests/support/sides.py
 
 # Under KVM, whose guest asks for its pages one by one, a migration with a small bandwidth lasts for many seconds.
 SLOW = ("--machine", "kvm", "--memory", "32MiB", "--vcpus", "2", "--workload", "random", "--max-bandwidth", "64KiB/s")
-RV64 = ("--machine", "rv64", "--memory", "16MiB", "--workload", "random", "--working-set", "4MiB")
+RV64 = ("--machine", "rv64", "--memory", "16MiB", "--workload", "random", "--used-memory", "4MiB")
 
 
 @pytest.mark.needs("uffd-user")
@@ -179,7 +179,7 @@ class TestDaemon:
         if kind == "kvm":
             require("kvm", "uffd")
         engine = ("--backing", backing, "--pager", pager, "--precopy", precopy, "--max-downtime", "1ms")
-        first = daemon("a", *_machine(kind, "--working-set", "8MiB"), *engine, "--name", "traveller")
+        first = daemon("a", *_machine(kind, "--used-memory", "8MiB"), *engine, "--name", "traveller")
         second = daemon("b", *engine)
         here, there = (operator("a"), first), (operator("b"), second)
         assert first.address  # it is there, and can be asked
@@ -231,7 +231,7 @@ class TestDaemon:
         network counts what it carries, and is cut by that: on a slow host too it finds both under way."""
         seed = int(os.environ.get("POSTCOPY_SEED", "0"), 0) or secrets.randbits(32)
         print(f"POSTCOPY_SEED={seed}")
-        first = daemon("a", *_machine("kvm", "--working-set", "16MiB"), "--name", "x")
+        first = daemon("a", *_machine("kvm", "--used-memory", "16MiB"), "--name", "x")
         second = daemon("b")
         async with (
             open_chaos_proxy(second.address, ChaosPlan()) as there,

@@ -60,7 +60,7 @@ def test_migration_between_ordinary_users(side: Start, readable_package: list[st
     dest = side("dest", "--json", "--listen", "127.0.0.1:0", *received, *arguments, command=command)
     address = dest.address  # it listens: from now on anybody may send it bytes
     assert_nothing_left(dest.pid, NOBODY, GROUP, {GROUP})
-    kvm = ("--machine", "kvm", "--memory", "32MiB", "--vcpus", "2", "--workload", "random", "--working-set", "16MiB")
+    kvm = ("--machine", "kvm", "--memory", "32MiB", "--vcpus", "2", "--workload", "random", "--used-memory", "16MiB")
     source = side("source", "--json", *kvm, "--migrate-after", "0.2", "--connect", address, *arguments, command=command)
     source.wait_status("active")
     assert_nothing_left(source.pid, NOBODY, GROUP, {GROUP})

@@ -123,7 +123,7 @@ def test_no_memory_for_the_machine(side: Start, spawn_child: Callable[..., Any],
 def test_killed_for_want_of_memory(side: Start, spawn_child: Callable[..., Any], memory_group: Group) -> None:
     """After COMMIT the out-of-memory killer is a SIGKILL: the machine runs nowhere, the source says so and keeps
     what it has."""
-    machine = ("--machine", "kvm", "--memory", "64MiB", "--working-set", "48MiB", "--workload", "random")
+    machine = ("--machine", "kvm", "--memory", "64MiB", "--used-memory", "48MiB", "--workload", "random")
     source = side("source", "--json", *machine, "--max-bandwidth", "8MiB/s", "--listen", "127.0.0.1:0")
     dest = spawn_child([*memory_group.enter(), *POSTCOPY, "dest", "--json", "--connect", source.address])
     source.wait_status("postcopy-active")

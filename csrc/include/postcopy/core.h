@@ -61,6 +61,9 @@ struct pc_histogram {
 };
 void pc_histogram_add(struct pc_histogram *h, uint64_t ns); /* one writer at a time; readers may run beside it */
 void pc_histogram_merge(struct pc_histogram *into, const struct pc_histogram *from);
+/* Leaves those of a snapshot that are not in an earlier one of the same; the maximum stays that of both. */
+void pc_histogram_subtract(struct pc_histogram *from, const struct pc_histogram *earlier);
+uint64_t pc_histogram_bucket_edge(uint32_t bucket); /* the highest value that it has */
 /* Value at a percentile in 0..100 (upper edge of its bucket, never above max_ns); 0 when empty. */
 uint64_t pc_histogram_percentile(const struct pc_histogram *h, double percentile);
 

@@ -32,12 +32,16 @@ extern "C" {
 /* ---- pager ---- */
 /* The destination's side: faults in, requests out, pages placed. How it works: csrc/pager/pager.c. */
 struct pc_pager;
+struct pc_page_run {
+    uint64_t first_page;
+    uint32_t pages, block;
+};
 enum pc_stage { PC_STAGE_SENT = 0, PC_STAGE_RECEIVED = 1, PC_STAGE_PLACED = 2, PC_STAGE_TOTAL = 3 };
 #define PC_STAGES 4
 struct pc_pager_stats {
     uint64_t total_pages, total_bytes;       /* of all blocks; bytes because blocks may differ in page size */
     uint64_t resident_pages, resident_bytes; /* received or known to be zero */
-    uint64_t demand_pages;                   /* placed in answer to a fault */
+    uint64_t demand_pages;                   /* placed in answer to a request for a thread that waits */
     uint64_t background_pages;               /* placed by push, content not zero */
     uint64_t zero_pages;                     /* known to be zero: never sent as content */
     uint64_t duplicate_pages;                /* arrived again and dropped */
@@ -51,13 +55,21 @@ struct pc_pager_stats {
     uint64_t oldest_pending_ns;              /* for how long the first of them has been; 0 when there is none */
     uint64_t frames_refused;                 /* bad frames: each ended its channel */
     uint64_t local_pages;                    /* placed from a local source, on demand or before */
-    uint64_t prefetched_pages;               /* of them, and of zero pages, placed before a fault asked */
+    uint64_t prefetched_pages;               /* placed in answer to a request ahead of any fault, and counted nowhere else; and of local pages, and
+                                              * of zero pages, those that were placed before a fault asked */
+    uint64_t prefetch_hits;                  /* pages requested ahead that a thread has then reached, as far as it is known: it came to wait for one,
+                                              * or faulted beyond it in the same stream (pc_pager_set_prefetch) */
     uint64_t set_pages;                      /* of working sets that were asked for (pc_pager_prefetch_runs) and looked at */
     uint64_t set_hits;                       /* of them, placed before a fault asked */
     uint64_t local_waits;                    /* faults whose page a reader had to fetch: it was not in the page cache */
     uint64_t removes, removed_pages;         /* REMOVE and UNMAP events, and pages that they took away */
     uint64_t retries;                        /* placements that the kernel refused for the moment */
     uint64_t first_fault_ns, fault_100_ns, fault_1000_ns, fault_10000_ns; /* when a shard had served so many, by CLOCK_MONOTONIC */
+};
+struct pc_record_fault { /* one that has ended */
+    uint64_t number; /* of its shard, from 1 */
+    uint64_t place;  /* block << 40 | page */
+    uint64_t event_ns, sent_ns, received_ns, placed_ns; /* CLOCK_MONOTONIC; sent_ns 0: its page did not come in answer to its request */
 };
 /* `metrics_fd`: where it counts, of struct pc_metrics, and stays the caller's; -1: in memory of its own. Free with pc_pager_free. */
 int pc_pager_new(int metrics_fd, struct pc_pager **pager);
@@ -71,6 +83,9 @@ int pc_metrics_track_thread(struct pc_metrics *metrics, uint32_t slot, int32_t t
 int pc_metrics_stats(struct pc_metrics *metrics, struct pc_pager_stats *stats);
 int pc_metrics_latency(struct pc_metrics *metrics, int stage, struct pc_histogram *histogram);
 int pc_metrics_blocktime(struct pc_metrics *metrics, uint64_t *blocktime_ns, uint32_t slots);
+/* The states of the next block of those pagers, for the next call; mapped, the descriptor stays the caller's. One caller at a time. */
+int pc_metrics_add_states(struct pc_metrics *metrics, int states_fd, uint64_t pages, uint64_t page_bytes);
+int pc_metrics_bins(struct pc_metrics *metrics, uint8_t *bins, uint32_t count); /* see pc_pager_bins */
 /* Adds the next RAM block (index returned). The memory stays the caller's and must outlive the pager. memory->base may be NULL: pages
  * of the block are then where pc_pager_arm_at says, once for each part of it. Locks.
  *
@@ -119,8 +134,17 @@ int pc_pager_track_thread(struct pc_pager *pager, uint32_t slot, int32_t tid);
 /* Requests, through the urgent channels, pages that are missing and not requested, at most `limit` of all shards together, in place
  * of what is left of an earlier limit; how many there are, at most `limit`. */
 int64_t pc_pager_request_missing(struct pc_pager *pager, uint64_t limit);
-/* A request with this bit in its id was made ahead of any fault, by one of these two functions. */
+/* A request with this bit in its id was made ahead of any fault, by pc_pager_request_missing or one of the next three functions. A thread that
+ * comes to wait for such a page and has done so for a second has it requested again, as one that is waited for. */
 #define PC_PAGER_REQUEST_AHEAD 0x80000000
+/* What is requested ahead of faults because of what they were, from now on; at first nothing. FORWARD: `pages` behind each fault. BOTH: so many
+ * around it. ADAPTIVE: along strides, forward and backward, that the last faults show; `pages` is 0. -EINVAL. */
+enum pc_prefetch { PC_PREFETCH_NONE = 0, PC_PREFETCH_FORWARD = 1, PC_PREFETCH_BOTH = 2, PC_PREFETCH_ADAPTIVE = 3 };
+#define PC_PREFETCH_MAX_PAGES 64
+int pc_pager_set_prefetch(struct pc_pager *pager, int how, uint32_t pages);
+/* Requests those pages of these runs that are armed, missing, not local and not requested, in their order, ahead of what the other two functions
+ * request, behind those of earlier calls. -EINVAL for pages that there are not, -ENOMEM. */
+int pc_pager_request_runs(struct pc_pager *pager, const struct pc_page_run *runs, uint64_t count);
 /* Requests those pages of a range that are armed, missing and not requested, a window at a time beside what threads wait for;
  * sent when there is a channel, and again after a channel was lost. How many pages of the range are not there yet. */
 int64_t pc_pager_request_range(struct pc_pager *pager, uint32_t block, uint64_t first_page, uint64_t pages);
@@ -153,10 +177,6 @@ int pc_pager_prefetch_all(struct pc_pager *pager);
 /* Places the local pages of these runs, in their order and ahead of pc_pager_prefetch_all; zero pages among them are placed too, so
  * that they cost no fault. Pages that are not armed are skipped. In addition to runs that are left of an earlier call. -EINVAL for pages
  * that there are not, -ENOMEM. Locks. */
-struct pc_page_run {
-    uint64_t first_page;
-    uint32_t pages, block;
-};
 int pc_pager_prefetch_runs(struct pc_pager *pager, const struct pc_page_run *runs, uint64_t count);
 /* Ends both; pages that are staged are placed none the less. */
 int pc_pager_prefetch_stop(struct pc_pager *pager);
@@ -180,6 +200,9 @@ int pc_pager_latency(struct pc_pager *pager, int stage, struct pc_histogram *his
 /* Blocked time of each tracked slot in ns, a fault still pending counted up to now; returns the number of slots. */
 int pc_pager_blocktime(struct pc_pager *pager, uint64_t *blocktime_ns, uint32_t slots);
 int pc_pager_received(struct pc_pager *pager, uint32_t block, uint64_t *words); /* copy of the resident bitmap */
+/* Which parts of the memory are there: as many bins of equal size as it has pages, at most `count`, in the order of the blocks; each 0 (nothing
+ * of it) to 63 (all of it). How many. Above 2 GiB a bin is an even sample of its pages, so that it takes microseconds. */
+int pc_pager_bins(struct pc_pager *pager, uint8_t *bins, uint32_t count);
 /* Closes every channel; memory stays armed and faults stay blocked. Blocks until the bulk threads have ended and every fault thread
  * has closed its channel: milliseconds. */
 int pc_pager_disconnect(struct pc_pager *pager);
@@ -265,6 +288,7 @@ int pc_pageserver_set_compression(struct pc_pageserver *server, uint32_t how, in
 int pc_pageserver_event_fd(struct pc_pageserver *server);
 int pc_pageserver_next_event(struct pc_pageserver *server, struct pc_event *event);
 int pc_pageserver_stats(struct pc_pageserver *server, struct pc_pageserver_stats *stats);
+int pc_pageserver_bins(struct pc_pageserver *server, uint8_t *bins, uint32_t count); /* see pc_pager_bins; of what was sent */
 /* Closes every channel. Blocks until their threads have ended. */
 int pc_pageserver_disconnect(struct pc_pageserver *server);
 /* Alone, and last; blocks as pc_pageserver_disconnect does. The memory stays the caller's. */

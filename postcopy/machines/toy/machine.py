@@ -55,10 +55,12 @@ from postcopy.uffd import explain_unavailable
 from postcopy.units import format_exact_size, format_size, whole_units
 
 if TYPE_CHECKING:
+    from postcopy.dataplane.recorder import Recorder
     from postcopy.machines.toy.tap import Network
 
 WORKLOADS: Mapping[str, int] = {
-    name: getattr(lib, f"PC_WORKLOAD_{name.upper()}") for name in ("idle", "dirty", "random", "disk", "echo")
+    name: getattr(lib, f"PC_WORKLOAD_{name.upper()}")
+    for name in ("idle", "dirty", "random", "disk", "echo", "sequential", "zipf", "phases")
 }
 _STATES = {getattr(lib, f"PC_MACHINE_{state.name}"): state for state in MachineState}
 _ACTIVITIES = {getattr(lib, f"PC_VCPU_{activity.name}"): activity for activity in Activity}
@@ -99,7 +101,7 @@ class ToyOptions:
     vcpus: int = 1
     workload: str = "random"
     backing: str = "memfd"
-    working_set_bytes: int = 0  # over all blocks; 0: all memory
+    used_memory_bytes: int = 0  # over all blocks; 0: all memory
     seed: int | None = None  # of the workload's choices; None: a random one
     disk: str | None = None  # backing file for the workload `disk`; None: a temporary one, removed at close
     disk_bytes: int = 16 << 20
@@ -119,7 +121,7 @@ class ToyMachine(Machine):
         blocks: Sequence[tuple[str, int]],
         backing: str,
         workload: str,
-        working_set_bytes: int,
+        used_memory_bytes: int,
         seed: int,
         disk: Disk | None,
         network: Network | None = None,
@@ -128,7 +130,7 @@ class ToyMachine(Machine):
         self.kind, self.kernel_faults = engine.kind, engine.kernel_faults
         self._engine = engine
         self._workload = workload
-        self._working_set_bytes = working_set_bytes
+        self._used_memory_bytes = used_memory_bytes
         self._seed = seed
         self._disk = disk
         self._network = network
@@ -152,6 +154,7 @@ class ToyMachine(Machine):
         for block in self._blocks:
             block.memory.acquire("machine")
         self._machine = machine
+        self._recorder: Recorder | None = None
 
     @classmethod
     def create(cls, engine: Engine, options: ToyOptions) -> Self:
@@ -163,8 +166,8 @@ class ToyMachine(Machine):
             raise ConfigurationError(
                 f"a {engine.kind} machine has 1 to {lib.PC_MACHINE_MAX_VCPUS} vcpus, not {options.vcpus}"
             )
-        if not 0 <= options.working_set_bytes < 1 << 64:
-            raise ConfigurationError("a working set cannot be less than 0 bytes")
+        if not 0 <= options.used_memory_bytes < 1 << 64:
+            raise ConfigurationError("--used-memory cannot be less than 0 bytes")
         if options.seed is not None and not 0 <= options.seed < 1 << 64:
             raise ConfigurationError("a seed is a number from 0 to 2^64 - 1")
         unit = page_bytes_of(options.backing)
@@ -174,10 +177,10 @@ class ToyMachine(Machine):
                 f" did you mean {whole_units(options.memory_bytes, unit)}?"
             )
         check_memory(options.backing, options.memory_bytes)
-        if options.working_set_bytes > options.memory_bytes:
+        if options.used_memory_bytes > options.memory_bytes:
             raise ConfigurationError(
-                f"--working-set {format_exact_size(options.working_set_bytes)} is more than --memory"
-                f" {format_exact_size(options.memory_bytes)}; write at most that, or leave --working-set out"
+                f"--used-memory {format_exact_size(options.used_memory_bytes)} is more than --memory"
+                f" {format_exact_size(options.memory_bytes)}; write at most that, or leave --used-memory out"
             )
         shared_bytes, private_bytes = split_memory(options.memory_bytes, options.vcpus, unit)
         blocks = [("shared", shared_bytes)] + [(f"vcpu{number}", private_bytes) for number in range(options.vcpus)]
@@ -192,8 +195,8 @@ class ToyMachine(Machine):
             network = _open_network(options, seed)
         elif (options.net, options.net_mac, options.net_address) != (None, None, None):
             raise ConfigurationError(f"--net has no meaning for --workload {options.workload}")
-        workload, working_set_bytes = options.workload, options.working_set_bytes
-        return cls(engine, blocks, options.backing, workload, working_set_bytes, seed, disk, network)
+        workload, used_memory_bytes = options.workload, options.used_memory_bytes
+        return cls(engine, blocks, options.backing, workload, used_memory_bytes, seed, disk, network)
 
     @classmethod
     def for_destination(
@@ -228,14 +231,14 @@ class ToyMachine(Machine):
                     f" {format_size(unit)} pages: --backing {backing} cannot hold this machine"
                 )
         check_memory(backing, sum(block.size_bytes for block in layout))
-        working_set_bytes, seed = _natural(config, "working-set-bytes"), _natural(config, "seed")
+        used_memory_bytes, seed = _natural(config, "working-set-bytes"), _natural(config, "seed")
         twin_disk = network = None
         if workload == "disk":
             twin_disk = Disk.of_twin(disk, config.get("disk"), _natural(config, "disk-bytes"))
         elif workload == "echo":
             network = _twin_network(config, net)
         blocks = [(block.name, block.size_bytes) for block in layout]
-        return cls(engine, blocks, backing, workload, working_set_bytes, seed, twin_disk, network)
+        return cls(engine, blocks, backing, workload, used_memory_bytes, seed, twin_disk, network)
 
     # ---- what it is
 
@@ -251,7 +254,7 @@ class ToyMachine(Machine):
         config: dict[str, Any] = {
             "vcpus": self.vcpus,
             "workload": self._workload,
-            "working-set-bytes": self._working_set_bytes,
+            "working-set-bytes": self._used_memory_bytes,
             "seed": self._seed,
         }
         if self._disk is not None:
@@ -433,6 +436,10 @@ class ToyMachine(Machine):
     async def wait_changed(self) -> None:
         await self._event_fd.wait()
 
+    def be_recorded(self, recorder: Recorder) -> None:
+        recorder.take("machine", self._alive())
+        self._recorder = recorder
+
     # ---- the end
 
     async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
@@ -442,6 +449,8 @@ class ToyMachine(Machine):
                     return
                 machine, self._machine = self._machine, None  # whose end does not return can never be freed
                 self._closing = True
+                if self._recorder is not None:
+                    self._recorder.take("machine", ffi.NULL)
                 self._event_fd.close()
                 timeout_ms = max(1, min(round(timeout_s * 1000), _MAX_TIMEOUT_MS))
 
@@ -484,7 +493,7 @@ class ToyMachine(Machine):
         config.shared = self._blocks[0].memory.struct[0]
         for number, block in enumerate(self._blocks[1:]):
             config.private_[number] = block.memory.struct[0]
-        config.working_set_bytes = self._working_set_bytes
+        config.working_set_bytes = self._used_memory_bytes
         config.seed = self._seed
         config.disk_fd = -1 if self._disk is None else self._disk.fd
         config.disk_bytes = 0 if self._disk is None else self._disk.size_bytes

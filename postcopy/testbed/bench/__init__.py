@@ -36,10 +36,18 @@ is reported is the median over the rounds of the ratio within a round, so that a
 - ``qemu-move``: a virtual machine of QEMU moves by postcopy, against QEMU's own postcopy of the same (TCG; with and
   without preempt): stop to run, faults, total time; and both with the network cut in the middle.
 
+- ``compare A B``: not measured, but compared: two files that ``--json`` of this or another command has written
+  (`_compare`).
+
 The module of a figure (`FIGURES`) has an async function `measure_NAME` of the number of rounds, which returns a list of
-`Figure`, and where it needs a program of others a function `check_NAME`, which raises `ResourceError` without it before
-anything is measured. `_common` has what the modules share, `_worker` most of the processes. Options and output are
-here.
+`Measurement` (`_common.ratio` makes one), and what it wants of these:
+
+- `check_NAME`, which raises `ResourceError` without a program that is needed, before anything is measured;
+- `add_arguments_NAME`, which adds options of its own to a group of the parser: then `measure_NAME` has all arguments,
+  as argparse has them, as its second parameter;
+- `text_NAME` of the measurements and a width, for people, in place of a paragraph for each of them.
+
+`_common` has what the modules share, `_worker` most of the processes. Options and output are here.
 """
 
 from __future__ import annotations
@@ -47,21 +55,25 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import sys
 import textwrap
-from collections.abc import Awaitable, Callable
-from types import ModuleType
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import trio
 
 from postcopy._files import check_new_file, replacing, write_all
+from postcopy._hdr import intervals, write_hdr
+from postcopy._host import run_line
 from postcopy.errors import ConfigurationError, MigrationError, ResourceError
-from postcopy.records import as_json
+from postcopy.records import VERSION, as_json
+from postcopy.records.results import Measurement
 from postcopy.testbed import _processes
 from postcopy.testbed._report import make_console
-from postcopy.units import among, argument, did_you_mean, parse_whole
-
-if TYPE_CHECKING:
-    from postcopy.testbed.bench._common import Figure
+from postcopy.testbed.bench._common import medians
+from postcopy.units import among, argument, did_you_mean, parse_percent, parse_seconds, parse_whole
 
 __all__ = ["FIGURES", "add_arguments", "run"]
 
@@ -85,66 +97,120 @@ FIGURES = {
     "qemu-move": "_qemu_move",
     "firecracker": "_firecracker",
     "firecracker-move": "_firecracker_move",
+    "migrate": "_migrate",
 }
 """The module that measures it; imported then."""
+QUICK = (
+    "fault", "bulk", "switchover", "pager-process", "recovery-map", "contention", "userfaultfd", "rv64", "dirty",
+    "recovery-time",
+)  # fmt: skip
+ROUNDS = 5
+MAX_WIDTH = 100
 _BAR = 20
 """Characters of the longest bar of a curve."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `postcopy bench`."""
-    parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"of {', '.join(FIGURES)}; all by default")
     parser.add_argument(
-        "--rounds", type=argument(parse_whole, 1, 1000), default=5, metavar="N",
-        help="repetitions, medians are shown",
+        "figures", nargs="*", metavar="FIGURE",
+        help=f"of {', '.join(FIGURES)}; all by default; or: compare A.jsonl B.jsonl",
     )  # fmt: skip
-    parser.add_argument("--svg", default=None, metavar="FILE", help="draw the figures of contention there")
-    parser.add_argument("--json", action="store_true", help="one JSON object a figure")
+    parser.add_argument(
+        "--rounds", type=argument(parse_whole, 1, 1000), default=None, metavar="N",
+        help=f"repetitions, medians are shown (default: {ROUNDS})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quick", action="store_true",
+        help=f"of {', '.join(QUICK)}: about eight minutes, and five rounds of each, as compare needs",
+    )  # fmt: skip
+    parser.add_argument(
+        "--within", type=argument(parse_seconds, 1, 1e6), default=None, metavar="SECONDS",
+        help="end then: what has not been measured is left out",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="JSON lines: run, then one for each measurement")
+    parser.add_argument("--output", default=None, metavar="FILE", help="write the JSON lines there too, at the end")
+    parser.add_argument("--hdr", default=None, metavar="FILE", help="write latencies there, as a log of HdrHistogram")
+    compare = parser.add_argument_group("compare A.jsonl B.jsonl")
+    compare.add_argument(
+        "--fail-above", type=argument(parse_percent), default=None, metavar="PERCENT",
+        help="status 1 when a value of B is worse than in A by certainly more than that, or nothing can be told",
+    )  # fmt: skip
+    for name in FIGURES:
+        if (add := _of(name, "add_arguments")) is not None:
+            add(parser.add_argument_group(name))
 
 
 def run(args: argparse.Namespace) -> int:
     """0 when every figure was measured and kept to its target, 1 otherwise. `ConfigurationError` for what was asked
     wrongly, `ResourceError` for what this host lacks."""
-    names = args.figures or list(FIGURES)
+    if args.figures[:1] == ["compare"]:
+        from postcopy.testbed.bench import _compare
+
+        if args.rounds is not None:
+            raise ConfigurationError("--rounds: compare measures nothing")
+        return _compare.run(args.figures[1:], args.fail_above, args.json)
+    if args.fail_above is not None:
+        raise ConfigurationError("--fail-above is for compare: `postcopy bench compare A.jsonl B.jsonl`")
+    if args.quick and args.figures:
+        raise ConfigurationError("--quick chooses figures, and these are named: choose one")
+    names = args.figures or list(QUICK if args.quick else FIGURES)
     if unknown := [name for name in names if name not in FIGURES]:
         hint = did_you_mean(unknown[0], FIGURES) or among(FIGURES)
         raise ConfigurationError(f"no figure called {unknown[0]}{hint}")
-    if args.svg is not None:  # now, not after minutes of measuring
-        if "contention" not in names:
-            raise ConfigurationError("--svg: it draws the figures of contention, which are not among those asked for")
-        check_new_file("--svg", args.svg)
     names = [name for name in names if _can_be_measured(name, asked=bool(args.figures))]
-    width = make_console(sys.stdout).width
+    for option in ("output", "hdr"):  # now, not after minutes of measuring
+        if (path := getattr(args, option)) is not None:
+            check_new_file(f"--{option}", path)
+    began_s = time.monotonic()
+    lines = [run_line("bench", vars(args))]
     reached = True
+    if args.json:
+        print(lines[0], flush=True)
     for name in names:
+        left_s = math.inf if args.within is None else args.within - (time.monotonic() - began_s)
         try:
-            figures = _processes.run(_measurement(name), args.rounds)
+            measurements = _processes.run(_measured, name, args, left_s)
         except MigrationError as error:  # the others are worth having
             print(f"postcopy: error: {name}: {error}", file=sys.stderr)
             reached = False
             continue
-        for figure in figures:
-            reached &= figure.reached
-            print(json.dumps(as_json(figure.record())) if args.json else _text(figure, width), flush=True)
-        if name == "contention":
-            from postcopy.testbed.bench import _plot
-
-            if not args.json:
-                print(_plot.text_plot(figures, width), flush=True)
-            if args.svg is not None:
-                with replacing(args.svg, 0o644) as fd:
-                    write_all(fd, _plot.svg_plot(figures).encode())
+        if measurements is None:
+            print(f"postcopy: warning: {name} is left out: {args.within:g} s are over", file=sys.stderr)
+            continue
+        for measurement in measurements:
+            measurement.figure = name
+            reached &= measurement.reached is not False
+        added = [_line(measurement, began_s) for measurement in measurements]
+        lines += added
+        if args.json:
+            print("\n".join(added), flush=True)
+        else:
+            width = min(make_console(sys.stdout).width, MAX_WIDTH)
+            print((_of(name, "text") or text_of)(measurements, width), flush=True)
+    if args.output is not None:
+        with replacing(args.output, 0o644) as fd:
+            write_all(fd, "".join(f"{line}\n" for line in lines).encode())
+    if args.hdr is not None:
+        try:
+            write_hdr(args.hdr, intervals(map(json.loads, lines)))
+        except ConfigurationError as error:  # what was measured is worth having
+            print(f"postcopy: error: --hdr: {error}", file=sys.stderr)
+            reached = False
     return 0 if reached else 1
 
 
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"{__name__}.{FIGURES[name]}")
+def _of(figure: str, what: str) -> Any:
+    """A function of its module; None where it has none."""
+    module = importlib.import_module(f"{__name__}.{FIGURES[figure]}")
+    return getattr(module, f"{what}_{figure.replace('-', '_')}", None)
 
 
 def _can_be_measured(name: str, *, asked: bool) -> bool:
     """`ResourceError` when a program is missing that a figure needs that was `asked` for; else a line about it."""
     try:
-        getattr(_module(name), f"check_{name.replace('-', '_')}", lambda: None)()
+        if (check := _of(name, "check")) is not None:
+            check()
     except ResourceError as error:
         if asked:
             raise
@@ -153,29 +219,51 @@ def _can_be_measured(name: str, *, asked: bool) -> bool:
     return True
 
 
-def _measurement(name: str) -> Callable[[int], Awaitable[list[Figure]]]:
-    measure: Callable[[int], Awaitable[list[Figure]]] = getattr(_module(name), f"measure_{name.replace('-', '_')}")
-    return measure
+async def _measured(name: str, args: argparse.Namespace, left_s: float) -> list[Measurement] | None:
+    """None where the time was not enough; all processes have ended then too."""
+    more = () if _of(name, "add_arguments") is None else (args,)
+    with trio.move_on_after(max(left_s, 0)):
+        found: list[Measurement] = await _of(name, "measure")(args.rounds or ROUNDS, *more)
+        return found
+    return None
 
 
-def _text(figure: Figure, width: int) -> str:
-    """Its name, the ratio and the goal; of each value the median, and the least and the most of the rounds."""
-    width = min(width, 100)
-    if figure.target is None:
-        goal = "no goal"
-    else:
-        bound = "at most" if figure.at_most else "at least"
-        goal = f"{bound} {figure.target:g}: {'goal reached' if figure.reached else 'GOAL NOT REACHED'}"
-    lines = [*textwrap.wrap(figure.name, width), f"    {figure.ratio:.2f}, {goal}"]
-    if figure.curve:
-        lines.append(f"    over {figure.curve}:")
-    medians = figure.medians()
-    longest, most = max(map(len, medians)), max(medians.values())
-    for name, median in medians.items():
-        values = [values[name] for values in figure.rounds]
-        bar = f"{'█' * round(median / most * _BAR):<{_BAR}}  " if figure.curve else ""
-        between = f"  {min(values):.2f} .. {max(values):.2f}" if len(values) > 1 else ""
-        lines.append(f"    {name:<{longest}}  {bar}{median:10.2f} {figure.unit}{between}")
-    if figure.note:
-        lines += textwrap.wrap(figure.note, width, initial_indent="    ", subsequent_indent="    ")
+def _line(measurement: Measurement, began_s: float) -> str:
+    stamp = {"schema": VERSION, "event": "measurement", "elapsed-ms": round((time.monotonic() - began_s) * 1e3, 1)}
+    return json.dumps(stamp | as_json(measurement))
+
+
+def text_of(measurements: Sequence[Measurement], width: int) -> str:
+    """For people: a paragraph for each."""
+    return "\n".join(_text(measurement, width) for measurement in measurements)
+
+
+def _text(measurement: Measurement, width: int) -> str:
+    """Its name, the result and the goal; of each value the median, and the least and the most of the rounds."""
+    lines = textwrap.wrap(measurement.name, width)
+    if measurement.result is not None:
+        lines.append(f"    {measurement.result:.2f}, {_goal(measurement)}")
+    curve = measurement.curve
+    if curve is not None:
+        lines.append(f"    over {curve.over}:")
+    found = medians(measurement)
+    longest, most = max(map(len, found)), max(found.values())
+    for name, median in found.items():
+        value = measurement.values[name]
+        rounds = [each for each in value.rounds if each is not None]
+        bar = ""
+        if curve is not None:
+            bar = f"{'█' * round(median / most * _BAR) if name in curve.at else '':<{_BAR}}  "
+        between = f"  {min(rounds):.2f} .. {max(rounds):.2f}" if len(rounds) > 1 else ""
+        unit = value.unit if value.unit != "1" else ""
+        lines.append(f"    {name:<{longest}}  {bar}{median:10.2f} {unit}{between}")
+    if measurement.note:
+        lines += textwrap.wrap(measurement.note, width, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)
+
+
+def _goal(measurement: Measurement) -> str:
+    if measurement.goal is None:
+        return "no goal"
+    bound = "at most" if measurement.better == "less" else "at least"
+    return f"{bound} {measurement.goal:g}: {'goal reached' if measurement.reached else 'GOAL NOT REACHED'}"

@@ -1,83 +1,134 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the figures share: `Figure` and the ratio it is, and processes that are measured against each other."""
+"""What the figures share: what is made of the values of their rounds, and processes that are measured against each
+other."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import statistics
 import subprocess
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import trio
 
 from postcopy._child import python
 from postcopy.errors import MigrationError
-from postcopy.records import VERSION
-from postcopy.records.reports import BenchFigure
+from postcopy.records.results import Curve, Measurement, Value
+from postcopy.records.timeline import Distribution
 from postcopy.testbed._processes import open_child, parse, run_json
 from postcopy.testbed.bench._worker import Job
 
 DEADLINE_S = 120.0  # for one process of one measurement
 
 Rounds = list[dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One ratio and what it was made of."""
-
-    name: str
-    ratio: float  # median over the rounds
-    target: float | None  # None: a comparison without a goal
-    at_most: bool  # the target is an upper bound, else a lower one
-    rounds: Rounds
-    note: str = ""
-    unit: str = "us"
-    curve: str = ""
-    """Where the values of a round are the points of a curve: what their names count, as ``faults pending``."""
-
-    @property
-    def reached(self) -> bool:
-        """Whether the ratio keeps to its target."""
-        if self.target is None:
-            return True
-        return self.ratio <= self.target if self.at_most else self.ratio >= self.target
-
-    def medians(self) -> dict[str, float]:
-        """Of each value that all rounds have; a part of a downtime is left out where a side has not told it."""
-        names = [name for name in self.rounds[0] if all(name in values for values in self.rounds)]
-        return {name: statistics.median(values[name] for values in self.rounds) for name in names}
-
-    def record(self) -> BenchFigure:
-        """For ``--json``; `rounds` hold the absolute values, in `unit`."""
-        return BenchFigure(
-            schema=VERSION,
-            name=self.name,
-            ratio=round(self.ratio, 3),
-            target="" if self.target is None else f"{'<=' if self.at_most else '>='} {self.target}",
-            reached=self.reached,
-            unit=self.unit,
-            rounds=self.rounds,
-            curve=self.curve,
-            note=self.note,
-        )
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 def ratio(
-    name: str, rounds: Rounds, over: str, under: str, target: float | None, *, at_most: bool = True, **more: str
-) -> Figure:
-    """Of two values of each round; `more`: note, unit and curve."""
-    median = statistics.median(values[over] / values[under] for values in rounds)
-    return Figure(name, median, target, at_most, rounds, **more)
+    name: str,
+    rounds: Rounds,
+    of: str,
+    to: str | None,
+    goal: float | None,
+    *,
+    at_most: bool = True,
+    unit: str = "us",
+    units: Mapping[str, str] = {},
+    note: str = "",
+    curve: Curve | None = None,
+    distributions: Mapping[str, Distribution] | None = None,
+) -> Measurement:
+    """What was measured in `rounds`, in one `unit` but for those values that have one in `units`: it is about the value
+    `of`, over the value `to` of the same round where there is one. `at_most`: less is better, and the goal is an upper
+    bound; else a lower one."""
+    better = "less" if at_most else "more"
+    values = {
+        each: Value(
+            unit=units.get(each, unit) or "1",
+            rounds=[values.get(each) for values in rounds],
+            better=better if each == of or (curve is not None and each in curve.at) else None,
+        )
+        for each in dict.fromkeys(itertools.chain(*rounds))
+    }
+    result = statistics.median(values[of] / values[to] if to else values[of] for values in rounds)
+    return Measurement(
+        figure="",  # whoever asked for it knows
+        name=name,
+        values=values,
+        of=of,
+        to=to,
+        result=result,
+        better=better,
+        goal=goal,
+        reached=None if goal is None else result <= goal if at_most else result >= goal,
+        curve=curve,
+        distributions=None if distributions is None else dict(distributions),
+        note=note or None,
+    )
 
 
-def side_by_side(one: dict[str, float], other: dict[str, float], prefix: str) -> dict[str, float]:
+def medians(measurement: Measurement) -> dict[str, float]:
+    """Of each value that all rounds have; a part of a downtime is left out where a side has not told it."""
+    found = {
+        name: [each for each in value.rounds if each is not None]
+        for name, value in measurement.values.items()
+        if None not in value.rounds
+    }
+    return {name: statistics.median(rounds) for name, rounds in found.items()}
+
+
+@dataclass(frozen=True)
+class Touched:
+    """How long a thread that touches pages has waited for each."""
+
+    us: dict[str, float]
+    """Percentiles and the maximum, by name."""
+    times: Distribution
+
+    @classmethod
+    def of(cls, said: dict[str, Any]) -> Touched:
+        """What a destination has said (`_worker.touched`)."""
+        return cls(dict(said["touch-us"]), msgspec.convert(said["touches"], Distribution))
+
+
+def side_by_side(one: Touched, other: Touched, prefix: str) -> dict[str, float]:
     """p50 and p99 of two latencies as one round, those of the `other` with a prefix."""
-    return {prefix * (values is other) + name: values[name] for name in ("p50", "p99") for values in (one, other)}
+    return {prefix * (each is other) + name: each.us[name] for name in ("p50", "p99") for each in (one, other)}
+
+
+def joined(rounds: Iterable[Touched]) -> Distribution:
+    """Of all rounds together."""
+    counts: Counter[int] = Counter()
+    times = [each.times for each in rounds]
+    for each in times:
+        counts.update(dict(zip(each.bucket_edges_ns, each.bucket_counts, strict=True)))
+    edges = sorted(counts)
+    return Distribution(
+        count=sum(counts.values()),
+        sum_ns=sum(each.sum_ns for each in times),
+        max_ns=max(each.max_ns for each in times),
+        bucket_edges_ns=edges,
+        bucket_counts=[counts[edge] for edge in edges],
+    )
+
+
+async def by_turns(rounds: int, parts: Mapping[K, Callable[[], Awaitable[T]]]) -> list[dict[K, T]]:
+    """What each part gives in each round. A round begins with another part than the last one, so that each comes first
+    as often as any other: a host that slows its processors down after a while would decide."""
+    turns = []
+    for number in range(rounds):
+        first = number % len(parts)
+        found = {name: await parts[name]() for name in (*[*parts][first:], *[*parts][:first])}
+        turns.append({name: found[name] for name in parts})
+    return turns
 
 
 # ---- processes
@@ -139,9 +190,9 @@ async def pair(
         raise MigrationError(f"a measurement did not end within {DEADLINE_S:.0f} s")
 
 
-async def touch_us(kind: str, size_bytes: int, **options: Any) -> dict[str, float]:
-    """Percentiles of what a thread waits for a page."""
-    return dict((await pair(kind, size_bytes, pin=True, **options))["touch-us"])
+async def touch(kind: str, size_bytes: int, **options: Any) -> Touched:
+    """What a thread waits for a page."""
+    return Touched.of(await pair(kind, size_bytes, pin=True, **options))
 
 
 async def warm_pair(kind: str, size_bytes: int, **options: Any) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import trio
 from postcopy._native import lib
 from postcopy.machines.toy.machine import KVM, RV64, Engine, ToyMachine, ToyOptions
 from postcopy.memory import DirtyLog, Memory
-from postcopy.testbed.bench._common import Figure, Rounds, ratio
+from postcopy.records.results import Measurement
+from postcopy.testbed.bench._common import Rounds, ratio
 from postcopy.testbed.probe import find
 
 PERIOD_S = 0.1
@@ -19,7 +20,7 @@ WINDOW_S = 1.5
 MEMORY_BYTES = 256 << 20
 
 
-async def measure_dirty(rounds: int) -> list[Figure]:
+async def measure_dirty(rounds: int) -> list[Measurement]:
     """Operations of a guest that does nothing but write, logged and not, by turns in one machine; and a whole memory
     asked, of which nothing, or every page, was written."""
     figures = []

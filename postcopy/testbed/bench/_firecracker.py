@@ -29,9 +29,10 @@ from postcopy._child import python
 from postcopy._native import ffi, lib
 from postcopy.errors import MigrationError, ResourceError, check
 from postcopy.machines.firecracker.handshake import Handshake, receive_handshake
+from postcopy.records.results import Measurement
 from postcopy.testbed import probe
 from postcopy.testbed._processes import Child, open_child, parse
-from postcopy.testbed.bench._common import DEADLINE_S, Figure, Rounds, ratio, worker
+from postcopy.testbed.bench._common import DEADLINE_S, Rounds, by_turns, ratio, worker
 from postcopy.testbed.firecracker import Firecracker, GuestLine, find, guest_path, serving_engine, version_of
 
 T = TypeVar("T")
@@ -216,7 +217,7 @@ def _place(handshake: Handshake, image_fd: int, threads: int) -> None:
 # ---- what is measured
 
 
-async def measure_firecracker(rounds: int) -> list[Figure]:
+async def measure_firecracker(rounds: int) -> list[Measurement]:
     """Faults, the working set, how fast all memory comes, and the death of the engine."""
     with tempfile.TemporaryDirectory(prefix="postcopy-bench-") as name:
         directory = Path(name)
@@ -235,7 +236,7 @@ async def thread(function: Callable[..., T], *arguments: Any) -> T:
     return await trio.to_thread.run_sync(partial(function, *arguments))
 
 
-async def _faults(rounds: int, snapshot: Snapshot) -> list[Figure]:
+async def _faults(rounds: int, snapshot: Snapshot) -> list[Measurement]:
     """First accesses of the guest, by who serves it; and what a working set is worth: each round records one."""
     working_set = str(snapshot.directory / "working-set")
     ways = {
@@ -245,15 +246,8 @@ async def _faults(rounds: int, snapshot: Snapshot) -> list[Figure]:
         "ours, all": partial(_pager, snapshot, "--prefetch", "all"),
         "ours, working set": partial(_pager, snapshot, "--working-set", working_set),
     }
-    turns: list[dict[str, dict[str, float]]] = []
-    for number in range(rounds):
-        turn: dict[str, dict[str, float]] = {}
-        for name in sorted(ways, reverse=bool(number % 2)):
-            if name == "ours, working set":
-                continue
-            turn[name] = await _served(ways[name], snapshot)
-        turn["ours, working set"] = await _served(ways["ours, working set"], snapshot)
-        turns.append(turn)
+    # (the first round begins with the first of them, so that there is a working set when it is wanted)
+    turns = await by_turns(rounds, {name: partial(_served, way, snapshot) for name, way in ways.items()})
 
     def rounds_of(value: str, *names: str, scale: float = 1.0) -> Rounds:
         return [{name: turn[name][value] * scale for name in names} for turn in turns]
@@ -320,21 +314,21 @@ def _resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-async def _populate(rounds: int, snapshot: Snapshot) -> list[Figure]:
+async def _populate(rounds: int, snapshot: Snapshot) -> list[Measurement]:
     ways = {
         "1 thread": partial(_floor, snapshot, "place 1"),
         "2 threads": partial(_floor, snapshot, "place 2"),
         "ours": partial(_pager, snapshot, "--prefetch", "all"),
     }
-    turns: Rounds = []
-    for number in range(rounds):
-        turn: dict[str, float] = {}
-        for name in sorted(ways, reverse=bool(number % 2)):
-            async with ways[name]() as handler:
-                if name == "ours":
-                    await _has_spare(handler)
-                turn[name] = await thread(_rate, snapshot, handler.path)
-        turns.append(turn | {"ceiling": max(turn["1 thread"], turn["2 threads"])})
+
+    async def rate(name: str) -> float:
+        async with ways[name]() as handler:
+            if name == "ours":
+                await _has_spare(handler)
+            return await thread(_rate, snapshot, handler.path)
+
+    found = await by_turns(rounds, {name: partial(rate, name) for name in ways})
+    turns = [turn | {"ceiling": max(turn["1 thread"], turn["2 threads"])} for turn in found]
     name = f"memory of {POPULATED_MIB} MiB, populated / UFFDIO_COPY"
     return [ratio(name, turns, "ours", "ceiling", 0.8, at_most=False, note=POPULATE, unit="MB/s")]
 
@@ -372,7 +366,7 @@ def _kill(vm: Firecracker, keeper: int) -> GuestLine:
     return _right(vm, vm.wait_pass(passes + 1))
 
 
-async def _death(rounds: int, snapshot: Snapshot) -> Figure:
+async def _death(rounds: int, snapshot: Snapshot) -> Measurement:
     turns: Rounds = []
     for _ in range(rounds):
         async with _pager(snapshot) as handler:

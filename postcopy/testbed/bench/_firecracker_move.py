@@ -24,8 +24,9 @@ from typing import Any
 
 from postcopy._child import python
 from postcopy.errors import MigrationError
+from postcopy.records.results import Measurement
 from postcopy.testbed._processes import open_child, run_json
-from postcopy.testbed.bench._common import DEADLINE_S, Figure, Rounds, ratio
+from postcopy.testbed.bench._common import DEADLINE_S, Rounds, ratio
 from postcopy.testbed.bench._firecracker import Snapshot, check_firecracker, next_line, thread
 from postcopy.testbed.firecracker import Firecracker
 
@@ -49,7 +50,7 @@ OURS = "all but Firecracker's own calls of the same move"
 check_firecracker_move = check_firecracker
 
 
-async def measure_firecracker_move(rounds: int) -> list[Figure]:
+async def measure_firecracker_move(rounds: int) -> list[Measurement]:
     """How long a microVM stands still, with little and with much memory."""
     found: dict[int, Rounds] = {}
     for size_mib in SIZES_MIB:

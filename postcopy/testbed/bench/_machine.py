@@ -6,13 +6,14 @@ from __future__ import annotations
 import time
 
 from postcopy.machines.toy.machine import RV64, ToyMachine, ToyOptions
-from postcopy.testbed.bench._common import Figure, demo, ratio
+from postcopy.records.results import Measurement
+from postcopy.testbed.bench._common import demo, ratio
 from postcopy.units import parse_size
 
 
-async def measure_sparse(rounds: int) -> list[Figure]:
+async def measure_sparse(rounds: int) -> list[Measurement]:
     """A large machine, little of it touched, against a small one, all of it touched."""
-    common = ("--machine", "kvm", "--workload", "random", "--vcpus", "1", "--working-set", "240MiB", "--memory")
+    common = ("--machine", "kvm", "--workload", "random", "--vcpus", "1", "--used-memory", "240MiB", "--memory")
     values = []
     for _ in range(rounds):
         small, large = [float((await demo(*common, size))["total-ms"]) for size in ("256MiB", "8GiB")]
@@ -21,15 +22,15 @@ async def measure_sparse(rounds: int) -> list[Figure]:
     return [ratio("total time, 8 GiB sparse / 256 MiB", values, "8GiB", "256MiB", 1.3, note=note, unit="ms")]
 
 
-async def measure_overhead(rounds: int) -> list[Figure]:
+async def measure_overhead(rounds: int) -> list[Measurement]:
     """Peak memory beside the machine's own, against 32 MiB + 1 % of the machine: of a small one, where Python is nearly
     all of it, and of a larger one, where the engine's maps and buffers would show."""
     figures = []
-    for size, working_set in (("64MiB", "32MiB"), ("1GiB", "256MiB")):
+    for size, used in (("64MiB", "32MiB"), ("1GiB", "256MiB")):
         allowance_mib = 32 + parse_size(size) / 2**20 / 100
         values = []
         for _ in range(max(1, rounds // 2)):
-            arguments = ("--workload", "random", "--memory", size, "--working-set", working_set)
+            arguments = ("--workload", "random", "--memory", size, "--used-memory", used)
             result = await demo("--machine", "kvm", *arguments)
             values.append(
                 {side: float(result[side]["overhead-bytes"]) / 2**20 for side in ("source", "dest")}
@@ -52,7 +53,7 @@ async def _rv64_instructions_per_s(workload: str) -> float:
         return 300e6 / (time.perf_counter() - begin_s)
 
 
-async def measure_rv64(rounds: int) -> list[Figure]:
+async def measure_rv64(rounds: int) -> list[Measurement]:
     """Instructions of one hart against what makes a demo of it credible."""
     values = []
     for _ in range(rounds):

@@ -27,10 +27,11 @@ import trio
 
 from postcopy._child import python
 from postcopy.errors import MigrationError
+from postcopy.records.results import Measurement
 from postcopy.service.client import ControlClient
 from postcopy.testbed import qemu
 from postcopy.testbed._processes import Child, open_child
-from postcopy.testbed.bench._common import DEADLINE_S, Figure, ratio
+from postcopy.testbed.bench._common import DEADLINE_S, by_turns, ratio
 from postcopy.testbed.bench._firecracker import next_line, thread
 from postcopy.testbed.chaos import ChaosProxy, open_chaos_proxy
 from postcopy.testbed.qemu import Qemu, own
@@ -63,24 +64,22 @@ Part = Callable[[], Awaitable[dict[str, float]]]
 """One move; what it took."""
 
 
-async def measure_qemu_move(rounds: int) -> list[Figure]:
+async def measure_qemu_move(rounds: int) -> list[Measurement]:
     """Stop to run, latency of faults and total time, ours over QEMU's; and the network cut in the middle."""
     return await compare(rounds, MEMORY_MIB)
 
 
-async def compare(rounds: int, memory_mib: int) -> list[Figure]:
+async def compare(rounds: int, memory_mib: int) -> list[Measurement]:
     """With a guest of this size."""
     parts: dict[str, Part] = {"ours": partial(_ours, memory_mib)}
     parts |= {name: partial(_own, memory_mib, preempt) for name, preempt in MODES.items()}
     parts["traced"] = partial(_own, memory_mib, True, traced=True)
-    turns, cuts = [], []
-    for number in range(rounds):
-        # Each goes first as often as last: a host that slows its processors down after a while would decide.
-        order = list(parts.items())[:: 1 if number % 2 else -1]
-        turns.append({name: await part() for name, part in order})
-        cuts.append({"ours": await _ours_cut(memory_mib), "preempt": await _own_cut(memory_mib)})
+    turns = await by_turns(rounds, parts)
+    cuts = await by_turns(rounds, {"ours": partial(_ours_cut, memory_mib), "preempt": partial(_own_cut, memory_mib)})
 
-    def figure(what: str, value: str, goal: float | None, note: str, unit: str = "ms", margin: float = 0.0) -> Figure:
+    def figure(
+        what: str, value: str, goal: float | None, note: str, unit: str = "ms", margin: float = 0.0
+    ) -> Measurement:
         values = [{name: turn[name][value] for name in ("ours", *MODES)} for turn in turns]
         # Not less than one: a small memory may come before its guest has missed any.
         found = [each | {"allowed": max(1.0, min(each[name] for name in MODES)) + margin} for each in values]
@@ -101,12 +100,13 @@ async def compare(rounds: int, memory_mib: int) -> list[Figure]:
     ]
 
 
-def _cut_figure(name: str, cuts: list[dict[str, dict[str, float]]]) -> Figure:
+def _cut_figure(name: str, cuts: list[dict[str, dict[str, float]]]) -> Measurement:
     """Of moves that have come to such an end; else there is an error in its place."""
     rounds = [
-        {f"{who}: {what}": value for who, values in cut.items() for what, value in values.items()} for cut in cuts
+        {"completed": 1.0} | {f"{who}: {what}": value for who, values in cut.items() for what, value in values.items()}
+        for cut in cuts
     ]
-    return Figure(name, 1.0, 1.0, False, rounds, note=CUT, unit="ms")
+    return ratio(name, rounds, "completed", None, 1.0, at_most=False, unit="ms", units={"completed": "1"}, note=CUT)
 
 
 @asynccontextmanager

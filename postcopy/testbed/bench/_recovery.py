@@ -23,8 +23,9 @@ from postcopy.errors import MigrationError
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.maps import MapCollector
+from postcopy.records.results import Measurement
 from postcopy.testbed._processes import Child, open_child, parse
-from postcopy.testbed.bench._common import Figure, ratio
+from postcopy.testbed.bench._common import ratio
 from postcopy.testbed.chaos import ChaosPlan, ChaosProxy, open_chaos_proxy
 from postcopy.wire import (
     ID_BYTES,
@@ -48,6 +49,7 @@ RUN_PAGES = 64
 READ_BYTES = 64 * 1024  # as the control connection is read
 BEFORE_PAGES_BYTES = 4096  # more than the handshakes of a recovery take, less than the first page and they
 GIVE_UP_S = 30.0
+CUTS = 25  # a round
 MACHINE = ["--machine", "kvm", "--memory", "256MiB", "--vcpus", "1", "--workload", "dirty", "--max-bandwidth", "2MiB/s"]
 
 
@@ -191,28 +193,26 @@ def _cut_off(size_bytes: int) -> tuple[SourceProtocol, DestinationProtocol]:
     return source, dest
 
 
-async def measure_recovery_time(rounds: int) -> list[Figure]:
+def percentiles_ms(times_ms: Sequence[float]) -> dict[str, float]:
+    ordered = sorted(times_ms)
+    return {name: ordered[int(len(ordered) * part)] for name, part in (("p50", 0.5), ("p99", 0.99))}
+
+
+async def measure_recovery_time(rounds: int) -> list[Measurement]:
     """A running machine that is cut off again and again."""
-    times_ms = sorted([ms for number in range(rounds) for ms in await recovery_times_ms(25, number)])
-    note = f"{len(times_ms)} cuts of 0.1 to 1 s, all connections reset"
+    found = [percentiles_ms(await recovery_times_ms(CUTS, number)) for number in range(rounds)]
+    note = f"{CUTS} cuts of 0.1 to 1 s in a round, all connections reset"
     return [
-        Figure(
-            f"first page after the network's return, {name} / {allowed_ms} ms",
-            value / allowed_ms,
-            1.0,
-            True,
-            [{name: value}],
-            note,
-            "ms",
+        ratio(
+            f"first page after the network's return, {name} / {allowed_ms:g} ms",
+            [{name: each[name], "allowed": allowed_ms} for each in found],
+            name, "allowed", 1.0, unit="ms", note=note,
         )
-        for name, value, allowed_ms in (
-            ("p50", times_ms[len(times_ms) // 2], 150),
-            ("p99", times_ms[min(len(times_ms) - 1, int(len(times_ms) * 0.99))], 500),
-        )
-    ]
+        for name, allowed_ms in (("p50", 150.0), ("p99", 500.0))
+    ]  # fmt: skip
 
 
-async def measure_recovery_map(rounds: int) -> list[Figure]:
+async def measure_recovery_map(rounds: int) -> list[Measurement]:
     """The maps of a machine of 1 TiB, from one side's bitmap to the other's."""
     values = [await recovery_map(1 << 40, number) | {"MB-allowed": 10.0, "s-allowed": 1.0} for number in range(rounds)]
     note = "4 KiB pages, half of them received, in random runs of 64; simulated on bitmaps"

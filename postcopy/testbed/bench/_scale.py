@@ -26,8 +26,9 @@ from postcopy.dataplane.pager import Pager, Stage
 from postcopy.dataplane.pageserver import PageServer
 from postcopy.errors import MigrationError, check
 from postcopy.memory import Memory
+from postcopy.records.results import Curve, Measurement
 from postcopy.testbed._processes import run_json
-from postcopy.testbed.bench._common import DEADLINE_S, Figure, pair, ratio, worker
+from postcopy.testbed.bench._common import DEADLINE_S, pair, ratio, worker
 from postcopy.testbed.bench._worker import HIT_NS, SEED, Job
 from postcopy.uffd import How, UffdFeature, Userfaultfd, probe
 from postcopy.units import format_size
@@ -43,7 +44,7 @@ STRIPED_BYTES = 64 << 20
 _HEADER_BYTES = int(lib.PC_FRAME_HEADER_BYTES)
 
 
-async def measure_scale(rounds: int) -> list[Figure]:
+async def measure_scale(rounds: int) -> list[Measurement]:
     """Each as a curve."""
 
     async def part(what: str, size: int) -> Any:
@@ -57,27 +58,31 @@ async def measure_scale(rounds: int) -> list[Figure]:
     ]
     striped = [{str(stripes): await _striped_us(stripes) for stripes in STRIPES} for _ in range(rounds)]
     most = format_size(MEMORIES[-1])
+    waiters = Curve(over="threads that wait", x_unit="1", at={str(size): float(size) for size in PENDING})
+    sizes = {format_size(size): float(size) for size in MEMORIES}
+    memory = Curve(over="memory, simulated on bitmaps", x_unit="bytes", at=sizes)
+    shards = Curve(over="userfaultfds of one memory", x_unit="1", at={str(each): float(each) for each in STRIPES})
     return [
         ratio(
             f"from a fault's event to its request, {PENDING[-1]} pending / 1", sent, str(PENDING[-1]), "1", 1.5,
-            curve="threads that wait",
+            curve=waiters,
         ),
         ratio(
             f"the kernel's wake-up for one page, {PENDING[-1]} pending / 1", wakes, str(PENDING[-1]), "1", None,
-            curve="threads that wait", note="UFFDIO_WAKE looks at all that wait on a userfaultfd",
+            curve=waiters, note="UFFDIO_WAKE looks at all that wait on a userfaultfd",
         ),
         ratio(
             f"reading the counters, {most} / {format_size(MEMORIES[0])}", counters, most, format_size(MEMORIES[0]), 1.5,
-            curve="memory, simulated on bitmaps",
+            curve=memory,
         ),
         ratio(
             f"claiming a run, {most} / {format_size(MEMORIES[0])}", claims, most, format_size(MEMORIES[0]), 1.5,
-            curve="memory, simulated on bitmaps", unit="ns",
+            curve=memory, unit="ns",
             note=f"the next page to push, of {CLAIMS} that are left, spread over all of the memory",
         ),
         ratio(
             f"a fault in shared memory, {STRIPES[-1]} userfaultfds / 1", striped, str(STRIPES[-1]), "1", None,
-            curve="userfaultfds of one memory",
+            curve=shards,
             note=f"{TOUCHERS} threads that fault in one memory; elapsed time by the number of faults",
         ),
     ]  # fmt: skip

@@ -8,12 +8,14 @@ import statistics
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import trio
 
+from postcopy.records.results import Measurement
 from postcopy.testbed.bench._bulk import SIZE_BYTES, Take, open_sides
-from postcopy.testbed.bench._common import Figure, Rounds, ratio, side_by_side, touch_us
-from postcopy.testbed.bench._recovery import first_page_ms, open_running_machine, recovery_times_ms
+from postcopy.testbed.bench._common import by_turns, ratio, side_by_side, touch
+from postcopy.testbed.bench._recovery import first_page_ms, open_running_machine, percentiles_ms, recovery_times_ms
 from postcopy.testbed.bench._worker import ADDRESS
 from postcopy.testbed.chaos import ChaosPlan
 from postcopy.tls import _authority
@@ -25,7 +27,7 @@ LASTS_S = 1.2  # what a recovery has to last for, for the next one to begin with
 TRIES = 5
 
 
-async def measure_tls(rounds: int) -> list[Figure]:
+async def measure_tls(rounds: int) -> list[Measurement]:
     """All of it, with certificates that are made for it."""
     with _certificates() as tls:
         return [
@@ -46,78 +48,58 @@ def _certificates() -> Iterator[str]:
         yield f"{scratch}/host"
 
 
-async def _fault(rounds: int, tls: str, how: str, busy_poll_us: int, target: float | None) -> Figure:
-    values = []
-    for number in range(rounds):
-        order = ("", tls) if number % 2 else (tls, "")
-        times = {
-            each: await touch_us("engine", 64 << 20, touches=4000, busy_poll_us=busy_poll_us, tls=each)
-            for each in order
-        }
-        values.append(side_by_side(times[tls], times[""], "plain-"))
+async def _fault(rounds: int, tls: str, how: str, busy_poll_us: int, target: float | None) -> Measurement:
+    parts = {
+        name: partial(touch, "engine", 64 << 20, touches=4000, busy_poll_us=busy_poll_us, tls=each)
+        for name, each in (("plain", ""), ("tls", tls))
+    }
+    values = [side_by_side(turn["tls"], turn["plain"], "plain-") for turn in await by_turns(rounds, parts)]
     return ratio(f"fault p50, {how}, TLS / plain", values, "p50", "plain-p50", target)
 
 
-async def _bulk(rounds: int, tls: str) -> list[Figure]:
+async def _bulk(rounds: int, tls: str) -> list[Measurement]:
     """The push on as many connections as there are processors, and the processor time of both sides."""
     channels = len(os.sched_getaffinity(0))
-    values: Rounds = []
     async with open_sides(SIZE_BYTES, channels) as sides:
-        for each in ("", tls):
-            await sides.take(Take("engine", tls=each))
-        for number in range(rounds):
-            order = ("", tls) if number % 2 else (tls, "")
-            takes = {each: await sides.take(Take("engine", tls=each)) for each in order}
-            values.append(
-                {
-                    f"{name}{unit}": take[key] / scale
-                    for name, take in (("tls", takes[tls]), ("plain", takes[""]))
-                    for unit, key, scale in (
-                        ("", "bytes-per-s", 1e9),
-                        ("-source-cpu", "source-cpu-s", 1.0),
-                        ("-dest-cpu", "dest-cpu-s", 1.0),
-                    )
-                }
-            )
-    cpu = {name: statistics.median(each[name] for each in values) for name in values[0] if name.endswith("cpu")}
-    note = "processor time of a GiB, source and destination: " + ", ".join(
-        f"{name} {cpu[f'{name}-source-cpu']:.2f} s and {cpu[f'{name}-dest-cpu']:.2f} s" for name in ("tls", "plain")
-    )
-    values = [{name: each[name] for name in ("tls", "plain")} for each in values]
+        parts = {name: partial(sides.take, Take("engine", tls=each)) for name, each in (("tls", tls), ("plain", ""))}
+        for part in parts.values():
+            await part()
+        turns = await by_turns(rounds, parts)
+    values = [
+        {name: take["bytes-per-s"] / 1e9 for name, take in turn.items()}
+        | {f"{name}, {side}": take[f"{side}-cpu-s"] for name, take in turn.items() for side in ("source", "dest")}
+        for turn in turns
+    ]
+    units = {name: "s" for name in values[0] if "," in name}
     name = f"bulk push, {channels} channels, TLS / plain"
-    return [ratio(name, values, "tls", "plain", 0.6, at_most=False, note=note, unit="GB/s")]
+    note = "with the processor time that source and destination took for it"
+    return [ratio(name, values, "tls", "plain", 0.6, at_most=False, note=note, unit="GB/s", units=units)]
 
 
-async def _recovery(rounds: int, tls: str) -> Figure:
-    times_ms = sorted(
-        [
-            ms
-            for number in range(rounds)
-            for ms in await recovery_times_ms(CUTS, number, ("--tls", tls), BEFORE_PAGES_BYTES)
-        ]
-    )
+async def _recovery(rounds: int, tls: str) -> Measurement:
+    found = []
+    for number in range(rounds):
+        times_ms = await recovery_times_ms(CUTS, number, ("--tls", tls), BEFORE_PAGES_BYTES)
+        found.append(percentiles_ms(times_ms) | {"allowed": 500.0})
     name = "first page after the network's return with TLS, p99 / 500 ms"
-    p50, p99 = (times_ms[min(len(times_ms) - 1, int(len(times_ms) * part))] for part in (0.5, 0.99))
-    note = f"{len(times_ms)} cuts of 0.1 to 1 s, all connections reset"
-    return Figure(name, p99 / 500, 1.0, True, [{"p99": p99, "p50": p50}], note, "ms")
+    note = f"{CUTS} cuts of 0.1 to 1 s in a round, all connections reset"
+    return ratio(name, found, "p99", "allowed", 1.0, unit="ms", note=note)
 
 
-async def _round_trips(rounds: int, tls: str) -> Figure:
+async def _round_trips(rounds: int, tls: str) -> Measurement:
     """From a cut to the first page, over a network on which every byte takes half of ROUND_TRIP_S: what TLS makes
     longer is a whole number of those and, beside it, what is computed."""
 
-    async def median_ms(options: tuple[str, ...], seed: int) -> float:
+    async def median_ms(*options: str) -> float:
         times_ms = []
-        async with open_running_machine(ChaosPlan(seed=seed, delay_s=ROUND_TRIP_S / 2), options) as proxy:
+        async with open_running_machine(ChaosPlan(seed=1, delay_s=ROUND_TRIP_S / 2), options) as proxy:
             for _ in range(TRIES):
                 await trio.sleep(LASTS_S)
                 times_ms.append(await first_page_ms(proxy, proxy.cut, BEFORE_PAGES_BYTES))
         return statistics.median(times_ms)
 
-    values = [
-        {"tls": await median_ms(("--tls", tls), number), "plain": await median_ms((), number)}
-        for number in range(rounds)
-    ]
-    added = statistics.median(each["tls"] - each["plain"] for each in values) / (ROUND_TRIP_S * 1e3)
+    values = await by_turns(rounds, {"tls": partial(median_ms, "--tls", tls), "plain": partial(median_ms)})
+    values = [each | {"added": (each["tls"] - each["plain"]) / (ROUND_TRIP_S * 1e3)} for each in values]
     note = f"a round trip takes {ROUND_TRIP_S * 1e3:g} ms; up to 0.1 of one is taken for processor time"
-    return Figure("round trips that TLS adds to a recovery", added, 1.1, True, values, note, "ms")
+    name = "round trips that TLS adds to a recovery"
+    return ratio(name, values, "added", None, 1.1, unit="ms", units={"added": "round trips"}, note=note)

@@ -33,7 +33,7 @@ OPTIONS = (
         replace(options.CONNECT, name="to", help="carry them to this address", required=True),
         replace(options.SEED, help="makes the plan's random choices the same in each run (default: random)"),
     ),
-    options.OUTPUT,
+    options.LOGGING,
 )
 
 

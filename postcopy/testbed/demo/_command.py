@@ -63,7 +63,7 @@ OPTIONS = (
     Group("machine",
           replace(options.KIND, help="kind of machine to migrate (default: kvm, or rv64 where kvm cannot be used)"),
           *options.MACHINE),
-    Group("migration", options.BACKING, options.BUSY_POLL, options.PAGER, *options.SENDING),
+    Group("migration", options.BACKING, options.BUSY_POLL, options.PAGER, *options.AHEAD, *options.SENDING),
     Group("demonstration",
           options.MIGRATE_AFTER,
           replace(options.RUN_FOR, help=options.RUN_FOR.help.partition(" (")[0]),
@@ -99,6 +99,7 @@ class DemoCommand:
         """`given`: the values of `OPTIONS`. The two sides get them, each those of the options that it has."""
         values = self._values = DEFAULTS | given
         self._output = output
+        values.pop("report", None)  # one page for both sides, of the lines that the demo emits
         self._lab = "lab" in values
         self._tls = "tls" in values or (self._lab and "insecure" not in values)
         values.pop("tls", None)

@@ -34,7 +34,7 @@ MIB = 1 << 20
 ADDRESS_SPACE_BYTES = 16 << 30
 """No process here may take the machine with it, whatever it is made to do."""
 
-RV64 = ("--machine", "rv64", "--memory", "16MiB", "--workload", "random", "--working-set", "4MiB")
+RV64 = ("--machine", "rv64", "--memory", "16MiB", "--workload", "random", "--used-memory", "4MiB")
 
 
 def command() -> list[str]:

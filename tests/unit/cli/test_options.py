@@ -87,11 +87,13 @@ WRITTEN: dict[str, tuple[str, Any]] = {
     "qemu": (f"{sys.executable} -m 'a b'", (sys.executable, "-m", "a b")),
     "qmp": ("vm1.qmp", "vm1.qmp"),
     "program": ("/opt/bin/postcopy", "/opt/bin/postcopy"),
-    "prefetch": ("all", "all"),
+    "prefetch": ("both:16", "both:16"),
+    "push-after": ("1.5", 1.5),
     "readers": ("3", 3),
     "record-for": ("2.5", 2.5),
     "record-working-set": ("new.ws", "new.ws"),
     "recover-for": ("forever", math.inf),
+    "report": ("r.html", "r.html"),
     "restart-burst": ("9", 9),
     "run-for": ("1.5", 1.5),
     "salvage": ("s", "s"),
@@ -105,9 +107,10 @@ WRITTEN: dict[str, tuple[str, Any]] = {
     "user": ("nobody:users", "nobody:users"),
     "vcpus": ("2", 2),
     "workload": ("idle", "idle"),
-    "working-set": ("1.5MiB", 3 << 19),
+    "used-memory": ("1.5MiB", 3 << 19),
+    "working-set": ("vm.ws", "vm.ws"),
 }
-WRITTEN_OF: dict[tuple[str, str], tuple[str, Any]] = {("pager", "working-set"): ("vm.ws", "vm.ws")}
+WRITTEN_OF: dict[tuple[str, str], tuple[str, Any]] = {("pager", "prefetch"): ("all", "all")}
 """Of one command only."""
 TABLES = ("source", "dest", "daemon", "pager", "demo", "merge", "chaos")
 
@@ -234,7 +237,7 @@ def test_every_option_is_of_a_record(command: str) -> None:
     """Or of the command line itself: a misspelt field would be an option that does nothing."""
     known = {item.name for kind in RECORDS[command] for item in fields(kind)}
     own = {"json", "log_level", "log_json", "user", "peer_file", "hold", "path", "reclaim", "force"}
-    own |= {"tls", "tls_hostname", "tls_authz", "insecure"}  # of which `Protection` and `Route` are made
+    own |= {"tls", "tls_hostname", "tls_authz", "insecure", "report"}  # of which `Protection` and `Route` are made
     assert {option.key for option in all_options(command)} <= known | own
 
 

@@ -71,6 +71,8 @@ class Said:
     def say(self, text: str) -> None:
         assert text.isprintable()
 
+    records = True
+
     def kick(self) -> None:
         pass
 

@@ -25,7 +25,7 @@ KINDS = [pytest.param("kvm", marks=pytest.mark.needs("kvm")), "rv64"]
 
 @asynccontextmanager
 async def running(kind: str, workload: str = "dirty") -> AsyncIterator[ToyMachine]:
-    options = MachineOptions(memory_bytes=16 * MIB, vcpus=2, workload=workload, seed=5, working_set_bytes=2 * MIB)
+    options = MachineOptions(memory_bytes=16 * MIB, vcpus=2, workload=workload, seed=5, used_memory_bytes=2 * MIB)
     async with create_source(kind, options) as machine:
         assert isinstance(machine, ToyMachine)
         await machine.boot()

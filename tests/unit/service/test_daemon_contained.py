@@ -46,7 +46,7 @@ from postcopy.wire import Block, Offer, SourceProtocol, State
 
 DEADLINE_S = 40.0
 MIB = 1 << 20
-SMALL = MachineOptions(memory_bytes=16 * MIB, vcpus=1, workload="random", working_set_bytes=1 * MIB)
+SMALL = MachineOptions(memory_bytes=16 * MIB, vcpus=1, workload="random", used_memory_bytes=1 * MIB)
 MISTAKES = [KeyError("a mistake"), RuntimeError("can't start new thread"), MemoryError(), OSError(errno.EMFILE, "none")]
 
 
@@ -168,7 +168,7 @@ async def test_the_only_machine_that_can_be_reclaimed_needs_no_name(monkeypatch:
     async with running(options) as there:
         with pytest.raises(ControlError, match="one has not been sent away"):
             await there.ask("reclaim", force=True)
-        await there.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", working_set=MIB)
+        await there.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", used_memory=MIB)
         with pytest.raises(ControlError, match="no machine is here whose destination was lost"):
             await there.ask("reclaim", force=True)
         async with running(with_machine=False) as here:
@@ -195,7 +195,7 @@ async def test_a_machine_that_is_being_ended_is_nobody_elses(monkeypatch: pytest
         await close(self, *arguments)
 
     async with running() as there:
-        await there.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", working_set=MIB)
+        await there.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", used_memory=MIB)
         monkeypatch.setattr(ToyMachine, "close", slowly)
         async with trio.open_nursery() as nursery:
             for _ in range(2):
@@ -219,7 +219,7 @@ async def test_a_client_that_leaves_while_its_machine_ends(monkeypatch: pytest.M
         await close(self, *arguments)
 
     async with running() as there:
-        await there.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", working_set=MIB)
+        await there.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", used_memory=MIB)
         said: list[tuple[str, Any]] = []
         there.daemon.output.listeners.append(lambda event, fields: said.append((event, fields.get("machine"))))
         monkeypatch.setattr(ToyMachine, "close", slowly)
@@ -269,7 +269,7 @@ async def test_mistake_of_an_arrivals_engine(
     async with running() as there:
         if where == "release":
             async with running(with_machine=False) as here:
-                await here.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", working_set=MIB)
+                await here.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", used_memory=MIB)
                 await here.ask("migrate", to=str(there.address))
                 await there.until(lambda: (there.status("two") or {}).get("guest") is not None)
                 await there.until(lambda: not any(owned.busy for owned in there.daemon.machines))
@@ -316,7 +316,7 @@ async def test_mistake_past_the_point_of_no_return_keeps_the_machine(monkeypatch
 
     monkeypatch.setattr(service_module, "DestinationMigration", Mistaken)
     async with running() as there, running(with_machine=False) as here:
-        await here.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", working_set=MIB)
+        await here.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", used_memory=MIB)
         await here.ask("migrate", to=str(there.address))
         await here.until(lambda: here.status("two") is None)
         await there.computes("two")
@@ -367,7 +367,7 @@ async def test_mistake_of_what_is_shown_or_heard(
     for what in ("changed", "ended"):
         monkeypatch.setattr(f"postcopy.service.report.{what}", fail)
     async with running() as there, running(with_machine=False) as here:
-        await here.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", working_set=MIB)
+        await here.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", used_memory=MIB)
         await here.ask("migrate", to=str(there.address))
         await there.until(lambda: there.daemon._received == 1)
         await there.until(lambda: not any(owned.busy for owned in there.daemon.machines))
@@ -488,7 +488,7 @@ async def test_descriptors_are_there_before_a_machine_is_let_in() -> None:
 async def test_no_threads_for_an_arrival(no_more_threads: list[str]) -> None:
     """Refused before anything has begun; the machine computes on where it is."""
     async with running() as there, running(with_machine=False) as here:
-        await here.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", working_set=MIB)
+        await here.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", used_memory=MIB)
         no_more_threads.append("now")
         with suppress(ControlError):
             await here.ask("migrate", to=str(there.address))
@@ -573,7 +573,7 @@ async def test_stuck_pager_takes_no_machine_with_it(
 
     monkeypatch.setattr(service_module, "Pager", Stuck)
     async with running() as there, running(with_machine=False) as here:
-        await here.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", working_set=MIB)
+        await here.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", used_memory=MIB)
         await here.ask("migrate", to=str(there.address))
         await there.until(lambda: (there.status("two") or {}).get("guest") is not None)
         await there.until(lambda: not any(owned.busy for owned in there.daemon.machines))
@@ -600,7 +600,7 @@ async def test_load_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, end: st
     monkeypatch.setattr(ToyMachine, "load_state", load_state)
     try:
         async with running() as there, running(with_machine=False) as here:
-            await here.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", working_set=MIB)
+            await here.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", used_memory=MIB)
             await here.ask("migrate", to=str(there.address))
             await there.until(hung.is_set)
             assert (there.status("two") or {})["migration"]["status"] == "active"

@@ -1,28 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture of `postcopy bench contention`, and what is refused before anything is measured."""
+"""What `postcopy bench` says of what it has measured, and what is refused before anything is."""
 
 from __future__ import annotations
 
+import random
+from functools import partial
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import trio
+from lines import parse_line
 
 from postcopy.cli import main
+from postcopy.dataplane.histogram import Histogram
 from postcopy.errors import MigrationError
-from postcopy.testbed.bench import FIGURES, _measurement, _plot, _text
-from postcopy.testbed.bench._common import Figure
+from postcopy.records.results import Curve, Measurement
+from postcopy.testbed.bench import FIGURES, _contention, _of, _text
+from postcopy.testbed.bench._common import Touched, by_turns, joined, medians, ratio
 from postcopy.testbed.bench._firecracker_move import _calls_ms
+from postcopy.testbed.bench._worker import distribution
 
 
-def figures() -> list[Figure]:
+def figures() -> list[Measurement]:
     idle = {"idle-p50": 1.0, "idle-p99": 2.0, "idle-max": 50.0}
     rounds = [{"p50": p50, "p99": 20.0, "max": 4000.0} | idle for p50 in (1.5, 2.0, 30.0)]
     names = ("mmap p50, 1 fault pending", "munmap p50, bulk <placement>")
-    return [Figure(f"{name} / none", 2.0, 1.5, True, rounds) for name in names]
+    return [ratio(f"{name} / none", rounds, "p50", "idle-p50", 1.5) for name in names]
 
 
 def test_the_plot_has_medians_and_the_ratio_to_idle() -> None:
-    _, *lines = _plot.text_plot(figures()).splitlines()
+    _, *lines = _contention.text_contention(figures()).splitlines()
     assert [line.split()[0] for line in lines] == ["mmap", "mmap", "munmap", "munmap"]
     assert lines[0].split("none pending")[1].split() == [
         "█" + "▒" * 3 + "·" * 17,
@@ -39,7 +47,7 @@ def test_the_plot_has_medians_and_the_ratio_to_idle() -> None:
 
 
 def test_a_plot_in_a_narrow_terminal() -> None:
-    lines = _plot.text_plot(figures(), 80).splitlines()
+    lines = _contention.text_contention(figures(), 80).splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[0].endswith("ratio")
     assert all(line.split()[-1] == f"{float(line.split()[-1]):.2f}" for line in lines[1:])
@@ -67,37 +75,53 @@ def test_a_figure_in_words() -> None:
     name = "faults 0.5 ms apart, Trio handler busy polling / C handler sleeping, p50"
     note = "4 KiB pages, half of them received, in random runs of 64; simulated on bitmaps"
     rounds = [{"trio-us": 113.0, "c-us": 84.0}] * 3
-    lines = _text(Figure(name, 1.345, 1.5, True, rounds, note), 80).splitlines()
+    lines = _text(ratio(name, rounds, "trio-us", "c-us", 1.5, note=note), 80).splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[:2] == [name, "    1.34, at most 1.5: goal reached"]
+    assert lines[:2] == [name, "    1.35, at most 1.5: goal reached"]
     assert " ".join(" ".join(lines[4:]).split()) == note
-    assert "1.60, at most 1.5: GOAL NOT REACHED" in _text(Figure(name, 1.6, 1.5, True, rounds), 80)
-    assert "0.40, at least 0.5: GOAL NOT REACHED" in _text(Figure(name, 0.4, 0.5, False, rounds), 80)
-    assert "0.40, no goal" in _text(Figure(name, 0.4, None, False, rounds), 80)
+    assert "1.35, at most 1.3: GOAL NOT REACHED" in _text(ratio(name, rounds, "trio-us", "c-us", 1.3), 80)
+    found = ratio(name, rounds, "c-us", "trio-us", 0.8, at_most=False)
+    assert "0.74, at least 0.8: GOAL NOT REACHED" in _text(found, 80)
+    assert "84.00, no goal" in _text(ratio(name, rounds, "c-us", None, None), 80)
 
 
 def test_a_curve_in_words() -> None:
     rounds = [{"1": us, "100": us, "10000": 2 * us} for us in (10.0, 12.0, 14.0)]
-    *_, one, hundred, most = _text(Figure("a fault", 2.0, 1.5, True, rounds, curve="faults pending"), 80).splitlines()
+    curve = Curve(over="faults pending", x_unit="1", at={"1": 1.0, "100": 100.0, "10000": 1e4})
+    *_, one, hundred, most = _text(ratio("a fault", rounds, "10000", "1", 1.5, curve=curve), 80).splitlines()
     assert one.count("█") * 2 == hundred.count("█") * 2 == most.count("█")
     assert [line.split()[0] for line in (one, hundred, most)] == ["1", "100", "10000"]
     assert most.split("█")[-1].split() == ["24.00", "us", "20.00", "..", "28.00"]
 
 
 def test_a_part_that_one_round_lacks() -> None:
-    figure = Figure("a downtime", 0.5, 1.0, True, [{"downtime": 1.0, "load": 0.5}, {"downtime": 3.0}])
-    assert figure.medians() == {"downtime": 2.0}
-    assert "load" not in _text(figure, 80)
+    found = ratio("a downtime", [{"downtime": 1.0, "load": 0.5}, {"downtime": 3.0}], "downtime", None, 1.0)
+    assert found.values["load"].rounds == [0.5, None]
+    assert medians(found) == {"downtime": 2.0}
+    assert "load" not in _text(found, 80)
+
+
+async def test_each_part_comes_first_as_often_as_the_others() -> None:
+    called: list[str] = []
+
+    async def part(name: str) -> str:
+        called.append(name)
+        return name.upper()
+
+    turns = await by_turns(4, {name: partial(part, name) for name in "abc"})
+    assert turns == [{"a": "A", "b": "B", "c": "C"}] * 4
+    assert [list(turn) for turn in turns] == [["a", "b", "c"]] * 4
+    assert "".join(called) == "abcbcacababc"
 
 
 def test_one_that_fails_does_not_end_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async def measure_fault(rounds: int) -> list[Figure]:
+    async def measure_fault(rounds: int) -> list[Measurement]:
         raise MigrationError("a process of a measurement failed")
 
-    async def measure_scale(rounds: int) -> list[Figure]:
-        return [Figure("a cost", 1.0, 1.5, True, [{"1": 2.0}] * rounds)]
+    async def measure_scale(rounds: int) -> list[Measurement]:
+        return [ratio("a cost", [{"1": 2.0}] * rounds, "1", None, 2.5)]
 
     monkeypatch.setattr("postcopy.testbed.bench._fault.measure_fault", measure_fault)
     monkeypatch.setattr("postcopy.testbed.bench._scale.measure_scale", measure_scale)
@@ -105,16 +129,21 @@ def test_one_that_fails_does_not_end_the_others(
     printed = capsys.readouterr()
     assert "fault: a process of a measurement failed" in printed.err
     assert "goal reached" in printed.out
-    assert main(["bench", "scale"]) == 0
+    assert main(["bench", "scale", "--json"]) == 0
+    began, line = map(parse_line, capsys.readouterr().out.splitlines())
+    assert (began["event"], began["command"], began["options"]) == ("run", "bench", {"figures": "scale"})
+    assert line["event"] == "measurement"
+    assert line["values"] == {"1": {"unit": "us", "rounds": [2.0] * 5, "better": "less"}}
+    assert (line["figure"], line["result"], line["reached"]) == ("scale", 2.0, True)
 
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_can_be_measured(name: str) -> None:
-    assert callable(_measurement(name))
+    assert callable(_of(name, "measure"))
 
 
 def test_the_plot_as_svg() -> None:
-    picture = _plot.svg_plot(figures())
+    picture = _contention._svg(figures())
     assert "url(" not in picture.replace("url(#", "")  # nothing beside it
     root = ElementTree.fromstring(picture)
     text = "".join("".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text"))
@@ -122,8 +151,61 @@ def test_the_plot_as_svg() -> None:
     assert "2.00 / 20.00 / 4000" in text.replace("\xa0", " ")
 
 
-def test_svg_is_for_plot_only(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "fault", "--svg", "/nonexistent/x"]) == 2
-    assert "not among those asked for" in capsys.readouterr().err
+def test_a_picture_that_cannot_be_written_is_refused_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "contention", "--svg", "/nonexistent/x"]) == 2
     assert "directory /nonexistent does not exist" in capsys.readouterr().err
+
+
+def test_what_is_not_measured_in_time_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what was is kept."""
+
+    async def measure_fault(rounds: int) -> list[Measurement]:
+        return [ratio("a fault", [{"p50": 2.0}] * rounds, "p50", None, 2.5)]
+
+    async def measure_bulk(rounds: int) -> list[Measurement]:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    monkeypatch.setattr("postcopy.testbed.bench._fault.measure_fault", measure_fault)
+    monkeypatch.setattr("postcopy.testbed.bench._bulk.measure_bulk", measure_bulk)
+    monkeypatch.setattr("postcopy.testbed.bench.QUICK", ("fault", "bulk", "rv64"))
+    path = tmp_path / "x.jsonl"
+    assert main(["bench", "--quick", "--within", "1", "--output", str(path)]) == 0
+    said = capsys.readouterr()
+    assert "a fault" in said.out
+    assert [line.split()[2] for line in said.err.splitlines()] == ["bulk", "rv64"]
+    began, line = map(parse_line, path.read_text().splitlines())
+    assert (began["event"], line["name"]) == ("run", "a fault")
+    assert main(["bench", "fault", "--hdr", str(tmp_path / "x.hlog")]) == 1  # measured, but it has no distribution
+    said = capsys.readouterr()
+    assert "a fault" in said.out
+    assert "--hdr: no line has a distribution" in said.err
+
+
+def test_options_that_make_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, complaint in (
+        (("fault", "--quick"), "--quick chooses figures"),
+        (("fault", "--output", "/nonexistent/x"), "directory /nonexistent does not exist"),
+        (("fault", "--hdr", "/nonexistent/x"), "directory /nonexistent does not exist"),
+    ):
+        assert main(["bench", *words]) == 2
+        assert complaint in capsys.readouterr().err
+
+
+def test_a_distribution_is_that_of_the_core() -> None:
+    histogram, generator = Histogram(), random.Random(1)
+    values = [int(2 ** generator.uniform(0, 40)) for _ in range(1000)]
+    for value in values:
+        histogram.add(value)
+    found = distribution(histogram)
+    assert (found.count, found.sum_ns, found.max_ns) == (1000, sum(values), max(values))
+    seen = 0
+    for edge, count in zip(found.bucket_edges_ns, found.bucket_counts, strict=True):
+        seen += count
+        assert seen == sum(value <= edge for value in values)  # an edge is the highest value of its bucket
+        assert histogram.percentile(100 * (seen - 0.5) / 1000) == min(edge, found.max_ns)
+    both = joined([Touched({}, found), Touched({}, found)])
+    assert both.count == 2000
+    assert both.bucket_counts == [2 * count for count in found.bucket_counts]

@@ -50,7 +50,7 @@ def test_without_qemu_nothing_is_measured_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("postcopy.testbed.bench._measurement", None)
+    monkeypatch.setattr("postcopy.testbed.bench._processes.run", None)
     assert main(["bench", "fault", "qemu-move"]) == 1
     assert "QEMU is not installed" in capsys.readouterr().err
 

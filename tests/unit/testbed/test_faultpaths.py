@@ -19,6 +19,7 @@ import pytest
 import trio
 from msgspec.structs import replace
 
+from postcopy._host import run_line
 from postcopy.cli import main
 from postcopy.errors import ConfigurationError, ResourceError
 from postcopy.testbed import _linux
@@ -456,8 +457,8 @@ def test_compare(found: Run, after: Result | None, words: tuple[str, str] | None
 
 def test_the_compare_command(found: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, after = tmp_path / "a.json", tmp_path / "b.json"
-    before.write_text(json.dumps(_report.to_json(found)))
-    after.write_text(
+    before.write_text(f"{run_line('faultpaths', {})}\n{json.dumps(_report.to_json(found))}\n")
+    after.write_text(  # as it was written before there was a line `run`
         json.dumps(_report.to_json(with_result(found, LOAD_ANON, Result(Outcome.REFUSED, error="EFAULT", events=1))))
     )
     assert main(["faultpaths", "compare", str(before), str(before)]) == 0

@@ -1,0 +1,401 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Looks at what a pager or page server counts, at regular times, and keeps that in bounded memory, however long it takes.
+ *
+ * Nothing is in the way of a fault: counters and maps are read as they are, by a thread of low priority, which takes no more than a
+ * hundredth of a processor: a look that takes long puts the next one off. While nothing happens it looks less often, 16 periods apart at
+ * last, and the last column moves on instead of a new one being kept; a column is kept after an eighth of the phase's time nevertheless,
+ * for what the guest does meanwhile.
+ *
+ * When there is no room for another column, the phase that has most of them gives up every other one; counts are cumulative, so that
+ * nothing is lost by that but detail. If it is the phase that goes on, its period doubles. So each phase (what happens from a mark on: the
+ * pause, the switchover, a recovery) begins in full detail, whatever came before it.
+ *
+ * Faults: the fault thread of a shard puts every 2^k-th into a ring, when its thread has been woken (faults.c). From there they come here,
+ * and when the sample is full k grows by one, and those that would not have been in it leave.
+ *
+ * `lock` is held for a look, and by callers who copy what there is, or end it. `wake_lock` is for what wakes the thread, and held for no
+ * longer than that: who begins a phase, in the pause, waits for no look.
+ */
+#include "postcopy/recorder.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/clock.h"
+#include "core/runtime.h"
+#include "core/view.h"
+#include "pager/metrics.h"
+#include "pageserver/server.h"
+
+#define PHASES_MAX 16       /* after that nothing is begun in full detail */
+#define SHARE 100           /* of the time, looking takes one part of so many */
+#define QUIET_PERIODS_LOG 4 /* looks are 2^4 periods apart at last, while nothing happens */
+#define PHASE_PARTS 8
+
+_Static_assert(sizeof(struct pc_pager_stats) <= sizeof(((struct pc_record_column *)0)->counts), "room for all counters");
+_Static_assert(sizeof(struct pc_pageserver_stats) <= sizeof(((struct pc_record_column *)0)->counts), "room for all counters");
+
+struct pc_recorder {
+    pthread_mutex_t wake_lock;
+    pthread_cond_t wake;
+    bool ending, phase_began;
+
+    pthread_mutex_t lock; /* for all that follows */
+    bool started;
+    uint32_t owners; /* atomic: the caller, and the thread; the last one frees it */
+
+    struct pc_metrics *metrics;       /* of a pager, or */
+    struct pc_pageserver *server;     /* a page server */
+    struct pc_machine *machine;       /* NULL: none, or none whose guest counts operations */
+    const struct pc_view *view;
+
+    uint64_t period_ns, first_period_ns, phase, phase_ns;
+    uint32_t quiet; /* looks in a row at which nothing had happened */
+    bool floats;    /* the last column moves on while nothing happens */
+    uint64_t cost_ns, sample_every;
+    uint32_t bins;
+    uint32_t column_count, fault_count;
+    uint64_t taken[PC_MAX_SHARDS]; /* of each ring */
+    struct pc_record_column columns[PC_RECORD_COLUMNS];
+    struct pc_record_fault faults[PC_RECORD_FAULTS];
+};
+
+/* ---- faults ---- */
+
+static void set_sample(struct pc_recorder *recorder, uint64_t every)
+{
+    recorder->sample_every = every;
+    __atomic_store_n(&recorder->metrics->map->sample_every, every, __ATOMIC_RELAXED);
+}
+
+static void take_fault(struct pc_recorder *recorder, const struct pc_record_fault *fault)
+{
+    while (recorder->fault_count == PC_RECORD_FAULTS) {
+        uint32_t kept = 0;
+
+        set_sample(recorder, recorder->sample_every * 2);
+        for (uint32_t i = 0; i < recorder->fault_count; i++)
+            if (!(recorder->faults[i].number & (recorder->sample_every - 1)))
+                recorder->faults[kept++] = recorder->faults[i];
+        recorder->fault_count = kept;
+    }
+    if (!(fault->number & (recorder->sample_every - 1)))
+        recorder->faults[recorder->fault_count++] = *fault;
+}
+
+static void take_faults(struct pc_recorder *recorder)
+{
+    for (uint32_t shard = 0; shard < PC_MAX_SHARDS; shard++) {
+        const struct pc_fault_ring *ring = &recorder->metrics->map->shards[shard].ring;
+        uint64_t head = __atomic_load_n(&ring->head, __ATOMIC_ACQUIRE), from = recorder->taken[shard];
+
+        if (head - from >= PC_FAULT_RING) /* those before were lost */
+            from = head - PC_FAULT_RING + 1;
+        for (; from < head; from++) {
+            const uint64_t *words = (const uint64_t *)&ring->faults[from % PC_FAULT_RING];
+            struct pc_record_fault fault;
+
+            for (size_t i = 0; i < sizeof(fault) / sizeof(*words); i++)
+                ((uint64_t *)&fault)[i] = __atomic_load_n(&words[i], __ATOMIC_ACQUIRE);
+            /* Else it has been overwritten meanwhile, or is being: a word of that is never seen before the head that it followed. */
+            if (__atomic_load_n(&ring->head, __ATOMIC_RELAXED) - from < PC_FAULT_RING)
+                take_fault(recorder, &fault);
+        }
+        recorder->taken[shard] = head;
+    }
+}
+
+/* ---- columns ---- */
+
+static uint64_t blocked_ns(struct pc_metrics *metrics)
+{
+    uint64_t blocked[PC_MAX_TRACKED_THREADS], sum = 0;
+    int slots = pc_metrics_blocktime(metrics, blocked, PC_MAX_TRACKED_THREADS);
+
+    for (int slot = 0; slot < slots; slot++)
+        sum += blocked[slot];
+    return sum;
+}
+
+/* All but the bins. */
+static void count(const struct pc_recorder *recorder, struct pc_record_column *column)
+{
+    *column = (struct pc_record_column){.at_ns = pc_now_ns(), .phase = recorder->phase};
+    if (recorder->metrics) {
+        struct pc_pager_stats stats;
+
+        (void)pc_metrics_stats(recorder->metrics, &stats);
+        column->waiting = stats.pending_faults;
+        stats.oldest_pending_ns = 0; /* which changes by itself */
+        memcpy(column->counts, &stats, sizeof(stats));
+        column->blocked_ns = blocked_ns(recorder->metrics);
+    } else if (recorder->server) {
+        (void)pc_pageserver_stats(recorder->server, (struct pc_pageserver_stats *)column->counts);
+    }
+    if (!recorder->machine && recorder->column_count) /* it may have ended */
+        column->operations = recorder->columns[recorder->column_count - 1].operations;
+    if (recorder->machine) {
+        struct pc_machine_stats stats;
+
+        (void)pc_machine_stats(recorder->machine, &stats);
+        for (uint32_t vcpu = 0; vcpu < stats.vcpus; vcpu++)
+            column->operations += stats.vcpu[vcpu].operations;
+    }
+}
+
+/* The phase that has most columns gives up every other one, but for its first and last. */
+static void halve(struct pc_recorder *recorder)
+{
+    uint32_t of_phase[PHASES_MAX] = {0}, kept = 0;
+    uint64_t most = 0, waiting = 0;
+
+    for (uint32_t i = 0; i < recorder->column_count; i++)
+        of_phase[recorder->columns[i].phase]++;
+    for (uint64_t phase = 1; phase < PHASES_MAX; phase++)
+        if (of_phase[phase] > of_phase[most])
+            most = phase;
+    if (most == recorder->phase)
+        recorder->period_ns *= 2;
+    for (uint32_t i = 0, in_phase = 0; i < recorder->column_count; i++) {
+        struct pc_record_column *column = &recorder->columns[i];
+        bool ends = i + 1 == recorder->column_count || column[1].phase != column->phase;
+
+        if (column->phase == most && in_phase++ % 2 && !ends) {
+            waiting = column->waiting;
+            continue;
+        }
+        if (column->waiting < waiting)
+            column->waiting = waiting;
+        waiting = 0;
+        recorder->columns[kept++] = *column;
+    }
+    recorder->column_count = kept;
+}
+
+/* `ends`: the phase does, and the column is kept whatever has happened. */
+static void look(struct pc_recorder *recorder, bool ends)
+{
+    struct pc_record_column now, *last = NULL;
+    uint64_t fixed_ns = recorder->phase_ns;
+    bool same;
+
+    if (!recorder->view && !recorder->machine)
+        return;
+    count(recorder, &now);
+    if (recorder->metrics)
+        take_faults(recorder);
+    if (recorder->column_count)
+        last = &recorder->columns[recorder->column_count - 1];
+    same = last && last->phase == now.phase && !memcmp(last->counts, now.counts, sizeof(now.counts));
+    recorder->quiet = same ? recorder->quiet + 1 : 0;
+    now.quiet = same;
+    if (same && recorder->column_count > 1 && last[-1].phase == now.phase)
+        fixed_ns = last[-1].at_ns;
+    if (same && recorder->floats && now.at_ns - fixed_ns < (now.at_ns - recorder->phase_ns) / PHASE_PARTS) {
+        memcpy(now.bins, last->bins, sizeof(now.bins));
+        *last = now;
+    } else {
+        if (recorder->column_count == PC_RECORD_COLUMNS)
+            halve(recorder);
+        if (recorder->view)
+            recorder->bins = pc_view_bins(recorder->view, now.bins, PC_RECORD_BINS);
+        recorder->columns[recorder->column_count++] = now;
+    }
+    recorder->floats = same && !ends;
+}
+
+/* Looks, and begins the next phase when it is time. How long to wait then. */
+static uint64_t take_turn(struct pc_recorder *recorder, bool phase_began)
+{
+    uint64_t began_ns = pc_now_ns(), cost_ns, wait_ns;
+
+    pthread_mutex_lock(&recorder->lock);
+    look(recorder, phase_began);
+    if (phase_began && recorder->phase + 1 < PHASES_MAX) {
+        recorder->phase++;
+        recorder->phase_ns = began_ns;
+        recorder->period_ns = recorder->first_period_ns;
+        recorder->quiet = 0;
+    }
+    cost_ns = pc_now_ns() - began_ns;
+    recorder->cost_ns += cost_ns;
+    wait_ns = recorder->period_ns << (recorder->quiet < QUIET_PERIODS_LOG ? recorder->quiet : QUIET_PERIODS_LOG);
+    pthread_mutex_unlock(&recorder->lock);
+    return wait_ns < cost_ns * SHARE ? cost_ns * SHARE : wait_ns;
+}
+
+static void disown(struct pc_recorder *recorder)
+{
+    if (__atomic_sub_fetch(&recorder->owners, 1, __ATOMIC_ACQ_REL))
+        return;
+    pthread_cond_destroy(&recorder->wake);
+    pthread_mutex_destroy(&recorder->wake_lock);
+    pthread_mutex_destroy(&recorder->lock);
+    pc_buffer_free(recorder, sizeof(*recorder));
+}
+
+static void *record(void *argument)
+{
+    struct pc_recorder *recorder = argument;
+
+    pc_thread_name("pc-record", 0);
+    pthread_mutex_lock(&recorder->wake_lock);
+    while (!recorder->ending) {
+        bool phase_began = recorder->phase_began;
+        struct timespec until;
+
+        recorder->phase_began = false;
+        pthread_mutex_unlock(&recorder->wake_lock);
+        until = pc_timespec(pc_now_ns() + take_turn(recorder, phase_began));
+        pthread_mutex_lock(&recorder->wake_lock);
+        while (!recorder->ending && !recorder->phase_began &&
+               pthread_cond_timedwait(&recorder->wake, &recorder->wake_lock, &until) != ETIMEDOUT) {
+        }
+    }
+    pthread_mutex_unlock(&recorder->wake_lock);
+    disown(recorder);
+    return NULL;
+}
+
+/* ---- for callers ---- */
+
+int pc_recorder_new(uint64_t period_ns, struct pc_recorder **out)
+{
+    struct pc_recorder *recorder = pc_buffer_new(sizeof(*recorder)); /* memory is taken as far as it is used */
+    pthread_condattr_t clock;
+
+    if (!recorder)
+        return -ENOMEM;
+    pc_lock_init(&recorder->lock);
+    pc_lock_init(&recorder->wake_lock);
+    pthread_condattr_init(&clock);
+    pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
+    pthread_cond_init(&recorder->wake, &clock);
+    pthread_condattr_destroy(&clock);
+    recorder->period_ns = recorder->first_period_ns = period_ns;
+    recorder->phase_ns = pc_now_ns();
+    recorder->owners = 1;
+    *out = recorder;
+    return 0;
+}
+
+/* With the lock. */
+static int start(struct pc_recorder *recorder)
+{
+    pthread_t thread;
+    int error;
+
+    if (recorder->started)
+        return 0;
+    (void)__atomic_fetch_add(&recorder->owners, 1, __ATOMIC_RELAXED);
+    error = pc_thread_start(&thread, record, recorder);
+    if (error)
+        (void)__atomic_fetch_sub(&recorder->owners, 1, __ATOMIC_RELAXED);
+    else
+        (void)pthread_detach(thread);
+    recorder->started = !error;
+    return error;
+}
+
+static int record_pager(struct pc_recorder *recorder, struct pc_metrics *metrics)
+{
+    int error;
+
+    pthread_mutex_lock(&recorder->lock);
+    recorder->metrics = metrics;
+    recorder->view = &metrics->view;
+    for (uint32_t shard = 0; shard < PC_MAX_SHARDS; shard++) /* an earlier pager has counted there */
+        recorder->taken[shard] = __atomic_load_n(&metrics->map->shards[shard].ring.head, __ATOMIC_ACQUIRE);
+    set_sample(recorder, 1);
+    error = start(recorder);
+    pthread_mutex_unlock(&recorder->lock);
+    return error;
+}
+
+int pc_recorder_pager(struct pc_recorder *recorder, struct pc_pager *pager)
+{
+    return record_pager(recorder, pc_pager_metrics(pager));
+}
+
+int pc_recorder_metrics(struct pc_recorder *recorder, struct pc_metrics *metrics)
+{
+    return record_pager(recorder, metrics);
+}
+
+int pc_recorder_pageserver(struct pc_recorder *recorder, struct pc_pageserver *server)
+{
+    int error;
+
+    pthread_mutex_lock(&recorder->lock);
+    recorder->server = server;
+    recorder->view = pc_pageserver_view(server);
+    error = start(recorder);
+    pthread_mutex_unlock(&recorder->lock);
+    return error;
+}
+
+int pc_recorder_machine(struct pc_recorder *recorder, struct pc_machine *machine)
+{
+    int error = 0;
+
+    pthread_mutex_lock(&recorder->lock);
+    if (!machine)
+        look(recorder, true);
+    recorder->machine = machine;
+    if (machine)
+        error = start(recorder);
+    pthread_mutex_unlock(&recorder->lock);
+    return error;
+}
+
+static void wake(struct pc_recorder *recorder, bool *why)
+{
+    pthread_mutex_lock(&recorder->wake_lock);
+    *why = true;
+    pthread_cond_signal(&recorder->wake);
+    pthread_mutex_unlock(&recorder->wake_lock);
+}
+
+int pc_recorder_phase(struct pc_recorder *recorder)
+{
+    wake(recorder, &recorder->phase_began);
+    return 0;
+}
+
+int pc_recorder_stop(struct pc_recorder *recorder)
+{
+    pthread_mutex_lock(&recorder->lock);
+    look(recorder, true);
+    if (recorder->metrics)
+        __atomic_store_n(&recorder->metrics->map->sample_every, 0, __ATOMIC_RELAXED);
+    recorder->metrics = NULL;
+    recorder->server = NULL;
+    recorder->machine = NULL;
+    recorder->view = NULL;
+    pthread_mutex_unlock(&recorder->lock);
+    wake(recorder, &recorder->ending);
+    return 0;
+}
+
+int pc_recorder_read(struct pc_recorder *recorder, struct pc_record_column *columns, struct pc_record_fault *faults,
+                     struct pc_record_summary *summary)
+{
+    pthread_mutex_lock(&recorder->lock);
+    memcpy(columns, recorder->columns, recorder->column_count * sizeof(*columns));
+    memcpy(faults, recorder->faults, recorder->fault_count * sizeof(*faults));
+    *summary = (struct pc_record_summary){.columns = recorder->column_count, .faults = recorder->fault_count,
+                                          .bins = recorder->bins, .sample_every = recorder->sample_every,
+                                          .period_ns = recorder->period_ns, .cost_ns = recorder->cost_ns};
+    pthread_mutex_unlock(&recorder->lock);
+    return 0;
+}
+
+void pc_recorder_free(struct pc_recorder *recorder)
+{
+    (void)pc_recorder_stop(recorder);
+    disown(recorder);
+}
