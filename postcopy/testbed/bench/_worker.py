@@ -27,6 +27,8 @@ from postcopy.dataplane.pageserver import PageServer
 from postcopy.dataplane.recorder import Recorder
 from postcopy.errors import check
 from postcopy.memory import Memory
+from postcopy.records import as_json
+from postcopy.records.timeline import Distribution
 from postcopy.tls import Credentials, TlsStream
 from postcopy.uffd import How
 
@@ -56,7 +58,7 @@ async def channel(fd: int, tls: str, *, listens: bool) -> tuple[int, Any]:
     certificates. The other end does the same meanwhile."""
     if not tls:
         return fd, None
-    credentials = await Credentials.load(tls, listens=listens, connects=not listens)
+    credentials = Credentials(tls)
     connected = trio.socket.from_stdlib_socket(socket.socket(fileno=fd))
     stream = TlsStream(connected, await credentials.context(server=listens), "" if listens else ADDRESS)
     await stream.handshake()
@@ -90,6 +92,25 @@ def _median_ns(histogram: Histogram) -> float:
     return 0.0
 
 
+def distribution(histogram: Histogram) -> Distribution:
+    """All of it. (The buckets: csrc/core/histogram.c.)"""
+    steps, counts = 32, ffi.unpack(histogram.struct.buckets, len(histogram.struct.buckets))
+    edges = {}
+    for bucket, count in enumerate(counts):
+        if count:
+            shift = max(0, bucket // steps - 1)
+            edges[((bucket if bucket < steps else steps + bucket % steps) + 1 << shift) - 1] = count
+    return Distribution(
+        count=sum(edges.values()), sum_ns=histogram.sum_ns, max_ns=histogram.max_ns,
+        bucket_edges_ns=[*edges], bucket_counts=[*edges.values()],
+    )  # fmt: skip
+
+
+def touched(histogram: Histogram) -> dict[str, Any]:
+    """What a destination says of the waits of the thread that touches."""
+    return {"touch-us": percentiles_us(histogram, 50, 99, 99.9), "touches": as_json(distribution(histogram))}
+
+
 def _touch(memory: Memory, touches: int) -> Histogram:
     histogram = Histogram()
     check(
@@ -114,10 +135,10 @@ async def _floor_dest(job: Job) -> dict[str, Any]:
     uffd = check(lib.pc_uffd_open(How.ANY, 0, ffi.NULL), "opening a userfaultfd")
     check(lib.pc_uffd_register(uffd, memory.address, job.size_bytes, 1, ffi.NULL), "registering memory")
     _ready()
-    touched: list[Histogram] = []
+    waits: list[Histogram] = []
 
     async def touch() -> None:
-        touched.append(await trio.to_thread.run_sync(_touch, memory, job.touches))
+        waits.append(await trio.to_thread.run_sync(_touch, memory, job.touches))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(touch)
@@ -128,7 +149,7 @@ async def _floor_dest(job: Job) -> dict[str, Any]:
         )
     os.close(job.urgent_fd)
     check(result, "serving faults as the floor")
-    return {"touch-us": percentiles_us(touched[0], 50, 99, 99.9)}
+    return touched(waits[0])
 
 
 async def _engine_source(job: Job) -> dict[str, Any]:
@@ -165,9 +186,7 @@ async def _engine_dest(job: Job) -> dict[str, Any]:
         begin_s = time.perf_counter()
         result: dict[str, Any] = {}
         if job.touches:
-            result["touch-us"] = percentiles_us(
-                await trio.to_thread.run_sync(_touch, memory, job.touches), 50, 99, 99.9
-            )
+            result |= touched(await trio.to_thread.run_sync(_touch, memory, job.touches))
         if job.bulk_fds:
             async for event in pager.events():
                 if event.type is EventType.COMPLETE:
