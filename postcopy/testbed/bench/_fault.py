@@ -29,15 +29,11 @@ async def measure_fault(rounds: int) -> list[Measurement]:
 
 async def measure_recording(rounds: int) -> list[Measurement]:
     """What it costs that a migration is recorded over time (`--json`): demand fault p50 with the recorder beside it."""
-    values = []
-    for number in range(rounds):
-        recorded, not_recorded = (True, False), (False, True)
-        order = recorded if number % 2 else not_recorded  # what changes in the host meanwhile is in both
-        found = {
-            which: await touch_us("engine", 64 << 20, touches=8000, recorded=which) for which in order
-        }
-        values.append(side_by_side(found[True], found[False], "plain-"))
-    return [ratio("fault p50, recorded / not", values, "p50", "plain-p50", 1.01)]
+    parts = {
+        name: partial(touch, "engine", 64 << 20, touches=8000, recorded=name == "engine")
+        for name in ("plain", "engine")
+    }
+    return [_pairs("fault p50, recorded / not", await by_turns(rounds, parts), "plain", 1.01)]
 
 
 async def measure_pager_process(rounds: int) -> list[Measurement]:
