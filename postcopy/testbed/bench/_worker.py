@@ -77,21 +77,27 @@ def _filled(job: Job) -> Memory:
 
 
 def percentiles_us(histogram: Histogram, *percentiles: float) -> dict[str, float]:
-    """And the maximum."""
-    return {f"p{p:g}": histogram.percentile(p) / 1e3 for p in percentiles} | {"max": histogram.max_ns / 1e3}
+    """And the maximum; and the median between the edges of its bucket, which are 2 to 3 % apart."""
+    found = {f"p{p:g}": histogram.percentile(p) / 1e3 for p in percentiles}
+    return found | {"max": histogram.max_ns / 1e3, "median": _median_ns(histogram) / 1e3}
+
+
+def _median_ns(histogram: Histogram) -> float:
+    seen, rank = 0, histogram.count / 2
+    for edge_ns, count in histogram.buckets():
+        if seen + count >= rank:
+            width_ns = max(1, 1 << edge_ns.bit_length() - 6)
+            return edge_ns - width_ns * (1 - (rank - seen) / count)
+        seen += count
+    return 0.0
 
 
 def distribution(histogram: Histogram) -> Distribution:
-    """All of it. (The buckets: csrc/core/histogram.c.)"""
-    steps, counts = 32, ffi.unpack(histogram.struct.buckets, len(histogram.struct.buckets))
-    edges = {}
-    for bucket, count in enumerate(counts):
-        if count:
-            shift = max(0, bucket // steps - 1)
-            edges[((bucket if bucket < steps else steps + bucket % steps) + 1 << shift) - 1] = count
+    """All of it."""
+    buckets = list(histogram.buckets())
     return Distribution(
-        count=sum(edges.values()), sum_ns=histogram.sum_ns, max_ns=histogram.max_ns,
-        bucket_edges_ns=[*edges], bucket_counts=[*edges.values()],
+        count=histogram.count, sum_ns=histogram.sum_ns, max_ns=histogram.max_ns,
+        bucket_edges_ns=[edge for edge, _ in buckets], bucket_counts=[count for _, count in buckets],
     )  # fmt: skip
 
 
