@@ -31,9 +31,7 @@ async def measure_recording(rounds: int) -> list[Measurement]:
     for number in range(rounds):
         recorded, not_recorded = (True, False), (False, True)
         order = recorded if number % 2 else not_recorded  # what changes in the host meanwhile is in both
-        found = {
-            which: await touch_us("engine", 64 << 20, touches=8000, recorded=which) for which in order
-        }
+        found = {which: await touch_us("engine", 64 << 20, touches=8000, recorded=which) for which in order}
         values.append(side_by_side(found[True], found[False], "plain-"))
     return [ratio("fault p50, recorded / not", values, "p50", "plain-p50", 1.01)]
 
