@@ -59,7 +59,8 @@ if TYPE_CHECKING:
     from postcopy.machines.toy.tap import Network
 
 WORKLOADS: Mapping[str, int] = {
-    name: getattr(lib, f"PC_WORKLOAD_{name.upper()}") for name in ("idle", "dirty", "random", "disk", "echo")
+    name: getattr(lib, f"PC_WORKLOAD_{name.upper()}")
+    for name in ("idle", "dirty", "random", "disk", "echo", "sequential", "zipf", "phases")
 }
 _STATES = {getattr(lib, f"PC_MACHINE_{state.name}"): state for state in MachineState}
 _ACTIVITIES = {getattr(lib, f"PC_VCPU_{activity.name}"): activity for activity in Activity}

@@ -102,9 +102,13 @@ FIGURES = {
     "qemu-move": "_qemu_move",
     "firecracker": "_firecracker",
     "firecracker-move": "_firecracker_move",
+    "migrate": "_migrate",
 }
 """The module that measures it; imported then."""
-QUICK = ("fault", "bulk", "switchover", "pager-process", "recovery-map", "contention", "userfaultfd", "rv64", "dirty")
+QUICK = (
+    "fault", "bulk", "switchover", "pager-process", "recovery-map", "contention", "userfaultfd", "rv64", "dirty",
+    "recovery-time",
+)  # fmt: skip
 ROUNDS = 5
 MAX_WIDTH = 100
 _BAR = 20
@@ -164,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
         if (path := getattr(args, option)) is not None:
             check_new_file(f"--{option}", path)
     began_s = time.monotonic()
-    lines = [run_line("bench", vars(args))]
+    lines = [run_line("bench", _asked(args))]
     reached = True
     if args.json:
         print(lines[0], flush=True)
@@ -199,6 +203,14 @@ def run(args: argparse.Namespace) -> int:
             print(f"postcopy: error: --hdr: {error}", file=sys.stderr)
             reached = False
     return 0 if reached else 1
+
+
+def _asked(args: argparse.Namespace) -> dict[str, object]:
+    """What is not as it is by default."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    defaults = vars(parser.parse_args([]))
+    return {name: value for name, value in vars(args).items() if name not in defaults or value != defaults[name]}
 
 
 def _of(figure: str, what: str) -> Any:

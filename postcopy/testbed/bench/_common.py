@@ -10,10 +10,10 @@ import socket
 import statistics
 import subprocess
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import trio
@@ -28,6 +28,8 @@ from postcopy.testbed.bench._worker import Job
 DEADLINE_S = 120.0  # for one process of one measurement
 
 Rounds = list[dict[str, float]]
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 def ratio(
@@ -116,6 +118,17 @@ def joined(rounds: Iterable[Touched]) -> Distribution:
         bucket_edges_ns=edges,
         bucket_counts=[counts[edge] for edge in edges],
     )
+
+
+async def by_turns(rounds: int, parts: Mapping[K, Callable[[], Awaitable[T]]]) -> list[dict[K, T]]:
+    """What each part gives in each round. A round begins with another part than the last one, so that each comes first
+    as often as any other: a host that slows its processors down after a while would decide."""
+    turns = []
+    for number in range(rounds):
+        first = number % len(parts)
+        found = {name: await parts[name]() for name in (*[*parts][first:], *[*parts][:first])}
+        turns.append({name: found[name] for name in parts})
+    return turns
 
 
 # ---- processes

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 from postcopy.records.results import Measurement
 from postcopy.testbed import _linux
-from postcopy.testbed.bench._common import Touched, joined, ratio, side_by_side, touch, warm_pair
+from postcopy.testbed.bench._common import Touched, by_turns, joined, ratio, side_by_side, touch, warm_pair
 
 CAP_SYS_NICE = 23  # linux/capability.h
 
@@ -17,11 +18,12 @@ async def measure_fault(rounds: int) -> list[Measurement]:
     """Demand fault p50 against the floor's, sleeping and busy polling."""
     found = []
     for how, busy_poll_us, goal in (("sleeping", 0, 1.06), ("busy polling", 200, 1.10)):
-        pairs = [
-            [await touch(kind, 64 << 20, touches=4000, busy_poll_us=busy_poll_us) for kind in ("floor", "engine")]
-            for _ in range(rounds)
-        ]
-        found.append(_pairs(f"fault p50, {how} / floor", pairs, "floor", goal))
+        parts = {
+            kind: partial(touch, kind, 64 << 20, touches=4000, busy_poll_us=busy_poll_us)
+            for kind in ("floor", "engine")
+        }
+        turns = await by_turns(rounds, parts)
+        found.append(_pairs(f"fault p50, {how} / floor", turns, "floor", goal))
     return found
 
 
@@ -38,17 +40,18 @@ async def measure_recording(rounds: int) -> list[Measurement]:
 
 async def measure_pager_process(rounds: int) -> list[Measurement]:
     """What it costs that the machine survives its pager: demand fault p50 through a pager in a process of its own."""
-    pairs = [
-        [await touch("engine", 64 << 20, touches=4000, pager_process=where) for where in (False, True)]
-        for _ in range(rounds)
-    ]
-    return [_pairs("fault p50, pager process / pager threads", pairs, "thread", 1.25)]
+    parts = {
+        name: partial(touch, "engine", 64 << 20, touches=4000, pager_process=name == "engine")
+        for name in ("thread", "engine")
+    }
+    turns = await by_turns(rounds, parts)
+    return [_pairs("fault p50, pager process / pager threads", turns, "thread", 1.25)]
 
 
-def _pairs(name: str, pairs: Sequence[Sequence[Touched]], other: str, goal: float | None) -> Measurement:
-    """Of two latencies in each round: that to compare with, `other`, and the engine's."""
-    values = [side_by_side(engine, floor, f"{other}-") for floor, engine in pairs]
-    times = {"engine": joined(engine for _, engine in pairs), other: joined(floor for floor, _ in pairs)}
+def _pairs(name: str, turns: Sequence[Mapping[str, Touched]], other: str, goal: float | None) -> Measurement:
+    """Of the latencies of the engine, and of what it is compared with."""
+    values = [side_by_side(turn["engine"], turn[other], f"{other}-") for turn in turns]
+    times = {who: joined(turn[who] for turn in turns) for who in ("engine", other)}
     return ratio(name, values, "p50", f"{other}-p50", goal, distributions=times)
 
 

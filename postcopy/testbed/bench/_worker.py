@@ -58,7 +58,7 @@ async def channel(fd: int, tls: str, *, listens: bool) -> tuple[int, Any]:
     certificates. The other end does the same meanwhile."""
     if not tls:
         return fd, None
-    credentials = await Credentials.load(tls, listens=listens, connects=not listens)
+    credentials = Credentials(tls)
     connected = trio.socket.from_stdlib_socket(socket.socket(fileno=fd))
     stream = TlsStream(connected, await credentials.context(server=listens), "" if listens else ADDRESS)
     await stream.handshake()

@@ -323,7 +323,7 @@ def demo(*arguments: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def test_the_demo_passes_on_what_a_side_has() -> None:
     """All that was said, to each side that has such an option; but how the demo itself writes its log."""
-    own = {"chaos", "lab", "tls", "insecure", "deadline", "image", "machine", "json", "log-json"}
+    own = {"chaos", "report", "lab", "tls", "insecure", "deadline", "image", "machine", "json", "log-json"}
     given = [option for option in all_options("demo") if option.name not in own]
     written = to_arguments(
         table("demo"), {option.key: True if option.flag else option.parse(WRITTEN[option.name][0]) for option in given}

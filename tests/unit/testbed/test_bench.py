@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,7 +17,7 @@ from postcopy.dataplane.histogram import Histogram
 from postcopy.errors import MigrationError
 from postcopy.records.results import Curve, Measurement
 from postcopy.testbed.bench import FIGURES, _contention, _of, _text
-from postcopy.testbed.bench._common import Touched, joined, medians, ratio
+from postcopy.testbed.bench._common import Touched, by_turns, joined, medians, ratio
 from postcopy.testbed.bench._firecracker_move import _calls_ms
 from postcopy.testbed.bench._worker import distribution
 
@@ -98,6 +99,19 @@ def test_a_part_that_one_round_lacks() -> None:
     assert found.values["load"].rounds == [0.5, None]
     assert medians(found) == {"downtime": 2.0}
     assert "load" not in _text(found, 80)
+
+
+async def test_each_part_comes_first_as_often_as_the_others() -> None:
+    called: list[str] = []
+
+    async def part(name: str) -> str:
+        called.append(name)
+        return name.upper()
+
+    turns = await by_turns(4, {name: partial(part, name) for name in "abc"})
+    assert turns == [{"a": "A", "b": "B", "c": "C"}] * 4
+    assert [list(turn) for turn in turns] == [["a", "b", "c"]] * 4
+    assert "".join(called) == "abcbcacababc"
 
 
 def test_one_that_fails_does_not_end_the_others(
