@@ -202,7 +202,8 @@ class Output:
         last_status = None
         with self._live_view() as draw:
             while True:
-                record, at = progress(), time.monotonic()
+                at = time.monotonic()
+                record = progress()
                 now = as_json(record)
                 if self._kick.is_set() or at >= next_event:
                     self._kick = trio.Event()
@@ -214,6 +215,8 @@ class Output:
                         last_status, next_plain = now.get("status"), at + PLAIN_PERIOD_S
                 if draw is not None and not self._stderr.gone:
                     draw(now)
+                # Of many machines one changes all the time: showing all of them then takes a part of the time only.
+                await trio.sleep(min(period_s, 9 * (time.monotonic() - at)))
                 with trio.move_on_after(period_s):
                     await self._kick.wait()
 
