@@ -101,6 +101,7 @@ class _Lib:
     PC_UFFD_MISSING: int
     PC_UFFD_WP: int
     PC_UFFD_MINOR: int
+    PC_UFFD_RWP: int
     PC_UFFD_IOCTL_REGISTER: int
     PC_UFFD_IOCTL_UNREGISTER: int
     PC_UFFD_IOCTL_WAKE: int
@@ -110,6 +111,7 @@ class _Lib:
     PC_UFFD_IOCTL_WRITEPROTECT: int
     PC_UFFD_IOCTL_CONTINUE: int
     PC_UFFD_IOCTL_POISON: int
+    PC_UFFD_IOCTL_RWPROTECT: int
     PC_UFFD_DONTWAKE: int
     PC_UFFD_FILL_WP: int
     PC_UFFD_ALLOW_SRC_HOLES: int
@@ -123,6 +125,7 @@ class _Lib:
     PC_UFFD_FAULT_WRITE: int
     PC_UFFD_FAULT_WP: int
     PC_UFFD_FAULT_MINOR: int
+    PC_UFFD_FAULT_RWP: int
     PC_PAGE_WPALLOWED: int
     PC_PAGE_WRITTEN: int
     PC_PAGE_FILE: int
@@ -153,6 +156,9 @@ class _Lib:
     PC_WORKLOAD_RANDOM: int
     PC_WORKLOAD_DISK: int
     PC_WORKLOAD_ECHO: int
+    PC_WORKLOAD_SEQUENTIAL: int
+    PC_WORKLOAD_ZIPF: int
+    PC_WORKLOAD_PHASES: int
     PC_MACHINE_CREATED: int
     PC_MACHINE_PAUSED: int
     PC_MACHINE_RUNNING: int
@@ -171,11 +177,14 @@ class _Lib:
     PC_FP_USER_ONLY: int
     PC_FP_SIGBUS: int
     PC_FP_POISON: int
+    PC_FP_RWP: int
+    PC_FP_RWP_ASYNC: int
     PC_FP_MODES: int
     PC_FP_ANON: int
     PC_FP_MEMFD: int
     PC_FP_MEMFD_PRIVATE: int
     PC_FP_HUGETLB: int
+    PC_FP_GUEST_MEMFD: int
     PC_FP_BACKINGS: int
     PC_FP_UNAVAILABLE: int
     PC_FP_BLOCKED: int
@@ -254,6 +263,7 @@ class _Lib:
         self, uffd: int, address: int, source: int, bytes: int, mode: int, done_bytes: CData, /
     ) -> int: ...
     def pc_uffd_writeprotect(self, uffd: int, address: int, bytes: int, mode: int, /) -> int: ...
+    def pc_uffd_rwprotect(self, uffd: int, address: int, bytes: int, mode: int, /) -> int: ...
     def pc_uffd_read(self, uffd: int, events: CData, capacity: int, /) -> int: ...
     def pc_uffd_read_spinning(self, uffd: int, events: CData, capacity: int, spin_ns: int, /) -> int: ...
     def pc_pagemap_scan(

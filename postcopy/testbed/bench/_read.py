@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -24,6 +25,8 @@ from postcopy.wire import one_line
 MAX_BYTES = 256 << 20
 MAX_LINE_BYTES = 16 << 20
 MAX_NAME_CHARACTERS = 200
+MAX_NUMBER = 1e30
+"""Of what is measured; what is less than one divided by this is nothing."""
 MAX_VALUES = 20_000
 MAX_ROUNDS = 1_000_000
 """Of all values together."""
@@ -58,6 +61,8 @@ class Results:
             raise ConfigurationError(
                 f"{name!r} is in {unit} ({better} is better), and in an earlier line in {value.unit} ({value.better})"
             )
+        if any(abs(each) > MAX_NUMBER for each in rounds):
+            raise ConfigurationError(f"{name!r} has a value beyond {MAX_NUMBER:g}")
         value.rounds += rounds
         self.rounds += len(rounds)
         if len(self.values) > MAX_VALUES or self.rounds > MAX_ROUNDS:
@@ -67,7 +72,7 @@ class Results:
 def read(path: str) -> Results:
     """`ConfigurationError` with the file's name, and the line, when it is none of ours or has nothing to compare."""
     results, number = Results(path), 0
-    migrations: dict[str, Json] = {}
+    migrations: dict[str, dict[str, float]] = {}
     try:
         # (without O_NONBLOCK a FIFO would wait for somebody who writes to it)
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
@@ -79,8 +84,8 @@ def read(path: str) -> Results:
                 if text.strip():
                     _take(_object(text), results, migrations)
         number = 0
-        for line in migrations.values():
-            _take_migration(line, results)
+        for known in migrations.values():
+            _take_migration(known, results)
         if not results.values:
             failed = f" ({results.failed} migrations have not completed)" if results.failed else ""
             raise ConfigurationError(
@@ -112,7 +117,7 @@ def _object(text: bytes) -> Json:
     return value
 
 
-def _take(line: Json, results: Results, migrations: dict[str, Json]) -> None:
+def _take(line: Json, results: Results, migrations: dict[str, dict[str, float]]) -> None:
     event = line.get("event")
     if event is None and "cells" in line:
         _take_report(line, results)
@@ -130,7 +135,16 @@ def _take(line: Json, results: Results, migrations: dict[str, Json]) -> None:
         raise ConfigurationError(f"{event}: {error}") from None
     # What a migration says last of itself is all that there is to say: of both sides, and of a demo, it is one round.
     if event in ("migration-ended", "timeline", "result") and (name := line.get("migration-id")):
-        migrations[str(name)[:100]] = migrations.get(str(name)[:100], {}) | line
+        known = migrations.setdefault(one_line(str(name), MAX_NAME_CHARACTERS), {})
+        known["completed"] = line.get("status") == "completed"
+        for value, (_, where) in _OF_MIGRATION.items():
+            found: Any = line
+            for key in where:
+                found = found.get(key) if isinstance(found, dict) else None
+            if isinstance(found, (int, float)):
+                known[value] = float(max(-MAX_NUMBER, min(found, 2 * MAX_NUMBER)))
+        if len(migrations) > MAX_ROUNDS:
+            raise ConfigurationError(f"more than {MAX_ROUNDS} migrations")
 
 
 def _take_measurement(measurement: Measurement, results: Results) -> None:
@@ -143,23 +157,18 @@ def _take_measurement(measurement: Measurement, results: Results) -> None:
             whole = measurement.name
             if to is not None and to in values:  # what is wanted of both is that they differ by so much
                 unit = "1"
-                found = [
-                    each / other if each is not None and other else None
-                    for each, other in zip(value.rounds, values[to].rounds, strict=False)
-                ]
+                pairs = zip(value.rounds, values[to].rounds, strict=False)
+                found = [a / b for a, b in pairs if a is not None and b is not None and b > 1 / MAX_NUMBER]
         results.add(whole, unit, value.better, [each for each in found if each is not None])
 
 
-def _take_migration(line: Json, results: Results) -> None:
-    if line.get("status") != "completed":
+def _take_migration(known: Mapping[str, float], results: Results) -> None:
+    if not known["completed"]:
         results.failed += 1
         return
-    for name, (unit, where) in _OF_MIGRATION.items():
-        found: Any = line
-        for key in where:
-            found = found.get(key) if isinstance(found, dict) else None
-        if isinstance(found, (int, float)) and found > 0:  # 0: there was none
-            results.add(f"migration: {name}", unit, "less", [float(found)])
+    for name, (unit, _) in _OF_MIGRATION.items():
+        if (found := known.get(name, 0.0)) > 0:  # 0: there was none
+            results.add(f"migration: {name}", unit, "less", [found])
 
 
 def _take_report(report: Json, results: Results) -> None:
