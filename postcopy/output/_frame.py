@@ -238,7 +238,7 @@ class Frames:
         """All machines, and what is known of the chosen one. `note`: what is wrong, in a line."""
         fresh, self._looked_at = now is not self._looked_at, now
         items = self._items(now, fresh)
-        self._choose([item.name for item in items])
+        self._choose(items)
         footer = Span(note, "warn") if note else Span("up, down: choose   q: leave" if keys else "", "muted")
         has_footer = bool(footer.text) and height > 2
         room = max(0, height - 2 - has_footer)
@@ -270,9 +270,11 @@ class Frames:
             self._place = max(0, min(last, self._place + steps.get(key, 0)))
             self._chosen = self._names[self._place]
 
-    def _choose(self, names: list[str]) -> None:
-        """The same one as before, where it is still there, else what is in its place."""
-        self._names = names
+    def _choose(self, items: list[_Item]) -> None:
+        """The same one as before, where it is still there, else what is in its place; at first one that migrates."""
+        names = self._names = [item.name for item in items]
+        if not self._chosen:
+            self._chosen = next((item.name for item in items if item.moving), "")
         if self._chosen in names:
             self._place = names.index(self._chosen)
         self._place = max(0, min(self._place, len(names) - 1))

@@ -177,7 +177,7 @@ def test_machines_that_have_no_room_are_counted() -> None:
 
 def test_a_choice_among_many() -> None:
     of = frames()
-    now = process(50, 2)
+    now = process(50)
 
     def chosen() -> str:
         (line,) = (line for line in written(of.whole(now, 79, 24)) if line.startswith("▸"))
@@ -204,8 +204,6 @@ def test_a_choice_among_many() -> None:
 def test_details_of_the_chosen_one() -> None:
     of = frames()
     now = process(3, 1)
-    of.whole(now, 79, 24)
-    of.press("end", 24)
     rows = written(of.whole(now, 79, 24))
     assert rows[6:9] == [
         "vm2      fetching pages; the machine runs here",
