@@ -124,6 +124,7 @@ class _Past:
     operations: float = 0.0  # of the guest, a second
     history: deque[float | None] = field(default_factory=lambda: deque(maxlen=_HISTORY))  # p99; None: no fault
     sampled_s: float = -math.inf
+    latency: Json = field(default_factory=dict)  # of the last moment in which there was a fault
 
     def look(self, job: Json, now_s: float) -> None:
         ram, guest = job.get("ram") or {}, job.get("guest") or {}
@@ -132,6 +133,8 @@ class _Past:
         if _moves(job) and (recent := job.get("recent")) and now_s - self.sampled_s >= _HISTORY_PERIOD_S:
             self.sampled_s = now_s
             self.history.append(recent["p99"] if recent["count"] else None)
+        if (latency := job.get("recent") or {}).get("count"):
+            self.latency = latency
 
     def _rate(self, name: str, value: int, now_s: float) -> float:
         return self.rates.setdefault(name, Rate()).of(value, now_s)
@@ -336,9 +339,7 @@ class Frames:
     @staticmethod
     def _faults(now: Json, past: _Past) -> list[Span]:
         fields = []
-        latency = now.get("fault-latency-us") or {}
-        if (recent := now.get("recent") or {}).get("count"):
-            latency = recent
+        latency = past.latency or now.get("fault-latency-us") or {}
         if latency.get("count"):
             fields += [
                 Span(f"{name} {past.wide(name, format_duration(latency[key] / 1e6), _TIME_WIDTH)}")
@@ -535,8 +536,7 @@ def _of_waiting(item: _Item, past: _Past) -> Span:
 
 
 def _of_latency(item: _Item, past: _Past) -> str:
-    recent = item.job.get("recent") or {}
-    latency = recent if recent.get("count") else item.job.get("fault-latency-us") or {}
+    latency = past.latency or item.job.get("fault-latency-us") or {}
     return format_duration(latency["p99"] / 1e6) if latency.get("count") else ""
 
 
