@@ -153,8 +153,12 @@ docs: setup ## build the documentation as a site into build/site; a warning is a
 	$(BIN)/sphinx-build -q -E -a -W --keep-going -b html -c docs/site -d build/site.cache . build/site
 	@echo "docs: build/site/index.html"
 
-bench: setup ## measure fault latency, throughput and memory against their floors, medians of five
-	$(BIN)/postcopy bench
+# Each run is kept in build/bench. FIGURES="fault bulk": these, without a limit of time. (The status is that of the measurement: a goal that is not reached.)
+bench: setup ## measure against floors, in ten minutes at most, and say what has changed since the last run
+	@mkdir -p build/bench; last=$$(ls build/bench/*.jsonl 2>/dev/null | tail -n 1); now=build/bench/$$(date -u +%Y%m%dT%H%M%SZ).jsonl; status=0; \
+	$(BIN)/postcopy bench $(or $(FIGURES),--quick --within 9min) --output "$$now" || status=$$?; \
+	if [ -z "$$last" ] || ! [ -e "$$now" ]; then echo "bench: nothing to compare with yet"; exit $$status; fi; \
+	echo; echo "bench: since the last run:"; $(BIN)/postcopy bench compare "$$last" "$$now" || true; exit $$status
 
 soak: setup ## migrate over a network that is cut several times a second, for SECONDS (600); every page is verified
 	$(BIN)/python -m postcopy.testbed.soak --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED))

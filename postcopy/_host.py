@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 _INIT_PID_NS, _INIT_USER_NS = 0xEFFFFFFC, 0xEFFFFFFD  # inodes of the first namespaces, fixed in the kernel
 _MAX_OPTIONS, _MAX_OPTION_CHARACTERS = 100, 200
-_NOT_TOLD = ("tls", "peer_file", "control", "user", "protection", "command", "json", "log_", "output")
+_NOT_TOLD = (
+    "tls", "peer_file", "control", "user", "protection", "command",
+    "json", "log_", "output", "report", "hdr", "html", "svg",
+)  # fmt: skip
 """How the names of options begin whose values say where secrets are, or say nothing of what was measured."""
 
 
@@ -107,7 +110,8 @@ def _told(options: Mapping[str, object]) -> dict[str, str]:
     told: dict[str, str] = {}
     for name, value in options.items():
         words = value if isinstance(value, (list, tuple)) else [value]
-        if name.startswith(_NOT_TOLD) or not all(isinstance(word, (str, int, float)) for word in words):
+        secret = name.replace("-", "_").startswith(_NOT_TOLD)
+        if secret or not all(isinstance(word, (str, int, float)) for word in words):
             continue
         text = "yes" if value is True else ",".join(map(str, words))
         if text and value is not False and len(told) < _MAX_OPTIONS:

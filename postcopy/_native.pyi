@@ -58,6 +58,7 @@ class _Lib:
     PC_MAX_TRACKED_THREADS: int
     PC_STAGES: int
     PC_PAGER_REQUEST_AHEAD: int
+    PC_PREFETCH_MAX_PAGES: int
     PC_MAX_READERS: int
     PC_MACHINE_MAX_VCPUS: int
     PC_RECORD_COLUMNS: int
@@ -100,6 +101,7 @@ class _Lib:
     PC_UFFD_MISSING: int
     PC_UFFD_WP: int
     PC_UFFD_MINOR: int
+    PC_UFFD_RWP: int
     PC_UFFD_IOCTL_REGISTER: int
     PC_UFFD_IOCTL_UNREGISTER: int
     PC_UFFD_IOCTL_WAKE: int
@@ -109,6 +111,7 @@ class _Lib:
     PC_UFFD_IOCTL_WRITEPROTECT: int
     PC_UFFD_IOCTL_CONTINUE: int
     PC_UFFD_IOCTL_POISON: int
+    PC_UFFD_IOCTL_RWPROTECT: int
     PC_UFFD_DONTWAKE: int
     PC_UFFD_FILL_WP: int
     PC_UFFD_ALLOW_SRC_HOLES: int
@@ -122,6 +125,7 @@ class _Lib:
     PC_UFFD_FAULT_WRITE: int
     PC_UFFD_FAULT_WP: int
     PC_UFFD_FAULT_MINOR: int
+    PC_UFFD_FAULT_RWP: int
     PC_PAGE_WPALLOWED: int
     PC_PAGE_WRITTEN: int
     PC_PAGE_FILE: int
@@ -141,6 +145,10 @@ class _Lib:
     PC_STAGE_RECEIVED: int
     PC_STAGE_PLACED: int
     PC_STAGE_TOTAL: int
+    PC_PREFETCH_NONE: int
+    PC_PREFETCH_FORWARD: int
+    PC_PREFETCH_BOTH: int
+    PC_PREFETCH_ADAPTIVE: int
     PC_ENGINE_KVM: int
     PC_ENGINE_RV64: int
     PC_WORKLOAD_IDLE: int
@@ -166,11 +174,14 @@ class _Lib:
     PC_FP_USER_ONLY: int
     PC_FP_SIGBUS: int
     PC_FP_POISON: int
+    PC_FP_RWP: int
+    PC_FP_RWP_ASYNC: int
     PC_FP_MODES: int
     PC_FP_ANON: int
     PC_FP_MEMFD: int
     PC_FP_MEMFD_PRIVATE: int
     PC_FP_HUGETLB: int
+    PC_FP_GUEST_MEMFD: int
     PC_FP_BACKINGS: int
     PC_FP_UNAVAILABLE: int
     PC_FP_BLOCKED: int
@@ -249,6 +260,7 @@ class _Lib:
         self, uffd: int, address: int, source: int, bytes: int, mode: int, done_bytes: CData, /
     ) -> int: ...
     def pc_uffd_writeprotect(self, uffd: int, address: int, bytes: int, mode: int, /) -> int: ...
+    def pc_uffd_rwprotect(self, uffd: int, address: int, bytes: int, mode: int, /) -> int: ...
     def pc_uffd_read(self, uffd: int, events: CData, capacity: int, /) -> int: ...
     def pc_uffd_read_spinning(self, uffd: int, events: CData, capacity: int, spin_ns: int, /) -> int: ...
     def pc_pagemap_scan(
@@ -263,6 +275,7 @@ class _Lib:
     def pc_memory_discard(self, memory: CData, address: int, bytes: int, /) -> int: ...
     def pc_memory_discard_pages(self, memory: CData, words: CData, /) -> int: ...
     def pc_memory_present(self, memory: CData, present_words: CData, /) -> int: ...
+    def pc_memory_present_more(self, memory: CData, present: CData, more: CData, /) -> int: ...
     def pc_file_present(self, fd: int, size_bytes: int, page_bytes: int, present_words: CData, /) -> int: ...
     def pc_memory_dump(self, memory: CData, fd: int, file_offset: int, /) -> int: ...
     def pc_memory_load(self, memory: CData, fd: int, file_offset: int, bytes: int, /) -> int: ...
@@ -378,6 +391,8 @@ class _Lib:
     def pc_pager_accept_compression(self, pager: CData, accepted: int, /) -> int: ...
     def pc_pager_track_thread(self, pager: CData, slot: int, tid: int, /) -> int: ...
     def pc_pager_request_missing(self, pager: CData, limit: int, /) -> int: ...
+    def pc_pager_set_prefetch(self, pager: CData, how: int, pages: int, /) -> int: ...
+    def pc_pager_request_runs(self, pager: CData, runs: CData, count: int, /) -> int: ...
     def pc_pager_request_range(self, pager: CData, block: int, first_page: int, pages: int, /) -> int: ...
     def pc_pager_watch(self, pager: CData, block: int, first_page: int, pages: int, event_fd: int, /) -> int: ...
     def pc_pager_unwatch(self, pager: CData, ticket: int, /) -> None: ...
@@ -434,6 +449,7 @@ class _Lib:
     def pc_bench_touch(
         self, base: CData | bytes, page_bytes: int, pages: int, count: int, seed: int, hit_ns: int, faults: CData, /
     ) -> int: ...
+    def pc_bench_wait(self, base: CData, page_bytes: int, pages: int, /) -> int: ...
     def pc_bench_fill(self, base: CData, bytes: int, seed: int, /) -> None: ...
     def pc_bench_floor_serve(self, fd: int, base: CData | bytes, page_bytes: int, pages: int, spin: int, /) -> int: ...
     def pc_bench_floor_fault(
@@ -524,6 +540,7 @@ class pc_pager_stats:
     frames_refused: int
     local_pages: int
     prefetched_pages: int
+    prefetch_hits: int
     set_pages: int
     set_hits: int
     local_waits: int

@@ -55,6 +55,13 @@ def parse_whole(text: str, low: int, high: int) -> int:
     return int(text)
 
 
+def parse_percent(text: str) -> float:
+    """``10``, ``2.5%``: not less than 0."""
+    if not _NUMBER.fullmatch(number := text.removesuffix("%").strip()) or len(number) > _MAX_CHARS:
+        raise _wrong(text, "a number of percent, as 10 or 2.5%")
+    return float(number)
+
+
 def parse_size(text: str, low: int = 0, high: int = MAX_SIZE) -> int:
     """Bytes of ``4096B``, ``512MiB``, ``1.5GiB``; ``K M G T`` alone are binary, as QEMU reads them, ``kB MB GB TB``
     decimal. Of numbers alone only ``0`` is a size."""

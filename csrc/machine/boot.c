@@ -23,6 +23,7 @@ int pc_boot_write(const struct pc_machine *machine, uint8_t *ram)
     memcpy(ram + PCG_IMAGE, image->begin, image_bytes);
     boot->vcpus = config->vcpus;
     boot->workload = config->workload;
+    boot->pattern = pc_pattern_of(config->workload);
     boot->seed = config->seed;
     boot->shared = layout->shared;
     for (uint32_t i = 0; i < config->vcpus; i++) {

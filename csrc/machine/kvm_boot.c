@@ -16,7 +16,7 @@
 #define IMAGE(NAME, name)                                                 \
     extern const uint8_t pc_guest_##name[] __attribute__((visibility("hidden"))); \
     extern const uint8_t pc_guest_##name##_end[] __attribute__((visibility("hidden")));
-PC_WORKLOADS(IMAGE)
+PC_PROGRAMS(IMAGE)
 
 #define ROW(NAME, name) [PC_WORKLOAD_##NAME] = {pc_guest_##name, pc_guest_##name##_end},
 const struct pc_image pc_kvm_images[] = {PC_WORKLOADS(ROW)};

@@ -20,6 +20,11 @@
 
 #define MEMORY_MAX_BYTES (512 * PC_GIB)
 
+uint32_t pc_pattern_of(uint32_t workload)
+{
+    return workload < PC_WORKLOAD_SEQUENTIAL ? PCG_RANDOM : PCG_SEQUENTIAL + (workload - PC_WORKLOAD_SEQUENTIAL);
+}
+
 static uint64_t divide_up(uint64_t a, uint64_t b)
 {
     return a / b + (a % b != 0);

@@ -71,7 +71,7 @@ int pc_machine_open(const struct pc_machine_config *config, struct pc_machine **
     int rc;
 
     *out = NULL;
-    if (config->workload > PC_WORKLOAD_ECHO)
+    if (config->workload > PC_WORKLOAD_PHASES)
         return pc_fail(EINVAL, error, error_bytes, "unknown workload %u", config->workload);
     if (config->engine >= PC_ARRAY_LENGTH(engines))
         return pc_fail(EINVAL, error, error_bytes, "unknown engine %u", config->engine);

@@ -60,8 +60,9 @@ struct pc_layout {
     uint64_t disk_slice_bytes;
 };
 
-/* X(enumerator, name) for each guest program. */
-#define PC_WORKLOADS(X) X(IDLE, idle) X(DIRTY, dirty) X(RANDOM, random) X(DISK, disk) X(ECHO, echo)
+/* X(enumerator, name) for each guest program; X(enumerator, program) for each workload. */
+#define PC_PROGRAMS(X) X(IDLE, idle) X(DIRTY, dirty) X(RANDOM, random) X(DISK, disk) X(ECHO, echo)
+#define PC_WORKLOADS(X) PC_PROGRAMS(X) X(SEQUENTIAL, random) X(ZIPF, random) X(PHASES, random)
 
 /* X(name) for each counter that moves with the machine: those of MACH, those of NETD (state.c). */
 #define PC_MACHINE_COUNTERS(X) X(disk_reads) X(disk_writes) X(disk_bytes) X(disk_errors) X(serial_bytes)
@@ -204,6 +205,8 @@ bool pc_device_out(struct pc_vcpu *vcpu, uint16_t port, uint32_t value, const ui
 uint32_t pc_device_in(struct pc_vcpu *vcpu, uint16_t port);
 
 /* layout.c */
+/* enum pcg_pattern; of a workload whose program is not `random`, nobody looks at it. */
+uint32_t pc_pattern_of(uint32_t workload);
 int pc_layout_make(const struct pc_machine_config *config, struct pc_layout *layout, char *error, size_t error_bytes);
 /* Host address of guest-physical memory, NULL unless all of it lies within one slot. */
 void *pc_layout_gpa(const struct pc_layout *layout, uint64_t gpa, uint64_t bytes);

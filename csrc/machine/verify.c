@@ -182,7 +182,37 @@ static void check_echo(struct verify *v)
             (unsigned long long)visits, PCG_ECHO_PAGES);
 }
 
-/* ---- random ---- */
+/* ---- random, sequential, zipf, phases ---- */
+
+/* Where one vCPU goes: `pages` of its private ones and then of the shared ones, of these from `skip` on. */
+struct visits {
+    uint32_t pattern;
+    uint64_t own, pages, skip;
+};
+
+static struct visits visits_of(const struct verify *v, uint32_t vcpu)
+{
+    const struct pc_layout *layout = &v->machine->layout;
+    uint32_t pattern = pc_pattern_of(v->machine->config.workload), vcpus = v->machine->config.vcpus;
+    uint64_t own = layout->private_[vcpu].pages, begin = 0, end = layout->shared.pages;
+
+    if (pattern != PCG_RANDOM) {
+        begin = pcg_slice_begin(layout->shared.pages, vcpu, vcpus);
+        end = pcg_slice_begin(layout->shared.pages, vcpu + 1, vcpus);
+    }
+    return (struct visits){ .pattern = pattern, .own = own, .pages = own + (end - begin), .skip = begin };
+}
+
+/* The page that visit `n` changes, counted through private and all shared ones; UINT64_MAX: it changes none. */
+static uint64_t changed_page(const struct visits *visits, uint64_t n, uint64_t x)
+{
+    uint64_t at;
+
+    if (!pcg_changes(visits->pattern, x))
+        return UINT64_MAX;
+    at = pcg_pick(visits->pattern, n, x, visits->pages);
+    return at < visits->own ? at : at + visits->skip;
+}
 
 /* What a page must hold: how often each vCPU changed it for certain, and which vCPUs may be changing it right now. */
 struct expected {
@@ -249,18 +279,20 @@ static int check_random(struct verify *v)
     /* Each vCPU's sequence again: how often it came to each page, its private ones first. */
     for (uint32_t i = 0; i < vcpus; i++) {
         const struct pcg_vcpu *guest = guest_vcpu(v, i);
-        uint64_t own = layout->private_[i].pages, pages = own + shared_pages, operations = guest->operations;
-        uint64_t x = pcg_rng_seed(v->machine->config.seed, i);
+        struct visits visits = visits_of(v, i);
+        uint64_t operations = guest->operations, x = pcg_rng_seed(v->machine->config.seed, i);
 
-        counts[i] = calloc(pages, sizeof *counts[i]);
+        counts[i] = calloc(visits.own + shared_pages, sizeof *counts[i]);
         if (!counts[i]) {
             rc = -ENOMEM;
             goto out;
         }
         v->check->operations += operations;
         for (uint64_t n = 0; n < operations; n++) {
-            x = pcg_rng_next(x);
-            counts[i][pcg_rng_below(x, pages)]++;
+            uint64_t page = changed_page(&visits, n, x = pcg_rng_next(x));
+
+            if (page != UINT64_MAX)
+                counts[i][page]++;
             if (n % 65536 == 0 && called_off(v)) {
                 rc = -ECANCELED;
                 goto out;
@@ -269,7 +301,7 @@ static int check_random(struct verify *v)
         in_flight[i] = UINT64_MAX;
         if (guest->phase == PCG_PHASE_RUN) {
             uint64_t next = pcg_rng_next(x);
-            in_flight[i] = pcg_rng_below(next, pages);
+            in_flight[i] = changed_page(&visits, operations, next);
             if (guest->rng != x && guest->rng != next)
                 bad(v, "vCPU %u: its generator is at 0x%llx, after %llu operations it must be at 0x%llx", i,
                     (unsigned long long)guest->rng, (unsigned long long)operations, (unsigned long long)x);
@@ -402,6 +434,9 @@ int pc_verify(struct pc_machine *machine, struct pc_machine_check *check)
         "random: every operation replayed, every count and check word right",
         "disk: every word in memory and on the disk right",
         "echo: every page has its exact count, and requests were counted as they were answered",
+        "sequential: every visit replayed, every count and check word right",
+        "zipf: every visit replayed, every count and check word right",
+        "phases: every visit replayed, every count and check word right",
     };
     struct verify v = {
         .machine = machine,
@@ -439,6 +474,9 @@ int pc_verify(struct pc_machine *machine, struct pc_machine_check *check)
         check_echo(&v);
         break;
     case PC_WORKLOAD_RANDOM:
+    case PC_WORKLOAD_SEQUENTIAL:
+    case PC_WORKLOAD_ZIPF:
+    case PC_WORKLOAD_PHASES:
         rc = check_random(&v);
         break;
     case PC_WORKLOAD_DISK:

@@ -45,8 +45,8 @@ struct pc_recorder {
     bool ending, phase_began;
 
     pthread_mutex_t lock; /* for all that follows */
-    pthread_t thread;
     bool started;
+    uint32_t owners; /* atomic: the caller, and the thread; the last one frees it */
 
     struct pc_metrics *metrics;       /* of a pager, or */
     struct pc_pageserver *server;     /* a page server */
@@ -136,6 +136,8 @@ static void count(const struct pc_recorder *recorder, struct pc_record_column *c
     } else if (recorder->server) {
         (void)pc_pageserver_stats(recorder->server, (struct pc_pageserver_stats *)column->counts);
     }
+    if (!recorder->machine && recorder->column_count) /* it may have ended */
+        column->operations = recorder->columns[recorder->column_count - 1].operations;
     if (recorder->machine) {
         struct pc_machine_stats stats;
 
@@ -181,7 +183,7 @@ static void look(struct pc_recorder *recorder, bool ends)
     uint64_t fixed_ns = recorder->phase_ns;
     bool same;
 
-    if (!recorder->view)
+    if (!recorder->view && !recorder->machine)
         return;
     count(recorder, &now);
     if (recorder->metrics)
@@ -199,7 +201,8 @@ static void look(struct pc_recorder *recorder, bool ends)
     } else {
         if (recorder->column_count == PC_RECORD_COLUMNS)
             halve(recorder);
-        recorder->bins = pc_view_bins(recorder->view, now.bins, PC_RECORD_BINS);
+        if (recorder->view)
+            recorder->bins = pc_view_bins(recorder->view, now.bins, PC_RECORD_BINS);
         recorder->columns[recorder->column_count++] = now;
     }
     recorder->floats = same && !ends;
@@ -225,6 +228,16 @@ static uint64_t take_turn(struct pc_recorder *recorder, bool phase_began)
     return wait_ns < cost_ns * SHARE ? cost_ns * SHARE : wait_ns;
 }
 
+static void disown(struct pc_recorder *recorder)
+{
+    if (__atomic_sub_fetch(&recorder->owners, 1, __ATOMIC_ACQ_REL))
+        return;
+    pthread_cond_destroy(&recorder->wake);
+    pthread_mutex_destroy(&recorder->wake_lock);
+    pthread_mutex_destroy(&recorder->lock);
+    pc_buffer_free(recorder, sizeof(*recorder));
+}
+
 static void *record(void *argument)
 {
     struct pc_recorder *recorder = argument;
@@ -244,6 +257,7 @@ static void *record(void *argument)
         }
     }
     pthread_mutex_unlock(&recorder->wake_lock);
+    disown(recorder);
     return NULL;
 }
 
@@ -264,6 +278,7 @@ int pc_recorder_new(uint64_t period_ns, struct pc_recorder **out)
     pthread_condattr_destroy(&clock);
     recorder->period_ns = recorder->first_period_ns = period_ns;
     recorder->phase_ns = pc_now_ns();
+    recorder->owners = 1;
     *out = recorder;
     return 0;
 }
@@ -271,9 +286,18 @@ int pc_recorder_new(uint64_t period_ns, struct pc_recorder **out)
 /* With the lock. */
 static int start(struct pc_recorder *recorder)
 {
-    int error = recorder->started ? 0 : pc_thread_start(&recorder->thread, record, recorder);
+    pthread_t thread;
+    int error;
 
-    recorder->started = recorder->started || !error;
+    if (recorder->started)
+        return 0;
+    (void)__atomic_fetch_add(&recorder->owners, 1, __ATOMIC_RELAXED);
+    error = pc_thread_start(&thread, record, recorder);
+    if (error)
+        (void)__atomic_fetch_sub(&recorder->owners, 1, __ATOMIC_RELAXED);
+    else
+        (void)pthread_detach(thread);
+    recorder->started = !error;
     return error;
 }
 
@@ -316,10 +340,16 @@ int pc_recorder_pageserver(struct pc_recorder *recorder, struct pc_pageserver *s
 
 int pc_recorder_machine(struct pc_recorder *recorder, struct pc_machine *machine)
 {
+    int error = 0;
+
     pthread_mutex_lock(&recorder->lock);
+    if (!machine)
+        look(recorder, true);
     recorder->machine = machine;
+    if (machine)
+        error = start(recorder);
     pthread_mutex_unlock(&recorder->lock);
-    return 0;
+    return error;
 }
 
 static void wake(struct pc_recorder *recorder, bool *why)
@@ -367,10 +397,5 @@ int pc_recorder_read(struct pc_recorder *recorder, struct pc_record_column *colu
 void pc_recorder_free(struct pc_recorder *recorder)
 {
     (void)pc_recorder_stop(recorder);
-    if (recorder->started)
-        pthread_join(recorder->thread, NULL);
-    pthread_cond_destroy(&recorder->wake);
-    pthread_mutex_destroy(&recorder->wake_lock);
-    pthread_mutex_destroy(&recorder->lock);
-    pc_buffer_free(recorder, sizeof(*recorder));
+    disown(recorder);
 }

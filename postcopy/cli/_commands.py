@@ -132,6 +132,18 @@ COMMANDS: Mapping[str, Command] = {
             ("For whom, until when, what is wrong:", "postcopy tls show host-a.tls"),
         ),
     ),
+    "report": Command(
+        "draw a report of migrations from their --json lines",
+        "postcopy.cli.report",
+        "Reads what `source`, `dest`, `daemon`, `pager`, `demo` or `bench migrate` has written with --json, of one side"
+        " or of both, and writes a page with pictures: what happened, and where the time went. The page is one file"
+        " that needs no network. Needs matplotlib: pip install 'postcopy[report]'.",
+        (
+            ("Both sides of a migration:", "postcopy report source.jsonl dest.jsonl --output migration.html"),
+            ("A demonstration:", "postcopy demo --json | postcopy report -"),
+            ("The latencies for the tools of HdrHistogram:", "postcopy report dest.jsonl --hdr faults.hlog"),
+        ),
+    ),
     "merge": Command(
         "join what both sides of a lost migration have salvaged",
         "postcopy.cli.merge",

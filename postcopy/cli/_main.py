@@ -24,8 +24,9 @@ from typing import Any
 
 import trio
 
+from postcopy._host import run_record
 from postcopy._stop import Stop
-from postcopy.cli._parser import load, make_parser, values
+from postcopy.cli._parser import load, make_parser, values, written
 from postcopy.errors import ConfigurationError, PostcopyError, known_error, shortage
 from postcopy.net import LOCAL, Protection, Route, read_peer_file
 from postcopy.output import LogHandler, Output, make_output
@@ -76,6 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+_MOVES = frozenset({"source", "dest", "daemon", "pager", "demo"})
+"""Whose `--json` begins with what runs where (`run`)."""
+
+
 def _command(arguments: Sequence[str], output: Output) -> int:
     args = make_parser(arguments).parse_args(arguments)
     module = load(args.command)
@@ -84,6 +89,7 @@ def _command(arguments: Sequence[str], output: Output) -> int:
         return status
     given = values(args)
     output.configure(given.get("json", False), given.get("log_json", False))
+    output.reports = "report" in given
     return _run(module.make, given, output, getattr(module, "KEEPS_MACHINES", False))
 
 
@@ -108,6 +114,12 @@ def _run(
             path = given["peer_file"]
             route = given["connect"] = Route(read_peer_file(path), lambda: read_peer_file(path), hostname)
         run = make(given, output)
+        if "report" in given:
+            from postcopy.report import Reporter
+
+            run = Reporter(given["report"], output).around(run)
+        if output.records and given.get("command") in _MOVES:
+            output.emit("run", run_record(given["command"], written(given)))
         if "user" in given:
             from postcopy.service.privileges import become, find_user
 

@@ -18,7 +18,7 @@ import errno
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import trio
 
@@ -31,6 +31,9 @@ from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
 from postcopy.tls import DataChannel
 
+if TYPE_CHECKING:
+    from postcopy.dataplane.histogram import Histogram
+    from postcopy.dataplane.recorder import Recorder
 SHOWN_BINS = 64
 """Of the picture of the memory that is shown while it moves."""
 
@@ -76,6 +79,7 @@ class DataPlane(abc.ABC):
     def __init__(self) -> None:
         self._blocks: list[BlockInUse] = []
         self._ending = trio.Lock()
+        self._recorder: Recorder | None = None
         self._closed = False
 
     # ---- events
@@ -111,6 +115,19 @@ class DataPlane(abc.ABC):
     def _fill_bins(self, bins: Any, count: int) -> int:
         return 0  # not known
 
+    def be_recorded(self, recorder: Recorder) -> None:
+        """From here on, until `close`, which stops the recorder."""
+        self._check_open()
+        self._recorder = recorder
+        self._give_to(recorder)
+
+    def _give_to(self, recorder: Recorder) -> None:  # noqa: B027 -- one that the core does not have is not recorded
+        """What is to be looked at."""
+
+    def stages(self) -> list[Histogram]:
+        """Latencies of demand faults by `Stage`, where there are any."""
+        return []
+
     # ---- the end
 
     @abc.abstractmethod
@@ -124,6 +141,8 @@ class DataPlane(abc.ABC):
             async with self._ending:
                 if self._closed:
                     return
+                if self._recorder is not None:
+                    self._recorder.stop()
                 try:
                     await self._end()
                 finally:
@@ -233,6 +252,9 @@ class CoreDataPlane(DataPlane):
 
     def _fill_bins(self, bins: Any, count: int) -> int:
         return int(self._function("bins")(self._struct, bins, count))
+
+    def _give_to(self, recorder: Recorder) -> None:
+        recorder.take(self.PREFIX.removeprefix("pc_"), self._struct)
 
     def _function(self, name: str) -> Any:
         return getattr(lib, f"{self.PREFIX}_{name}")

@@ -70,6 +70,11 @@ class Histogram:
         ends.append(len(counts))
         return [sum(counts[low:high]) for low, high in pairwise(ends)]
 
+    def buckets(self) -> list[tuple[int, int]]:
+        """Those that have any values: the highest that each can have, and how many there are."""
+        counts: list[int] = ffi.unpack(self._struct.buckets, len(self._struct.buckets))
+        return [(int(lib.pc_histogram_bucket_edge(i)), count) for i, count in enumerate(counts) if count]
+
     def __repr__(self) -> str:
         return f"<Histogram: {self.count} values, p50 {self.percentile(50)} ns, max {self.max_ns} ns>"
 

@@ -50,6 +50,8 @@ class _Teller:
             self._listening()
         self._on_event(event, as_json(record))
 
+    records = False
+
     def kick(self) -> None:
         """Nothing is drawn."""
 

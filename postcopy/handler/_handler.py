@@ -44,7 +44,6 @@ from postcopy.errors import (
     ProtocolError,
     ResourceError,
 )
-from postcopy.handler import _workingset as workingset
 from postcopy.handler._connect import ConnectSource
 from postcopy.handler._image import Image
 from postcopy.handler._report import vm_record
@@ -59,11 +58,13 @@ from postcopy.machines.firecracker.handshake import (
     peer_credentials,
     receive_handshake,
 )
+from postcopy.memory import workingset
 from postcopy.migration.tasks import first_of
 from postcopy.output.words import format_count
 from postcopy.records import Record
 from postcopy.records import pager as records
 from postcopy.records.control import Command, Commands, Done, EndedMachine
+from postcopy.records.timeline import VmTimeline
 from postcopy.service import schema
 from postcopy.service._contain import contained
 from postcopy.service._socket_file import listen
@@ -76,6 +77,8 @@ from postcopy.units import format_size
 if TYPE_CHECKING:
     from postcopy.handler._metrics import VmMetrics
 
+MOST_RECORDED = 64
+"""Virtual machines that are recorded over time, at once: each takes a thread and some 100 KiB."""
 MAX_ARRIVING = 64
 """Connections that are not virtual machines yet."""
 SCAN_S = 1.0
@@ -101,6 +104,8 @@ MakeSource = Callable[[About], PageSource]
 class Teller(Protocol):
     """As much of `Output` as is used here."""
 
+    @property
+    def records(self) -> bool: ...
     def say(self, text: str) -> None: ...
     def emit(self, event: str, record: Record) -> None: ...
     def kick(self) -> None: ...
@@ -581,6 +586,7 @@ class Handler:
             lost=self._lost,
             recovered=self._recovered,
             recorded=self._recorded,
+            records=self._output.records and sum(vm.recorder is not None for vm in self.vms) < MOST_RECORDED,
             leave=self._is_left,
         )
         vm = Vm(key, fds, about, source, options)
@@ -635,6 +641,11 @@ class Handler:
             reason = "its process was killed"
         elif not vm.ended and not vm.complete:
             self._left += 1
+        if (recorder := vm.recorder) is not None and (recording := recorder.recording()) is not None:
+            self._output.emit(
+                "timeline",
+                VmTimeline(side=self.side, vm=vm.about.name, figures=self._record(vm), recording=recording),
+            )
         self._output.emit("vm-ended", records.VmEnded(vm=vm.about.name, reason=reason, figures=self._record(vm)))
         self._output.say(f"{self.side}: {vm.about.name}: {reason}")
 

@@ -47,6 +47,7 @@ from postcopy.dataplane.pager import (
     new_touches,
     read_touches,
 )
+from postcopy.dataplane.recorder import Recorder
 from postcopy.errors import (
     NO_FILES,
     BusyError,
@@ -56,10 +57,10 @@ from postcopy.errors import (
     ProtocolError,
     out_of_files,
 )
-from postcopy.handler import _workingset as workingset
 from postcopy.handler._source import Source
 from postcopy.handler._store import kind_of
 from postcopy.machines.firecracker.handshake import Credentials, Handshake
+from postcopy.memory import workingset
 
 _SO_PEERPIDFD = 77  # <asm-generic/socket.h>, Linux 6.5
 _RECORD = "postcopy-vm"
@@ -239,6 +240,7 @@ class Vm:
         self._statistics: PagerStatistics | None = None
         self._latency = Histogram()
         self._window = RecentWindow()
+        self.recorder: Recorder | None = None
         self.bins = b""  # which parts of its memory are there, see `DataPlane.bins`
         self.replays = False
         self._set: workingset.WorkingSet | None = None
@@ -327,6 +329,7 @@ class Vm:
 
     async def _serve(self, nursery: trio.Nursery) -> None:
         pager = self._pager = Pager(self.fds.metrics)
+        self._begin_recording()
         if self._options.working_set is not None:  # read while the rest is set up
             nursery.start_soon(self._read_working_set, self._options.working_set)
         try:
@@ -345,11 +348,23 @@ class Vm:
         async for event in pager.events():
             self.take(event)
 
+    def _begin_recording(self) -> None:
+        if self._options.records:
+            self.recorder = Recorder()
+            if self.taken_over:
+                self._mark("pager-died", "this process has taken over")
+
+    def _mark(self, what: str, text: str = "", *, begins: bool = False) -> None:
+        if self.recorder is not None:
+            self.recorder.mark(what, text, begins=begins)
+
     async def _set_up(self, pager: Pager) -> None:
         about = self.about
         kind = lib.PC_MEMORY_ANON if about.page_bytes == int(lib.pc_page_bytes()) else lib.PC_MEMORY_HUGETLB
         pager.set_readers(self._options.readers, self._options.readers)
         pager.add_block(ForeignMemory(0, about.memory_bytes, about.page_bytes, kind), self.fds.states)
+        if self.recorder is not None:
+            self.recorder.follow(pager, [("ram", about.memory_bytes, about.page_bytes)])
         pager.record_touches(self.fds.touches)
         try:
             await self.source.prepare(pager)
@@ -371,12 +386,14 @@ class Vm:
             return
         self.source.take(event, self)
         if event.type is EventType.COMPLETE:
+            self._mark("all-there", begins=True)
             self._options.changed()
 
     def lose(self, reason: str, *, for_good: bool = False) -> None:
         """Its pages cannot be had any more, for now, or `for_good`."""
         if self.error is None:
             self.error = reason
+            self._mark("lost", reason)
             if not for_good:
                 self.lost.set()
             self._options.lost(self)
@@ -384,6 +401,7 @@ class Vm:
     def found_again(self) -> None:
         if self.error is not None:
             self.error = None
+            self._mark("recovered", begins=True)
             self.lost = trio.Event()
             self._options.recovered(self)
 
@@ -392,6 +410,7 @@ class Vm:
         if pager is None:
             return
         self.statistics()
+        self._mark("ended", self.ended)
         self._pager = None
         try:
             if not self.ended and not self._options.leave():
@@ -488,5 +507,6 @@ class VmOptions:
     lost: Callable[[Vm], None]
     recovered: Callable[[Vm], None]
     recorded: Callable[[Vm, str, int], None]
+    records: bool  # whether it is recorded over time
     leave: Callable[[], bool]
     """Whether this process ends so that another one goes on."""

@@ -25,12 +25,15 @@ import enum
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from postcopy._blocking import run_sync
 from postcopy._files import replacing
 from postcopy.errors import PostcopyError, ProtocolError, ResourceError
 from postcopy.memory import DirtyLog, Memory
+
+if TYPE_CHECKING:
+    from postcopy.dataplane.recorder import Recorder
 
 CLOSE_TIMEOUT_S = 5.0
 """How long the end of a machine waits for its threads, by default."""
@@ -286,6 +289,9 @@ class Machine(abc.ABC):
     @abc.abstractmethod
     def statistics(self) -> MachineStatistics:
         """Counters as they are now. Does not block."""
+
+    def be_recorded(self, recorder: Recorder) -> None:  # noqa: B027 -- most machines count nothing
+        """Has the recorder look at what its guest counts, until `close`."""
 
     @abc.abstractmethod
     async def verify(self) -> Check:

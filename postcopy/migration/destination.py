@@ -45,6 +45,7 @@ from postcopy.machines import BlockLayout, Extent, Machine, MachineState, Machin
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.acknowledgements import PlacedReporter
+from postcopy.migration.ahead import Ahead
 from postcopy.migration.connection import HEARTBEAT_S, MISSED_HEARTBEATS, STEP_TIMEOUT_S, Control
 from postcopy.migration.engine import Engine
 from postcopy.migration.maps import digest_of, receive_maps, send_maps
@@ -91,6 +92,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         *,
         make_machine: MakeMachine,
         make_pager: Callable[[], AnyPager],
+        make_ahead: Callable[[], Ahead] = Ahead,
         background: bool = True,
         busy_poll_us: int = 0,
         how: How | str = How.ANY,
@@ -100,9 +102,10 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         kill_when_lost: bool = False,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """`background`: whether pages are pushed, and asked for, that were not touched; without it there are no bulk
-        channels, unless the source is too old for that. `doubt_for_s`: how long a source is looked for that was lost
-        when this side had said `prepared`, and does not know what was decided."""
+        """`make_ahead`: makes, once the machine is there, what is asked for before it is touched. `background`: whether
+        pages are pushed, and asked for, that were not touched; without it there are no bulk channels, unless the source
+        is too old for that. `doubt_for_s`: how long a source is looked for that was lost when this side had said
+        `prepared`, and does not know what was decided."""
         super().__init__(
             DestinationProtocol(link.version),
             link,
@@ -118,6 +121,8 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         self._window = RecentWindow()
         self._make_machine = make_machine
         self._make_pager = make_pager
+        self._make_ahead = make_ahead
+        self._ahead = Ahead()
         self._background = background
         self._busy_poll_us = busy_poll_us
         self._how = how
@@ -322,6 +327,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             raise MigrationError(self.at_switchover.failure_text)
         control.hurry()
         await control.send(protocol.send(wire.Prepared()))
+        self._mark("prepared")
         self._count_precopy()
         await control.receive(wire.Commit, STEP_TIMEOUT_S)
         await self._start(control, machine)
@@ -361,15 +367,18 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         """Shielded: a machine that was committed to us runs, whatever else happens meanwhile. Where it cannot, no
         connection would help."""
         self.committed_ns = now_ns()
+        self._mark("commit", at_ns=self.committed_ns)
         self._searching_since_s = None  # it is in doubt no more
         with trio.CancelScope(shield=True):
             await machine.resume()
             await machine.claim_network()
             self.running_ns = await self._first_run(machine)
+        self._mark("running", at_ns=self.running_ns)
         self.breakdown = replace(self.breakdown, first_run_ns=self._resume_ns)
 
     async def _finish(self, control: Control[DestinationProtocol], pager: AnyPager) -> None:
         """Gathers what is missing, and says so when nothing is."""
+        self._ahead.ask(pager)
         await self._gather(pager)
         await self._disarm(pager)
         stats = self.statistics().to_wire() | {"breakdown": self.breakdown.to_wire()}
@@ -379,6 +388,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         self.total_ns = natural(acknowledgement.stats.get("total_ns"))
         self.breakdown = self.breakdown.with_wire(acknowledgement.stats.get("breakdown"))
         self._of_source = acknowledgement.stats
+        await self._ahead.record()
 
     async def _disarm(self, pager: AnyPager) -> None:
         """Nothing is missing: the machine does not depend on the pager any more."""
@@ -386,6 +396,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             now = now_ns()
             await pager.disarm()
             self.completed_ns = now
+            self._mark("all-there", at_ns=now, begins=True)
             assert self.machine is not None
             with trio.CancelScope(shield=True):
                 await self._contained(self.machine.made_whole)
@@ -398,13 +409,19 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         machine = self.machine = self._make_machine(offer.machine, offer.config, layout)
         self._placed_every_s = offer.placed_every_ms / 1000
         self._join(link, Session(offer.migration, offer.token, epoch=0))
+        self._mark("offer")
         await machine.prepare()
         pager = self._data = self._make_pager()
+        if self.recorder is not None:
+            self.recorder.follow(pager, [(block.name, block.size_bytes, block.page_bytes) for block in machine.layout])
+            machine.be_recorded(self.recorder)
         for block in machine.blocks:
             pager.add_block(block.memory)
         for _ in range(0 if machine.lends else machine.shards):
             # ANY prefers one that stops the kernel's faults too; a machine that needs that has refused a host without.
             pager.add_shard(self._how, self._busy_poll_us)
+        self._ahead = self._make_ahead()
+        await self._ahead.begin(machine, pager)
         return machine, pager
 
     async def _take_machine(self, control: Control[DestinationProtocol], machine: Machine, pager: AnyPager) -> None:
@@ -431,6 +448,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         assert isinstance(message, wire.Switchover)
         self._forgets = False
         armed_ns = now_ns()
+        self._mark("switchover", at_ns=began_ns, begins=True)
         await machine.load_and_map(message.state, partial(self._adopt, pager))
         self.breakdown = Breakdown(arm_ns=armed_ns - began_ns, load_ns=now_ns() - armed_ns)
         if message.whole:  # after it: pages that were staged can be placed only now
@@ -460,6 +478,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         self._rounds += 1
         if message.pushed:
             self.iteration += 1
+            self._mark("round", str(self.iteration))
             self._pushing = set(range(self._bulk_channels))
             pager.expect_push()
             await pager.confirm()  # the source pushes as soon as it has heard of it
@@ -529,6 +548,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             self._pushing.discard(event.channel)
             self._wake()
         elif event.type is EventType.DIED:
+            self._mark("pager-died", event.text)
             raise MigrationError(event.text)
 
     def _needs(self, event: Event) -> bool:
@@ -584,6 +604,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             _ = self.pager_process
             machine, pager = self.machine, self._data
             self._data = None  # `statistics` has the last numbers meanwhile
+            await self._contained(partial(self._ahead.close, self.running_ns > 0))
             while self._held:
                 self._held.popitem()[1].close()
             # Again after the pager, which has freed whatever waited for a page; closing twice does no harm.

@@ -35,6 +35,7 @@ from postcopy._blocking import Workers
 from postcopy._log import about
 from postcopy.dataplane._base import DataPlane
 from postcopy.dataplane._events import Event, EventType
+from postcopy.dataplane.recorder import Recorder
 from postcopy.errors import (
     ConfigurationError,
     ConnectionLost,
@@ -123,6 +124,7 @@ class Engine(abc.ABC, Generic[P, D]):
         self._heartbeat_s = heartbeat_s
         self._recover_for_s = recover_for_s
         self._searching_since_s: float | None = None
+        self.recorder: Recorder | None = None  # see `record`
         self._on_change = on_change
         self._changed = trio.Event()
         self._data: D | None = None  # from the offer accepted to the end
@@ -216,6 +218,19 @@ class Engine(abc.ABC, Generic[P, D]):
     @abc.abstractmethod
     def _count(self, data: D) -> Statistics: ...
 
+    def record(self, recorder: Recorder | None = None) -> None:
+        """Before `run`: what happens is recorded over time, by this one where it has begun to."""
+        self.recorder = recorder or Recorder()
+
+    def _mark(self, what: str, text: str = "", *, at_ns: int | None = None, begins: bool = False) -> None:
+        if self.recorder is not None:
+            self.recorder.mark(what, text, at_ns=at_ns, begins=begins)
+
+    def _begin_detail(self) -> None:
+        """What follows is recorded in full detail."""
+        if self.recorder is not None:
+            self.recorder.begin()
+
     # ---- steering it
 
     def cancel(self) -> bool:
@@ -293,6 +308,7 @@ class Engine(abc.ABC, Generic[P, D]):
                 self._protocol.connection_lost(str(self.failure))
             finally:
                 self.over, self.ended_ns = True, now_ns()
+                self._mark("ended", self.status, at_ns=self.ended_ns)
                 self._change()
 
     async def _converse(self, plan: Plan[P]) -> None:
@@ -413,6 +429,7 @@ class Engine(abc.ABC, Generic[P, D]):
         else:
             await control.give_reason(str(failure))
         if self._protocol.recoverable:
+            self._mark("lost", str(failure))
             await self._suspend()
 
     async def _take_back(self) -> None:
@@ -551,6 +568,7 @@ class Engine(abc.ABC, Generic[P, D]):
         assert self._reconnector is not None
         self.recoveries.add(now_ns() - self._lost_ns)
         self._reconnector.went_on()
+        self._mark("recovered", begins=True)
         log.warning("recovered: %s is back after %.0f ms", self._protocol.PEER, self.recoveries.last_ns / 1e6)
         self._change()
 

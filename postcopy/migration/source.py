@@ -162,6 +162,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         self._left_pages = 0  # that the destination does not have, some perhaps counted twice,
         self._left_at: int | None = None  # when the page server had sent so many; None: this was not told yet
         self._synchronised = self._dirty_rate = 0
+        self._push_after_s = options.push_after_s
         self._policy = Policy(options.mode, options.precopy_s, options.max_downtime_s, options.precopy_rounds)
         self._policy.limit_bytes_per_s = options.max_bandwidth_bytes_per_s
 
@@ -227,6 +228,12 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         self._policy.max_downtime_s = max_downtime_s
         self._wake()
 
+    def set_push_after(self, push_after_s: float) -> None:
+        """How long after the switchover the push of the rest is held back; 0: it begins now. One that has begun goes
+        on."""
+        self._push_after_s = push_after_s
+        self._wake()
+
     def switch_over(self) -> None:
         """Ends precopy: the machine is paused as soon as what has been sent is there. `MigrationError` where that has
         been done, or the migration is of a mode without precopy."""
@@ -249,12 +256,16 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         """
         self._keep = keep
         self.set_recover_for(self._recover_for_s)
+        if self.recorder is not None:
+            self.machine.be_recorded(self.recorder)
         try:
             await self._run(stop, partial(self._migrate, go=go))
         finally:
             with trio.CancelScope(shield=True):  # bounded by `_resume`
                 async with self._resuming:  # by `reclaim`, which ends this: its owner may close the machine then
                     pass
+            if self.recorder is not None:
+                self.recorder.stop()
             self.connected.set()
 
     async def _connect(self) -> Link | None:
@@ -435,6 +446,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
                 compression.names(wanted),
             )
             await control.send(protocol.send(offer))
+            self._mark("offer", at_ns=now_ns())
             self._change()
             accept = self._accepted = await control.receive(wire.Accept, STEP_TIMEOUT_S)
             self._check_accept(accept, blocks)
@@ -448,6 +460,14 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
                 )
             for block, unit in zip(machine.blocks, accept.page_bytes, strict=True):
                 server.add_block(block.memory, unit)
+            if self.recorder is not None:
+                self.recorder.follow(
+                    server,
+                    [
+                        (block.name, block.size_bytes, unit)
+                        for block, unit in zip(machine.layout, accept.page_bytes, strict=True)
+                    ],
+                )
             if self._options.release_ram:
                 self._releaser = Releaser(server, len(blocks))
             self._change()
@@ -456,6 +476,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         self.ready_ns = now_ns()
         self._change()
         await go.wait()
+        self._begin_detail()
         if link.version >= 4:
             await self._tell(control, server)
             await self._precopy(control, server)
@@ -483,6 +504,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
 
     def _runs_there(self, since_ns: int) -> None:
         self.running_ns = since_ns
+        self._mark("running", at_ns=since_ns)
         self.downtime_ns = since_ns - self.paused_ns
         self._push_the_rest()
         self.breakdown = replace(self.breakdown, commit_ns=since_ns - self._prepared_ns)
@@ -502,6 +524,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         if not isinstance(message, wire.Complete):
             raise ProtocolError(f"{message.TYPE} came where complete was due")
         self.completed_ns = now_ns()
+        self._mark("all-there", at_ns=self.completed_ns)
         self.total_ns = self.completed_ns - self.paused_ns
         self._reported = replace(Statistics.from_wire(message.stats), pending_faults=None)
         with trio.CancelScope(shield=True, deadline=trio.current_time() + STEP_TIMEOUT_S):
@@ -547,6 +570,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         while not (why := policy.why_no_other(since_s())):
             before = server.statistics()
             self.iteration += 1
+            self._mark("round", str(self.iteration))
             self._change()
             push_s = await self._push(server, since_s)
             pushed = server.statistics()
@@ -626,6 +650,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         if began_ns <= (stopped_ns := machine.statistics().paused_ns) < parts["paused"]:  # it was then already
             parts["paused"] = stopped_ns
         self.paused_ns = parts["paused"]
+        self._begin_detail()
         await machine.pause()
         parts["stop_ns"] = now_ns()
         part: type[Part] = wire.StaleMap
@@ -713,6 +738,9 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         parts = {name: end - begin for name, begin, end in zip(list(at_ns)[1:], ends, ends[1:], strict=False)}
         self._prepared_ns = ends[-1]
         self.breakdown = Breakdown(**parts)
+        for what, at in (("pause", "paused"), ("switchover", "send_ns"), ("prepared", "prepared_ns")):
+            self._mark(what, at_ns=at_ns[at])
+        self._mark("commit", at_ns=self.committed_ns)
 
     def _check_accept(self, accept: wire.Accept, blocks: tuple[wire.Block, ...]) -> None:
         if len(accept.page_bytes) != len(blocks):
@@ -737,12 +765,22 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         self._push_the_rest()
         await self._close_changes()
         self._change()
+        while (left_s := self._held_for_s) > 0:
+            with trio.move_on_after(left_s):
+                await self._changed.wait()
+        self._push_the_rest()
+
+    @property
+    def _held_for_s(self) -> float:
+        """How long the push of the rest is still held back."""
+        return self._push_after_s - (now_ns() - self.committed_ns) / 1e9
 
     def _push_the_rest(self) -> None:
         """What has not been sent, and was not asked for; also on the connections of a recovery. No effect when that
-        has begun."""
+        has begun, or while it is held back."""
         assert self._data is not None
-        self._data.start()
+        if self._held_for_s <= 0:
+            self._data.start()
 
     def _note(self, event: Event) -> None:
         super()._note(event)

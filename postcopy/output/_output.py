@@ -56,6 +56,8 @@ class Output:
         self._kick = trio.Event()
         self._last_progress: dict[str, Json] = {}
         self.view = View()
+        self.reports = False
+        """Whether somebody makes a report of what is emitted (`--report`)."""
         self.patient = True
         """Whether `close` waits for the reader of what was printed: it is the answer of a command. To be set to False
         where a command prints until it is interrupted."""
@@ -70,6 +72,11 @@ class Output:
         is no live view."""
         self._as_json = as_json
         self._log_json = log_json
+
+    @property
+    def records(self) -> bool:
+        """Whether what happens over time is to be recorded (`timeline`): where it is read."""
+        return self._as_json or self.reports
 
     @property
     def draws(self) -> bool:
@@ -162,7 +169,7 @@ class Output:
     def _write(self, text: str, kind: Kind) -> None:
         self._stderr.put(text + "\n", kind)
 
-    def emit(self, event: str, record: Record) -> None:
+    def emit(self, event: str, record: Record | Json) -> None:
         """A JSON line, where they were asked for. Progress that says the same as before is left out."""
         fields = as_json(record)
         if event == "progress":

@@ -8,7 +8,7 @@ from typing import Annotated
 from postcopy.records._base import Record, doc
 from postcopy.records.events import DestResult, SourceResult
 from postcopy.records.migration import Check, Counted, Kind, MigrationId, Pager
-from postcopy.records.results import Measurement
+from postcopy.records.results import Comparison, Measurement
 
 
 class ChaosListening(Record, kw_only=True):
@@ -202,6 +202,7 @@ EVENTS: dict[str, tuple[type[Record], ...]] = {
     "cut": (Cut,),
     "unreachable": (Unreachable,),
     "measurement": (Measurement,),
+    "comparison": (Comparison,),
     "result": (DemoResult, ChaosResult, MergeResult),
 }
 """The records that an event of these commands may have."""

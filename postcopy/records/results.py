@@ -92,3 +92,19 @@ class Measurement(Record, kw_only=True):
     curve: Annotated[Curve | None, doc("Where the values are points of one.")] = None
     distributions: Annotated[dict[str, Distribution] | None, doc("Distributions of times, all rounds together.")] = None
     note: Annotated[str | None, doc("What else there is to say.")] = None
+
+
+class Comparison(Record, kw_only=True):
+    """A value of two files of results (`bench compare A B`)."""
+
+    name: Annotated[str, doc("Of the value.")]
+    unit: Annotated[str, doc("Of the medians.")]
+    better: _Better | None = None
+    before: Annotated[float | None, doc("Median of the rounds of A; null: there are none.", "`unit`")]
+    after: Annotated[float | None, doc("Median of those of B.", "`unit`")]
+    rounds_before: Annotated[int, doc("Of A.", "rounds")]
+    rounds_after: Annotated[int, doc("Of B.", "rounds")]
+    ratio: Annotated[float | None, doc("`after` over `before`; not there with too few rounds.", "1")] = None
+    low: Annotated[float | None, doc("Lower end of its 95 % confidence interval.", "1")] = None
+    high: Annotated[float | None, doc("Upper end of it.", "1")] = None
+    verdict: Annotated[str, doc("What can be said.", of="worse|better|no difference seen|too few rounds")]

@@ -79,6 +79,10 @@ class Series(Record):
         list[int] | None,
         doc(f"{_KIND}: placed before a fault asked for them, since they were expected to be.", "pages"),
     ] = None
+    prefetch_hits: Annotated[
+        list[int] | None,
+        doc(f"{_KIND}: requested before a fault asked, and then reached by a thread, as far as it is known.", "pages"),
+    ] = None
     duplicate: Annotated[list[int] | None, doc(f"{_KIND}: arrived again, and dropped.", "pages")] = None
     received_bytes: Annotated[list[int] | None, doc("On data channels, headers included.", "bytes")] = None
     sent_bytes: Annotated[list[int] | None, doc("On data channels, headers included.", "bytes")] = None
@@ -170,7 +174,7 @@ class Recording(Record, kw_only=True):
         doc("How far apart the columns at the end are while something happens; a part before may be coarser or finer"
             " (`at-ms` says it), and columns while nothing happens are further apart.", "ms"),
     ]  # fmt: skip
-    cost_us: Annotated[int, doc("Processor time that recording took, of its own thread.", "us")]
+    cost_us: Annotated[int, doc("How long the recording's own thread has worked.", "us")]
     blocks: Annotated[list[Block], doc("The memory, in order.")]
     at_ms: Annotated[list[float], doc("When each column was taken.", "ms")]
     series: Annotated[Series, doc("What was counted.")]

@@ -115,6 +115,7 @@ class Daemon(Service):
         """Until `stop`. True: that is how it succeeds."""
         self.stop = stop
         config, done = self._config, False
+        self.check_sets()
         if config.kind is None:  # whose machine makes the file
             self.check_arrival()
         _raise_descriptor_limit()
@@ -388,7 +389,7 @@ class Daemon(Service):
         elif isinstance(migration, DestinationMigration) and owned.machine is not None:
             kind, id = owned.machine.kind, migration.migration_id
             self.output.emit("machine-received", MachineReceived(machine=owned.name, kind=kind, migration_id=id))
-        self.output.emit("migration-ended", report.ended(owned.name, migration))
+        self.emit_ended(owned, migration)
         if migration.state is not State.COMPLETED:
             why = f": {migration.failure}" if migration.failure is not None else ""  # none: it was taken back
             what = owned.name or f"a machine from {migration.peer}"

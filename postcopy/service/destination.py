@@ -51,6 +51,7 @@ class Destination(Service):
     async def run(self, stop: Stop) -> bool:
         self.stop = stop
         self.check_arrival()
+        self.check_sets()
         if self._config.dump is not None:
             check_new_file("--dump", self._config.dump)
         if self.salvage_to is not None:
@@ -101,6 +102,7 @@ class Destination(Service):
             if migration.state is State.PAUSED and machine is not None:
                 await self.write_salvage(machine, migration, migration.received())
             await migration.close()
+            self.emit_timeline(self.machines[0], migration)
         result = report.destination_result(migration, statistics, self._check, self._dumped)
         self.emit_result(result, done)
         if done:
@@ -217,6 +219,8 @@ class Destination(Service):
             await migration.run(owned.stop)
             nursery.cancel_scope.cancel()
         owned.phase = Phase.HERE
+        if migration.state is not State.COMPLETED:  # else it is recorded until the end of the machine here
+            self.emit_timeline(owned, migration)
         self.output.emit("migration-ended", report.ended(owned.name, migration))
         return migration
 

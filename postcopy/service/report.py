@@ -42,7 +42,7 @@ from postcopy.records.migration import (
 )
 from postcopy.records.migration import Check as CheckRecord
 from postcopy.records.migration import Migration as MigrationRecord
-from postcopy.records.timeline import residency_text
+from postcopy.records.timeline import Timeline, residency_text
 from postcopy.tls import PeerCertificate
 
 Json = records.Json
@@ -65,6 +65,18 @@ def ended(machine: str, migration: Migration) -> MigrationEnded:
     """How one migration has ended, in short."""
     downtime_ms, total_ms = milliseconds(migration.downtime_ns), milliseconds(migration.total_ns)
     return MigrationEnded(machine=machine, downtime_ms=downtime_ms, total_ms=total_ms, **_identity(migration))
+
+
+def timeline(machine: str, kind: str | None, migration: Migration) -> Timeline | None:
+    """How a migration came about, once it has ended; None where it was not recorded, or nothing was moved."""
+    recorder, migration.recorder = migration.recorder, None
+    if recorder is None:
+        return None
+    recording = recorder.recording(migration.committed_ns)
+    recorder.close()
+    if recording is None:
+        return None
+    return Timeline(machine=machine, kind=kind, recording=recording, **_counted(migration))
 
 
 def _identity(migration: Migration) -> dict[str, Any]:
@@ -182,6 +194,8 @@ def ram(statistics: Statistics) -> Ram:
         transferred=statistics.transferred_bytes,
         page_size=statistics.page_bytes,
         demand_pages=statistics.demand_pages,
+        prefetched_pages=statistics.prefetched_pages,
+        prefetch_hits=statistics.prefetch_hits,
         background_pages=statistics.background_pages,
         zero_pages=statistics.zero_pages,
         duplicate_pages=statistics.duplicate_pages,

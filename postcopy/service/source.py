@@ -11,6 +11,7 @@ import trio
 
 from postcopy._blocking import run_sync
 from postcopy._stop import Stop
+from postcopy.dataplane.recorder import Recorder
 from postcopy.errors import ConfigurationError
 from postcopy.machines import Machine
 from postcopy.machines.kinds import HostOptions, create_destination, create_source, is_live
@@ -50,6 +51,7 @@ class Source(Service):
         self._go = trio.Event()  # the machine is ready to leave
         self._restored: salvage.Restorable | None = None
         self._latest: SourceMigration | None = None
+        self._lead: Recorder | None = None  # of what the guest has done before its migration
         self._was_ready = False  # before the latest
         self._starts_at_s = 0.0  # the migration, when the machine has computed for long enough
         self._completed = 0
@@ -159,6 +161,9 @@ class Source(Service):
             since = " of the switchover" if origin.manifest.side == salvage.SOURCE else ""
             self.output.say(f"source: the machine goes on from {origin.path}, in the state{since} it was in")
         await machine.resume()
+        if self.output.records and self._latest is None and machine.live:
+            self._lead = Recorder()
+            machine.be_recorded(self._lead)
         await machine.wait_ready()
         if machine.live:
             self._starts_at_s = trio.current_time() + self._config.migrate_after_s
@@ -178,6 +183,9 @@ class Source(Service):
     def _make_leaving(self, *arguments: Any) -> SourceMigration:
         self._was_ready = self._was_ready or (self._latest is not None and self._latest.ready_ns > 0)
         self._latest = super()._make_leaving(*arguments)
+        if self._lead is not None:
+            self._latest.record(self._lead)
+            self._lead = None
         return self._latest
 
     async def _migrate(self, owned: Owned, to: Link | Route) -> SourceMigration:
@@ -189,7 +197,7 @@ class Source(Service):
             owned.phase = Phase.HERE
             if len(self.machines) > 1:
                 self.machines.remove(owned)
-        self.output.emit("migration-ended", report.ended(owned.name, migration))
+        self.emit_ended(owned, migration)
         return migration
 
     async def _announce(self, owned: Owned) -> None:

@@ -25,7 +25,7 @@ struct pc_machine;
 #define PC_MACHINE_MAX_VCPUS 8
 enum pc_engine_kind { PC_ENGINE_KVM = 0, PC_ENGINE_RV64 = 1 };
 enum pc_workload { PC_WORKLOAD_IDLE = 0, PC_WORKLOAD_DIRTY = 1, PC_WORKLOAD_RANDOM = 2, PC_WORKLOAD_DISK = 3,
-                   PC_WORKLOAD_ECHO = 4 };
+                   PC_WORKLOAD_ECHO = 4, PC_WORKLOAD_SEQUENTIAL = 5, PC_WORKLOAD_ZIPF = 6, PC_WORKLOAD_PHASES = 7 };
 struct pc_machine_config {
     uint32_t vcpus;                                  /* 1..PC_MACHINE_MAX_VCPUS */
     uint32_t workload;                               /* enum pc_workload */

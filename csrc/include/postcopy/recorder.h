@@ -2,8 +2,8 @@
  *
  * The recorder: what a pager or page server counts, and which parts of the memory are there, over time (csrc/recorder/recorder.c).
  *
- * Threads: a recorder has one thread. Any thread may call anything but pc_recorder_free, which is alone and last; calls wait for each
- * other, and for a look at what is recorded: microseconds.
+ * Threads: a recorder has one thread. Any thread may call anything but pc_recorder_free, which is alone and last; calls but
+ * pc_recorder_phase wait for each other, and for a look at what is recorded: microseconds.
  */
 #ifndef POSTCOPY_RECORDER_H
 #define POSTCOPY_RECORDER_H
@@ -40,20 +40,20 @@ struct pc_record_summary {
 };
 /* A recorder that looks as often as every `period_ns`, once it has something to look at. 0, -ENOMEM. */
 int pc_recorder_new(uint64_t period_ns, struct pc_recorder **recorder);
-/* What it looks at from here on: one of the first three, once, and a machine's guest. They outlive pc_recorder_stop. 0, or -errno where no thread
- * could be started: nothing is recorded then. */
+/* What it looks at from here on: one of the first three, once, and a machine's guest; until pc_recorder_stop, and the guest until it is given
+ * NULL. 0, or -errno where no thread could be started: nothing is recorded then. */
 int pc_recorder_pager(struct pc_recorder *recorder, struct pc_pager *pager);
 int pc_recorder_metrics(struct pc_recorder *recorder, struct pc_metrics *metrics); /* of another process's pager */
 int pc_recorder_pageserver(struct pc_recorder *recorder, struct pc_pageserver *server);
 int pc_recorder_machine(struct pc_recorder *recorder, struct pc_machine *machine);
-/* Another phase begins: a column now, and the next ones as close together as at first. Waits for nothing that the thread does. */
+/* Another phase begins: a column now, and the next ones as close together as at first. */
 int pc_recorder_phase(struct pc_recorder *recorder);
 /* A last column. What is recorded is looked at no more. Again: no effect. */
 int pc_recorder_stop(struct pc_recorder *recorder);
 /* Copies: of as many columns and faults as there are, PC_RECORD_COLUMNS and PC_RECORD_FAULTS at most. */
 int pc_recorder_read(struct pc_recorder *recorder, struct pc_record_column *columns, struct pc_record_fault *faults,
                      struct pc_record_summary *summary);
-/* Joins its thread. */
+/* Its thread ends by itself, soon, and looks at nothing. */
 void pc_recorder_free(struct pc_recorder *recorder);
 /* ==== end cffi ==== */
 

@@ -136,6 +136,7 @@ struct pcg_boot {
     uint64_t disk_buffer_skew; /* where disk slots begin within their page: nonzero, so that they cross pages */
     uint32_t arrived; /* vCPUs that completed their initial pass */
     uint64_t nonce;   /* made by vCPU 0 from the entropy port; nowhere but here */
+    uint32_t pattern; /* enum pcg_pattern: which pages the program random visits */
 };
 
 enum pcg_phase {
@@ -231,6 +232,52 @@ static inline uint64_t pcg_check_base(uint64_t seed, uint64_t gva, uint64_t coun
 static inline uint64_t pcg_check_word(uint64_t base, uint64_t k)
 {
     return base + (base << (2 * k + 1));
+}
+
+/*
+ * Which pages the program of `random` visits. PCG_RANDOM: any, those that all vCPUs share too, and each visit changes its
+ * page. The others keep to the vCPU's own part, and most of their visits only read. Visit n, with the generator's value x:
+ */
+enum pcg_pattern {
+    PCG_RANDOM,
+    PCG_SEQUENTIAL, /* in address order, again and again */
+    PCG_ZIPF,       /* few pages often, most of them seldom */
+    PCG_PHASES,     /* within a window of the memory, which is at another place after some time */
+};
+#define PCG_PHASE_WINDOWS 8  /* a window is one part in so many */
+#define PCG_PHASE_VISITS  64 /* to each page of it on average, before the next one */
+
+/* Page r as often as 1 / r, by levels: each level of twice as many pages has the same share of the visits. */
+static inline uint64_t pcg_zipf_rank(uint64_t x, uint64_t pages)
+{
+    uint64_t levels = 1, level, begin;
+
+    while (((uint64_t)2 << levels) - 1 <= pages)
+        levels++;
+    level = pcg_rng_below(x, levels);
+    begin = ((uint64_t)1 << level) - 1;
+    return begin + pcg_rng_below(x << 32, level + 1 < levels ? (uint64_t)1 << level : pages - begin);
+}
+
+static inline uint64_t pcg_pick(uint32_t pattern, uint64_t n, uint64_t x, uint64_t pages)
+{
+    uint64_t window = pages / PCG_PHASE_WINDOWS + 1;
+
+    switch (pattern) {
+    case PCG_SEQUENTIAL:
+        return n % pages;
+    case PCG_ZIPF: /* those that are often visited are all over the memory: times a prime that is above any number of pages */
+        return pcg_zipf_rank(x, pages) * 0x9e3779b1u % pages;
+    case PCG_PHASES:
+        return (pcg_rng_below(pcg_mix(n / (window * PCG_PHASE_VISITS)), pages) + pcg_rng_below(x, window)) % pages;
+    default:
+        return pcg_rng_below(x, pages);
+    }
+}
+
+static inline int pcg_changes(uint32_t pattern, uint64_t x)
+{
+    return pattern == PCG_RANDOM || (x & 3) == 0;
 }
 
 /* `disk`: memory is cut into slots, the vCPU's disk slice into chunks, both this long. Word i under a tag: */

@@ -15,10 +15,15 @@ void report_ready(struct pcg_vcpu *v)
     out32(PCG_PORT_REPORT, PCG_READY, boot->nonce, 0, 0, 0);
 }
 
+void report_count(struct pcg_vcpu *v)
+{
+    out32(PCG_PORT_REPORT, PCG_PROGRESS, v->operations, boot->nonce, 0, 0);
+}
+
 void report_progress(struct pcg_vcpu *v)
 {
     check_kept_registers(v);
-    out32(PCG_PORT_REPORT, PCG_PROGRESS, v->operations, boot->nonce, 0, 0);
+    report_count(v);
 }
 
 void wait_for_all(struct pcg_vcpu *v)

@@ -6,6 +6,8 @@
  */
 #include "guest.h"
 
+#define REPORT_PAGES 512
+
 static void pass_over(struct pcg_vcpu *v, uint64_t gva, uint64_t pages, uint64_t pass)
 {
     volatile uint64_t *word = (volatile uint64_t *)gva;
@@ -16,6 +18,8 @@ static void pass_over(struct pcg_vcpu *v, uint64_t gva, uint64_t pages, uint64_t
             report_failure(v, PCG_FAIL_PASS, (uint64_t)word, pass, found);
         *word = pass + 1; /* from the pass, not from what was found: one bad page is one report */
         v->operations++;
+        if (v->operations % REPORT_PAGES == 0) /* of a large memory a pass may take seconds */
+            report_count(v);
     }
 }
 

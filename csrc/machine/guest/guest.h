@@ -17,6 +17,7 @@
 void workload(struct pcg_vcpu *v) __attribute__((noreturn));
 
 void report_ready(struct pcg_vcpu *v);
+void report_count(struct pcg_vcpu *v);
 /* Also checks the registers that no instruction of the workload changes. */
 void report_progress(struct pcg_vcpu *v);
 void report_failure(struct pcg_vcpu *v, uint64_t code, uint64_t where, uint64_t expected, uint64_t found);

@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * random: read, check, modify, write pages picked by a xorshift sequence. Each vCPU picks from its private pages and
- * from the shared ones, which all vCPUs change under a lock word in the page itself.
+ * from the shared ones, which all vCPUs change under a lock word in the page itself. It is the program of sequential, zipf and
+ * phases too, which pick otherwise (abi.h), from the private pages and this vCPU's slice of the shared ones: no lock there, since
+ * reading would then write too.
  *
  * The sequence is a function of seed and vCPU only, so the machine can replay it from outside and knows the exact
  * count that every page must have. The generator's state lives in registers that
@@ -28,7 +30,7 @@ static void initialise(struct pcg_vcpu *v, uint64_t gva, uint64_t pages)
     }
 }
 
-static void change_page(struct pcg_vcpu *v, uint64_t gva, int shared)
+static void visit_page(struct pcg_vcpu *v, uint64_t gva, int shared, int changes)
 {
     volatile uint64_t *page = (volatile uint64_t *)gva;
     volatile uint32_t *lock = (volatile uint32_t *)&page[PCG_WORD_LOCK];
@@ -44,9 +46,11 @@ static void change_page(struct pcg_vcpu *v, uint64_t gva, int shared)
         if (found != expected)
             report_failure(v, PCG_FAIL_CHECK_WORD, (uint64_t)&page[check_offsets[k]], expected, found);
     }
-    page[PCG_WORD_COUNTS + v->id]++;
-    page[PCG_WORD_COUNT] = count + 1;
-    write_checks(page, count + 1);
+    if (changes) {
+        page[PCG_WORD_COUNTS + v->id]++;
+        page[PCG_WORD_COUNT] = count + 1;
+        write_checks(page, count + 1);
+    }
     release_barrier(); /* whoever sees the lock free sees the page */
     if (shared)
         *lock = 0;
@@ -59,6 +63,9 @@ void workload(struct pcg_vcpu *v)
     uint64_t begin = pcg_slice_begin(shared_pages, v->id, boot->vcpus);
     uint64_t end = pcg_slice_begin(shared_pages, v->id + 1, boot->vcpus);
     uint64_t state[2] = { pcg_rng_seed(boot->seed, v->id), boot->nonce };
+    uint32_t pattern = boot->pattern;
+    int is_random = pattern == PCG_RANDOM;
+    uint64_t pages = private_pages + (is_random ? shared_pages : end - begin);
 
     initialise(v, private_gva, private_pages);
     initialise(v, shared_gva + begin * PCG_PAGE_BYTES, end - begin);
@@ -68,6 +75,7 @@ void workload(struct pcg_vcpu *v)
     xmm_load(state);
     for (;;) {
         uint64_t i;
+        int changes;
 
         xmm_store(state);
         if (state[0] != v->rng) {
@@ -81,11 +89,12 @@ void workload(struct pcg_vcpu *v)
         state[0] = pcg_rng_next(state[0]);
         xmm_load(state);
         v->rng = state[0];
-        i = pcg_rng_below(state[0], private_pages + shared_pages);
+        changes = pcg_changes(pattern, state[0]);
+        i = pcg_pick(pattern, v->operations, state[0], pages);
         if (i < private_pages)
-            change_page(v, private_gva + i * PCG_PAGE_BYTES, 0);
+            visit_page(v, private_gva + i * PCG_PAGE_BYTES, 0, changes);
         else
-            change_page(v, shared_gva + (i - private_pages) * PCG_PAGE_BYTES, 1);
+            visit_page(v, shared_gva + (i - private_pages + (is_random ? 0 : begin)) * PCG_PAGE_BYTES, is_random, changes);
         v->operations++;
         if ((v->operations & 255) == 0)
             report_progress(v);

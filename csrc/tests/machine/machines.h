@@ -208,6 +208,7 @@ __attribute__((unused)) static struct pc_machine_stats wait_failure(struct pc_ma
 /* How many operations of each workload a test waits for. Few: a guest may run on an emulated KVM, at a million instructions a second. */
 __attribute__((unused)) static const uint64_t some_operations[] = {
     [PC_WORKLOAD_IDLE] = 3, [PC_WORKLOAD_DIRTY] = 3000, [PC_WORKLOAD_RANDOM] = 256, [PC_WORKLOAD_DISK] = 16,
+    [PC_WORKLOAD_SEQUENTIAL] = 256, [PC_WORKLOAD_ZIPF] = 256, [PC_WORKLOAD_PHASES] = 256,
 };
 
 /* ---- state ---- */

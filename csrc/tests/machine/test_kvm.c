@@ -405,6 +405,8 @@ MOVE(idle, PC_WORKLOAD_IDLE)
 MOVE(dirty, PC_WORKLOAD_DIRTY)
 MOVE(random, PC_WORKLOAD_RANDOM)
 MOVE(disk, PC_WORKLOAD_DISK)
+static void move_phases_2(void) { run_and_move(PC_WORKLOAD_PHASES, 2); }
+static void postcopy_sequential_2(void) { postcopy(PC_WORKLOAD_SEQUENTIAL, 2, PC_MEMORY_MEMFD); }
 
 int main(int argc, char **argv)
 {
@@ -417,6 +419,7 @@ int main(int argc, char **argv)
     RUN_FOR(move_random_2, CASE_SECONDS);
     RUN_FOR(move_disk_1, CASE_SECONDS);
     RUN_FOR(move_disk_2, CASE_SECONDS);
+    RUN_FOR(move_phases_2, CASE_SECONDS);
     RUN_FOR(postcopy_idle_1, CASE_SECONDS);
     RUN_FOR(postcopy_idle_2, CASE_SECONDS);
     RUN_FOR(postcopy_dirty_1, CASE_SECONDS);
@@ -425,6 +428,7 @@ int main(int argc, char **argv)
     RUN_FOR(postcopy_random_2, CASE_SECONDS);
     RUN_FOR(postcopy_disk_1, CASE_SECONDS);
     RUN_FOR(postcopy_disk_2, CASE_SECONDS);
+    RUN_FOR(postcopy_sequential_2, CASE_SECONDS);
     RUN_FOR(pause_blocked_dirty, CASE_SECONDS);
     RUN_FOR(pause_blocked_disk, CASE_SECONDS);
     RUN_FOR(close_blocked, CASE_SECONDS);

@@ -432,6 +432,7 @@ static void guest_crash(void)
 static void stale_random(void) { find_damage(PC_WORKLOAD_RANDOM, "stale", 0); }
 static void zero_random(void) { find_damage(PC_WORKLOAD_RANDOM, "zero", PCG_FAIL_CHECK_WORD); }
 static void torn_random(void) { find_damage(PC_WORKLOAD_RANDOM, "torn", PCG_FAIL_CHECK_WORD); }
+static void stale_zipf(void) { find_damage(PC_WORKLOAD_ZIPF, "stale", 0); }
 static void stale_dirty(void) { find_damage(PC_WORKLOAD_DIRTY, "stale", PCG_FAIL_PASS); }
 static void stale_disk(void) { find_damage(PC_WORKLOAD_DISK, "stale", 0); }
 static void zero_disk(void) { find_damage(PC_WORKLOAD_DISK, "zero", 0); }
@@ -445,6 +446,7 @@ int main(int argc, char **argv)
     RUN_FOR(stale_random, CASE_SECONDS);
     RUN_FOR(zero_random, CASE_SECONDS);
     RUN_FOR(torn_random, CASE_SECONDS);
+    RUN_FOR(stale_zipf, CASE_SECONDS);
     RUN_FOR(stale_dirty, CASE_SECONDS);
     RUN_FOR(stale_disk, CASE_SECONDS);
     RUN_FOR(zero_disk, CASE_SECONDS);

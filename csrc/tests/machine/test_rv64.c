@@ -46,6 +46,75 @@ static void workload_dirty(void) { workload(PC_WORKLOAD_DIRTY, 2, 5000); }
 static void workload_random(void) { workload(PC_WORKLOAD_RANDOM, 1, 5000); }
 static void workload_random_eight_harts(void) { workload(PC_WORKLOAD_RANDOM, 8, 2000); }
 static void workload_disk(void) { workload(PC_WORKLOAD_DISK, 2, 100); }
+static void workload_sequential(void) { workload(PC_WORKLOAD_SEQUENTIAL, 3, 5000); }
+static void workload_zipf(void) { workload(PC_WORKLOAD_ZIPF, 1, 5000); }
+static void workload_phases(void) { workload(PC_WORKLOAD_PHASES, 2, 50000); } /* more than one window */
+
+/* ---- patterns ---- */
+
+#define MOST_PAGES 16387
+
+static void count_visits(uint32_t pattern, uint64_t pages, uint64_t visits, uint32_t counts[MOST_PAGES])
+{
+    uint64_t x = pcg_rng_seed(7, 0);
+
+    memset(counts, 0, MOST_PAGES * sizeof *counts);
+    for (uint64_t n = 0; n < visits; n++) {
+        uint64_t page = pcg_pick(pattern, n, x = pcg_rng_next(x), pages);
+
+        CHECK(page < pages);
+        counts[page]++;
+    }
+}
+
+static int by_count(const void *a, const void *b)
+{
+    uint32_t left = *(const uint32_t *)a, right = *(const uint32_t *)b;
+
+    return (left < right) - (left > right);
+}
+
+static uint64_t visited(const uint32_t *counts, uint64_t pages)
+{
+    uint64_t found = 0;
+
+    for (uint64_t page = 0; page < pages; page++)
+        found += counts[page] != 0;
+    return found;
+}
+
+static void patterns_are_what_they_are_called(void)
+{
+    static uint32_t counts[MOST_PAGES];
+    static const uint64_t sizes[] = { 1, 2, 3, 8, 4096, 5000, MOST_PAGES };
+
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        uint64_t pages = sizes[i], window = pages / PCG_PHASE_WINDOWS + 1, hot = 0;
+
+        count_visits(PCG_SEQUENTIAL, pages, 2 * pages, counts);
+        for (uint64_t page = 0; page < pages; page++)
+            CHECK_EQ(counts[page], 2);
+        count_visits(PCG_PHASES, pages, window * PCG_PHASE_VISITS, counts);
+        CHECK_EQ(visited(counts, pages), window);
+        count_visits(PCG_PHASES, pages, 100 * window * PCG_PHASE_VISITS, counts);
+        CHECK_EQ(visited(counts, pages), pages);
+        if (pages < 4096)
+            continue;
+        count_visits(PCG_ZIPF, pages, 100 * pages, counts);
+        CHECK_EQ(visited(counts, pages), pages); /* the last ones, too */
+        /* Neighbours in rank are not neighbours in memory: no eighth of the memory has most of the visits. */
+        for (uint64_t first = 0; first + pages / 8 <= pages; first += pages / 8) {
+            uint64_t here = 0;
+            for (uint64_t page = first; page < first + pages / 8; page++)
+                here += counts[page];
+            CHECK(here < 40 * pages);
+        }
+        qsort(counts, pages, sizeof *counts, by_count);
+        for (uint64_t page = 0; page < pages / 32; page++)
+            hot += counts[page];
+        CHECK(hot > 50 * pages && hot < 80 * pages); /* ln(n / 32) / ln n of all: 58 to 64 %, in levels some more */
+    }
+}
 
 /* ---- determinism ---- */
 
@@ -117,6 +186,7 @@ static void moved_often(uint32_t kind)
 static void the_same_however_often_moved_dirty(void) { moved_often(PC_WORKLOAD_DIRTY); }
 static void the_same_however_often_moved_random(void) { moved_often(PC_WORKLOAD_RANDOM); }
 
+static void the_same_however_often_moved_phases(void) { moved_often(PC_WORKLOAD_PHASES); }
 static void the_same_however_often_moved_disk(void) { moved_often(PC_WORKLOAD_DISK); }
 
 static void another_seed_is_another_machine(void)
@@ -283,6 +353,7 @@ static void moves_live(uint32_t kind, uint32_t harts, uint64_t more)
 
 static void moves_dirty(void) { moves_live(PC_WORKLOAD_DIRTY, 2, 5000); }
 static void moves_random(void) { moves_live(PC_WORKLOAD_RANDOM, 4, 1000); }
+static void moves_zipf(void) { moves_live(PC_WORKLOAD_ZIPF, 4, 1000); }
 static void moves_disk(void) { moves_live(PC_WORKLOAD_DISK, 2, 100); }
 
 #if defined(__SANITIZE_THREAD__)
@@ -517,13 +588,19 @@ int main(int argc, char **argv)
     RUN(workload_random);
     RUN(workload_random_eight_harts);
     RUN(workload_disk);
+    RUN(workload_sequential);
+    RUN(workload_zipf);
+    RUN(workload_phases);
+    RUN(patterns_are_what_they_are_called);
     RUN(the_same_however_often_moved_dirty);
     RUN(the_same_however_often_moved_random);
+    RUN(the_same_however_often_moved_phases);
     RUN(the_same_however_often_moved_disk);
     RUN(another_seed_is_another_machine);
     RUN(the_same_when_moved_by_postcopy);
     RUN(moves_dirty);
     RUN(moves_random);
+    RUN(moves_zipf);
     RUN(moves_disk);
     RUN(every_access_can_be_paused);
     RUN(pauses_random_on_a_missing_page);

@@ -55,10 +55,12 @@ from postcopy.uffd import explain_unavailable
 from postcopy.units import format_exact_size, format_size, whole_units
 
 if TYPE_CHECKING:
+    from postcopy.dataplane.recorder import Recorder
     from postcopy.machines.toy.tap import Network
 
 WORKLOADS: Mapping[str, int] = {
-    name: getattr(lib, f"PC_WORKLOAD_{name.upper()}") for name in ("idle", "dirty", "random", "disk", "echo")
+    name: getattr(lib, f"PC_WORKLOAD_{name.upper()}")
+    for name in ("idle", "dirty", "random", "disk", "echo", "sequential", "zipf", "phases")
 }
 _STATES = {getattr(lib, f"PC_MACHINE_{state.name}"): state for state in MachineState}
 _ACTIVITIES = {getattr(lib, f"PC_VCPU_{activity.name}"): activity for activity in Activity}
@@ -152,6 +154,7 @@ class ToyMachine(Machine):
         for block in self._blocks:
             block.memory.acquire("machine")
         self._machine = machine
+        self._recorder: Recorder | None = None
 
     @classmethod
     def create(cls, engine: Engine, options: ToyOptions) -> Self:
@@ -433,6 +436,10 @@ class ToyMachine(Machine):
     async def wait_changed(self) -> None:
         await self._event_fd.wait()
 
+    def be_recorded(self, recorder: Recorder) -> None:
+        recorder.take("machine", self._alive())
+        self._recorder = recorder
+
     # ---- the end
 
     async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
@@ -442,6 +449,8 @@ class ToyMachine(Machine):
                     return
                 machine, self._machine = self._machine, None  # whose end does not return can never be freed
                 self._closing = True
+                if self._recorder is not None:
+                    self._recorder.take("machine", ffi.NULL)
                 self._event_fd.close()
                 timeout_ms = max(1, min(round(timeout_s * 1000), _MAX_TIMEOUT_MS))
 

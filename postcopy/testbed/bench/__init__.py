@@ -9,6 +9,7 @@ is reported is the median over the rounds of the ratio within a round, so that a
 - ``scale``: a fault with 1 to 10,000 others pending; a look at the counters, and the choice of the next run to push, of
   64 MiB to 1 TiB; one memory with 1 to 8 userfaultfds; as curves.
 - ``pager-process``: the same fault with the pager in a process of its own, against one in threads.
+- ``recording``: the same fault while it is recorded over time (`--json`), against one that is not.
 - ``bulk-delay``: p99 of such a fault while everything else is pushed at full speed, against the idle p99.
 - ``bulk``: incompressible memory pushed over loopback, against the least C program that receives and places as many
   bytes over as many connections, and against one iperf3 stream.
@@ -23,6 +24,8 @@ is reported is the median over the rounds of the ratio within a round, so that a
 - ``recovery-map``: what a destination of 1 TiB, half of it there, has to say when it comes back, against 10 MB and 1 s.
 - ``tls``: a fault, and the bulk push on one connection a processor, with TLS against without; from a cut network's
   return to the first page with TLS, against 500 ms; round trips that TLS adds to a recovery.
+- ``prefetch``: a page that is touched with `--prefetch adaptive` and no push, against none: in random order, where that
+  is to cost nothing, and in sequential and strided order, over loopback and with a long round trip.
 - ``contention``: mmap and munmap of one thread while others wait for a page, against none waiting: is a lock held?
 - ``userfaultfd``: a fault served by the Python binding under Trio against the smallest C handler; events per read.
 - ``dirty``: operations of a guest that writes, with its dirty log read every 100 ms, against those without; and what
@@ -55,12 +58,17 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import sys
 import textwrap
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import trio
+
+from postcopy._files import check_new_file, replacing, write_all
+from postcopy._hdr import intervals, write_hdr
 from postcopy._host import run_line
 from postcopy.errors import ConfigurationError, MigrationError, ResourceError
 from postcopy.records import VERSION, as_json
@@ -68,14 +76,16 @@ from postcopy.records.results import Measurement
 from postcopy.testbed import _processes
 from postcopy.testbed._report import make_console
 from postcopy.testbed.bench._common import medians
-from postcopy.units import among, argument, did_you_mean, parse_whole
+from postcopy.units import among, argument, did_you_mean, parse_percent, parse_seconds, parse_whole
 
 __all__ = ["FIGURES", "add_arguments", "run"]
 
 FIGURES = {
     "fault": "_fault",
+    "prefetch": "_prefetch",
     "scale": "_scale",
     "pager-process": "_fault",
+    "recording": "_fault",
     "bulk-delay": "_fault",
     "bulk": "_bulk",
     "compress": "_compress",
@@ -92,8 +102,13 @@ FIGURES = {
     "qemu-move": "_qemu_move",
     "firecracker": "_firecracker",
     "firecracker-move": "_firecracker_move",
+    "migrate": "_migrate",
 }
 """The module that measures it; imported then."""
+QUICK = (
+    "fault", "bulk", "switchover", "pager-process", "recovery-map", "contention", "userfaultfd", "rv64", "dirty",
+    "recovery-time",
+)  # fmt: skip
 ROUNDS = 5
 MAX_WIDTH = 100
 _BAR = 20
@@ -110,7 +125,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=argument(parse_whole, 1, 1000), default=None, metavar="N",
         help=f"repetitions, medians are shown (default: {ROUNDS})",
     )  # fmt: skip
+    parser.add_argument(
+        "--quick", action="store_true",
+        help=f"of {', '.join(QUICK)}: about eight minutes, and five rounds of each, as compare needs",
+    )  # fmt: skip
+    parser.add_argument(
+        "--within", type=argument(parse_seconds, 1, 1e6), default=None, metavar="SECONDS",
+        help="end then: what has not been measured is left out",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="JSON lines: run, then one for each measurement")
+    parser.add_argument("--output", default=None, metavar="FILE", help="write the JSON lines there too, at the end")
+    parser.add_argument("--hdr", default=None, metavar="FILE", help="write latencies there, as a log of HdrHistogram")
+    compare = parser.add_argument_group("compare A.jsonl B.jsonl")
+    compare.add_argument(
+        "--fail-above", type=argument(parse_percent), default=None, metavar="PERCENT",
+        help="status 1 when a value of B is worse than in A by certainly more than that, or nothing can be told",
+    )  # fmt: skip
     for name in FIGURES:
         if (add := _of(name, "add_arguments")) is not None:
             add(parser.add_argument_group(name))
@@ -119,32 +149,68 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0 when every figure was measured and kept to its target, 1 otherwise. `ConfigurationError` for what was asked
     wrongly, `ResourceError` for what this host lacks."""
-    names = args.figures or list(FIGURES)
+    if args.figures[:1] == ["compare"]:
+        from postcopy.testbed.bench import _compare
+
+        if args.rounds is not None:
+            raise ConfigurationError("--rounds: compare measures nothing")
+        return _compare.run(args.figures[1:], args.fail_above, args.json)
+    if args.fail_above is not None:
+        raise ConfigurationError("--fail-above is for compare: `postcopy bench compare A.jsonl B.jsonl`")
+    if args.quick and args.figures:
+        raise ConfigurationError("--quick chooses figures, and these are named: choose one")
+    names = args.figures or list(QUICK if args.quick else FIGURES)
     if unknown := [name for name in names if name not in FIGURES]:
         hint = did_you_mean(unknown[0], FIGURES) or among(FIGURES)
         raise ConfigurationError(f"no figure called {unknown[0]}{hint}")
     names = [name for name in names if _can_be_measured(name, asked=bool(args.figures))]
+    for option in ("output", "hdr"):  # now, not after minutes of measuring
+        if (path := getattr(args, option)) is not None:
+            check_new_file(f"--{option}", path)
     began_s = time.monotonic()
-    if args.json:
-        print(run_line("bench", vars(args)), flush=True)
+    lines = [run_line("bench", _asked(args))]
     reached = True
+    if args.json:
+        print(lines[0], flush=True)
     for name in names:
+        left_s = math.inf if args.within is None else args.within - (time.monotonic() - began_s)
         try:
-            measurements = _processes.run(_measurement(name, args), args.rounds or ROUNDS)
+            measurements = _processes.run(_measured, name, args, left_s)
         except MigrationError as error:  # the others are worth having
             print(f"postcopy: error: {name}: {error}", file=sys.stderr)
             reached = False
             continue
+        if measurements is None:
+            print(f"postcopy: warning: {name} is left out: {args.within:g} s are over", file=sys.stderr)
+            continue
         for measurement in measurements:
             measurement.figure = name
             reached &= measurement.reached is not False
+        added = [_line(measurement, began_s) for measurement in measurements]
+        lines += added
         if args.json:
-            for measurement in measurements:
-                print(_line(measurement, began_s), flush=True)
+            print("\n".join(added), flush=True)
         else:
             width = min(make_console(sys.stdout).width, MAX_WIDTH)
             print((_of(name, "text") or text_of)(measurements, width), flush=True)
+    if args.output is not None:
+        with replacing(args.output, 0o644) as fd:
+            write_all(fd, "".join(f"{line}\n" for line in lines).encode())
+    if args.hdr is not None:
+        try:
+            write_hdr(args.hdr, intervals(map(json.loads, lines)))
+        except ConfigurationError as error:  # what was measured is worth having
+            print(f"postcopy: error: --hdr: {error}", file=sys.stderr)
+            reached = False
     return 0 if reached else 1
+
+
+def _asked(args: argparse.Namespace) -> dict[str, object]:
+    """What is not as it is by default."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    defaults = vars(parser.parse_args([]))
+    return {name: value for name, value in vars(args).items() if name not in defaults or value != defaults[name]}
 
 
 def _of(figure: str, what: str) -> Any:
@@ -166,11 +232,13 @@ def _can_be_measured(name: str, *, asked: bool) -> bool:
     return True
 
 
-def _measurement(name: str, args: argparse.Namespace) -> Callable[[int], Awaitable[list[Measurement]]]:
-    measure: Callable[..., Awaitable[list[Measurement]]] = _of(name, "measure")
-    if _of(name, "add_arguments") is None:
-        return measure
-    return lambda rounds: measure(rounds, args)
+async def _measured(name: str, args: argparse.Namespace, left_s: float) -> list[Measurement] | None:
+    """None where the time was not enough; all processes have ended then too."""
+    more = () if _of(name, "add_arguments") is None else (args,)
+    with trio.move_on_after(max(left_s, 0)):
+        found: list[Measurement] = await _of(name, "measure")(args.rounds or ROUNDS, *more)
+        return found
+    return None
 
 
 def _line(measurement: Measurement, began_s: float) -> str:

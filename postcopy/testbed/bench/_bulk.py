@@ -26,6 +26,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from postcopy.errors import MigrationError, ResourceError, check
 from postcopy.memory import Memory
 from postcopy.records.results import Measurement
 from postcopy.testbed._processes import Child, open_child, parse
-from postcopy.testbed.bench._common import DEADLINE_S, Rounds, ratio, worker
+from postcopy.testbed.bench._common import DEADLINE_S, Rounds, by_turns, ratio, worker
 from postcopy.testbed.bench._worker import channel
 from postcopy.uffd import How
 
@@ -317,19 +318,16 @@ def check_bulk() -> None:
 async def measure_bulk(rounds: int) -> list[Measurement]:
     """The push against the least that could do it, and against one stream of iperf3."""
     channels = 2
-    values: Rounds = []
     async with open_sides(SIZE_BYTES, channels) as sides:
+
+        async def rate(kind: str) -> float:
+            if kind == "iperf3":
+                return await _iperf3_bytes_per_s(SIZE_BYTES) / 1e9
+            return float((await sides.take(Take(kind)))["bytes-per-s"]) / 1e9
+
         for kind in ("floor", "engine"):
-            await sides.take(Take(kind))
-        for number in range(rounds):
-            order = ["floor", "engine", "iperf3"]
-            order = order[number % 3 :] + order[: number % 3]
-            values.append({})
-            for kind in order:
-                if kind == "iperf3":
-                    values[-1][kind] = await _iperf3_bytes_per_s(SIZE_BYTES) / 1e9
-                else:
-                    values[-1][kind] = (await sides.take(Take(kind)))["bytes-per-s"] / 1e9
+            await rate(kind)
+        values = await by_turns(rounds, {kind: partial(rate, kind) for kind in ("floor", "engine", "iperf3")})
     return _figures(values, channels)
 
 

@@ -9,9 +9,11 @@ import os
 import socket
 import statistics
 import subprocess
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import msgspec
 import trio
@@ -19,12 +21,15 @@ import trio
 from postcopy._child import python
 from postcopy.errors import MigrationError
 from postcopy.records.results import Curve, Measurement, Value
+from postcopy.records.timeline import Distribution
 from postcopy.testbed._processes import open_child, parse, run_json
 from postcopy.testbed.bench._worker import Job
 
 DEADLINE_S = 120.0  # for one process of one measurement
 
 Rounds = list[dict[str, float]]
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 def ratio(
@@ -39,6 +44,7 @@ def ratio(
     units: Mapping[str, str] = {},
     note: str = "",
     curve: Curve | None = None,
+    distributions: Mapping[str, Distribution] | None = None,
 ) -> Measurement:
     """What was measured in `rounds`, in one `unit` but for those values that have one in `units`: it is about the value
     `of`, over the value `to` of the same round where there is one. `at_most`: less is better, and the goal is an upper
@@ -64,6 +70,7 @@ def ratio(
         goal=goal,
         reached=None if goal is None else result <= goal if at_most else result >= goal,
         curve=curve,
+        distributions=None if distributions is None else dict(distributions),
         note=note or None,
     )
 
@@ -78,9 +85,50 @@ def medians(measurement: Measurement) -> dict[str, float]:
     return {name: statistics.median(rounds) for name, rounds in found.items()}
 
 
-def side_by_side(one: dict[str, float], other: dict[str, float], prefix: str) -> dict[str, float]:
+@dataclass(frozen=True)
+class Touched:
+    """How long a thread that touches pages has waited for each."""
+
+    us: dict[str, float]
+    """Percentiles and the maximum, by name."""
+    times: Distribution
+
+    @classmethod
+    def of(cls, said: dict[str, Any]) -> Touched:
+        """What a destination has said (`_worker.touched`)."""
+        return cls(dict(said["touch-us"]), msgspec.convert(said["touches"], Distribution))
+
+
+def side_by_side(one: Touched, other: Touched, prefix: str) -> dict[str, float]:
     """p50 and p99 of two latencies as one round, those of the `other` with a prefix."""
-    return {prefix * (values is other) + name: values[name] for name in ("p50", "p99") for values in (one, other)}
+    return {prefix * (each is other) + name: each.us[name] for name in ("p50", "p99") for each in (one, other)}
+
+
+def joined(rounds: Iterable[Touched]) -> Distribution:
+    """Of all rounds together."""
+    counts: Counter[int] = Counter()
+    times = [each.times for each in rounds]
+    for each in times:
+        counts.update(dict(zip(each.bucket_edges_ns, each.bucket_counts, strict=True)))
+    edges = sorted(counts)
+    return Distribution(
+        count=sum(counts.values()),
+        sum_ns=sum(each.sum_ns for each in times),
+        max_ns=max(each.max_ns for each in times),
+        bucket_edges_ns=edges,
+        bucket_counts=[counts[edge] for edge in edges],
+    )
+
+
+async def by_turns(rounds: int, parts: Mapping[K, Callable[[], Awaitable[T]]]) -> list[dict[K, T]]:
+    """What each part gives in each round. A round begins with another part than the last one, so that each comes first
+    as often as any other: a host that slows its processors down after a while would decide."""
+    turns = []
+    for number in range(rounds):
+        first = number % len(parts)
+        found = {name: await parts[name]() for name in (*[*parts][first:], *[*parts][:first])}
+        turns.append({name: found[name] for name in parts})
+    return turns
 
 
 # ---- processes
@@ -142,9 +190,9 @@ async def pair(
         raise MigrationError(f"a measurement did not end within {DEADLINE_S:.0f} s")
 
 
-async def touch_us(kind: str, size_bytes: int, **options: Any) -> dict[str, float]:
-    """Percentiles of what a thread waits for a page."""
-    return dict((await pair(kind, size_bytes, pin=True, **options))["touch-us"])
+async def touch(kind: str, size_bytes: int, **options: Any) -> Touched:
+    """What a thread waits for a page."""
+    return Touched.of(await pair(kind, size_bytes, pin=True, **options))
 
 
 async def warm_pair(kind: str, size_bytes: int, **options: Any) -> dict[str, Any]:

@@ -4,11 +4,13 @@ memory with and without compression by turns. The sides are those of `_bulk`."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import trio
 
 from postcopy.records.results import Measurement
 from postcopy.testbed.bench._bulk import Take, open_sides
-from postcopy.testbed.bench._common import Rounds, ratio
+from postcopy.testbed.bench._common import by_turns, ratio
 from postcopy.testbed.lab import LabPlan, open_lab
 from postcopy.units import format_size
 
@@ -27,29 +29,12 @@ async def measure_compress(rounds: int) -> list[Measurement]:
         for speed, (rate, size_bytes) in SPEEDS.items():
             await trio.to_thread.run_sync(source.limit, rate)
             for content, name in CONTENTS.items():
-                values: Rounds = []
-                async with open_sides(
-                    size_bytes,
-                    CHANNELS,
-                    where=(source.command, destination.command),
-                    host=source.ipv4,
-                    content=content,
-                ) as sides:
-                    for number in range(rounds):
-                        order = COMPRESS[number % 4 :] + COMPRESS[: number % 4]
-                        took = {how: (await sides.take(Take("engine", how)))["bytes-per-s"] / 1e6 for how in order}
-                        values.append({how: took[how] for how in COMPRESS})
+                where = (source.command, destination.command)
+                async with open_sides(size_bytes, CHANNELS, where=where, host=source.ipv4, content=content) as sides:
+                    parts = {how: partial(sides.take, Take("engine", how)) for how in COMPRESS}
+                    turns = await by_turns(rounds, parts)
+                values = [{how: take["bytes-per-s"] / 1e6 for how, take in turn.items()} for turn in turns]
                 note = f"{format_size(size_bytes)} of content, {CHANNELS} channels; within 2 % they are the same"
-                figures.append(
-                    ratio(
-                        f"{name} memory over {speed}, compress auto / off",
-                        values,
-                        "auto",
-                        "off",
-                        0.98,
-                        at_most=False,
-                        unit="MB/s",
-                        note=note,
-                    )
-                )
+                what = f"{name} memory over {speed}, compress auto / off"
+                figures.append(ratio(what, values, "auto", "off", 0.98, at_most=False, unit="MB/s", note=note))
     return figures

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from rich.console import Console
 
@@ -19,7 +20,7 @@ from postcopy.dataplane.histogram import Histogram
 from postcopy.errors import ErrorLine
 from postcopy.records.results import Measurement
 from postcopy.testbed._processes import run_json
-from postcopy.testbed.bench._common import DEADLINE_S, medians, ratio, worker
+from postcopy.testbed.bench._common import DEADLINE_S, by_turns, medians, ratio, worker
 from postcopy.testbed.bench._worker import percentiles_us
 
 CALLS = 4000
@@ -70,19 +71,18 @@ async def measure_contention(rounds: int, args: argparse.Namespace) -> list[Meas
     if args.svg is not None:  # now, not after minutes of measuring
         check_new_file("--svg", args.svg)
     # One round has all scenes, each in a process of its own, so that a slow spell of the host hits them alike.
-    measured: dict[str, list[dict[str, dict[str, float]]]] = {scene.name: [] for scene in SCENES}
-    for _ in range(rounds):
-        for scene in SCENES:
-            command = worker("_contention", str(scene.pending_faults), str(int(scene.bulk)))
-            what = f"the measurement of mmap and munmap with {scene.name}"
-            measured[scene.name].append(await run_json(command, what, DEADLINE_S))
-    idle = measured[IDLE.name]
+    parts = {}
+    for scene in SCENES:
+        command = worker("_contention", str(scene.pending_faults), str(int(scene.bulk)))
+        what = f"the measurement of mmap and munmap with {scene.name}"
+        parts[scene.name] = partial(run_json, command, what, DEADLINE_S)
+    turns: list[dict[str, dict[str, dict[str, float]]]] = await by_turns(rounds, parts)
     figures = []
     for call in ("mmap", "munmap"):
         for scene in SCENES[1:]:
             values = [
-                here[call] | {f"idle-{name}": us for name, us in before[call].items()}
-                for here, before in zip(measured[scene.name], idle, strict=True)
+                turn[scene.name][call] | {f"idle-{name}": us for name, us in turn[IDLE.name][call].items()}
+                for turn in turns
             ]
             figures.append(ratio(f"{call} p50, {scene.name} / none", values, "p50", "idle-p50", 1.5))
     if args.svg is not None:

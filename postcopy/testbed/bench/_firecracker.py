@@ -32,7 +32,7 @@ from postcopy.machines.firecracker.handshake import Handshake, receive_handshake
 from postcopy.records.results import Measurement
 from postcopy.testbed import probe
 from postcopy.testbed._processes import Child, open_child, parse
-from postcopy.testbed.bench._common import DEADLINE_S, Rounds, ratio, worker
+from postcopy.testbed.bench._common import DEADLINE_S, Rounds, by_turns, ratio, worker
 from postcopy.testbed.firecracker import Firecracker, GuestLine, find, guest_path, serving_engine, version_of
 
 T = TypeVar("T")
@@ -246,15 +246,8 @@ async def _faults(rounds: int, snapshot: Snapshot) -> list[Measurement]:
         "ours, all": partial(_pager, snapshot, "--prefetch", "all"),
         "ours, working set": partial(_pager, snapshot, "--working-set", working_set),
     }
-    turns: list[dict[str, dict[str, float]]] = []
-    for number in range(rounds):
-        turn: dict[str, dict[str, float]] = {}
-        for name in sorted(ways, reverse=bool(number % 2)):
-            if name == "ours, working set":
-                continue
-            turn[name] = await _served(ways[name], snapshot)
-        turn["ours, working set"] = await _served(ways["ours, working set"], snapshot)
-        turns.append(turn)
+    # (the first round begins with the first of them, so that there is a working set when it is wanted)
+    turns = await by_turns(rounds, {name: partial(_served, way, snapshot) for name, way in ways.items()})
 
     def rounds_of(value: str, *names: str, scale: float = 1.0) -> Rounds:
         return [{name: turn[name][value] * scale for name in names} for turn in turns]
@@ -327,15 +320,15 @@ async def _populate(rounds: int, snapshot: Snapshot) -> list[Measurement]:
         "2 threads": partial(_floor, snapshot, "place 2"),
         "ours": partial(_pager, snapshot, "--prefetch", "all"),
     }
-    turns: Rounds = []
-    for number in range(rounds):
-        turn: dict[str, float] = {}
-        for name in sorted(ways, reverse=bool(number % 2)):
-            async with ways[name]() as handler:
-                if name == "ours":
-                    await _has_spare(handler)
-                turn[name] = await thread(_rate, snapshot, handler.path)
-        turns.append(turn | {"ceiling": max(turn["1 thread"], turn["2 threads"])})
+
+    async def rate(name: str) -> float:
+        async with ways[name]() as handler:
+            if name == "ours":
+                await _has_spare(handler)
+            return await thread(_rate, snapshot, handler.path)
+
+    found = await by_turns(rounds, {name: partial(rate, name) for name in ways})
+    turns = [turn | {"ceiling": max(turn["1 thread"], turn["2 threads"])} for turn in found]
     name = f"memory of {POPULATED_MIB} MiB, populated / UFFDIO_COPY"
     return [ratio(name, turns, "ours", "ceiling", 0.8, at_most=False, note=POPULATE, unit="MB/s")]
 

@@ -31,7 +31,7 @@ from postcopy.records.results import Measurement
 from postcopy.service.client import ControlClient
 from postcopy.testbed import qemu
 from postcopy.testbed._processes import Child, open_child
-from postcopy.testbed.bench._common import DEADLINE_S, ratio
+from postcopy.testbed.bench._common import DEADLINE_S, by_turns, ratio
 from postcopy.testbed.bench._firecracker import next_line, thread
 from postcopy.testbed.chaos import ChaosProxy, open_chaos_proxy
 from postcopy.testbed.qemu import Qemu, own
@@ -74,12 +74,8 @@ async def compare(rounds: int, memory_mib: int) -> list[Measurement]:
     parts: dict[str, Part] = {"ours": partial(_ours, memory_mib)}
     parts |= {name: partial(_own, memory_mib, preempt) for name, preempt in MODES.items()}
     parts["traced"] = partial(_own, memory_mib, True, traced=True)
-    turns, cuts = [], []
-    for number in range(rounds):
-        # Each goes first as often as last: a host that slows its processors down after a while would decide.
-        order = list(parts.items())[:: 1 if number % 2 else -1]
-        turns.append({name: await part() for name, part in order})
-        cuts.append({"ours": await _ours_cut(memory_mib), "preempt": await _own_cut(memory_mib)})
+    turns = await by_turns(rounds, parts)
+    cuts = await by_turns(rounds, {"ours": partial(_ours_cut, memory_mib), "preempt": partial(_own_cut, memory_mib)})
 
     def figure(
         what: str, value: str, goal: float | None, note: str, unit: str = "ms", margin: float = 0.0

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from postcopy.records.results import Curve, Measurement
 from postcopy.testbed import probe
-from postcopy.testbed.bench._common import Rounds, demo, ratio
+from postcopy.testbed.bench._common import Rounds, by_turns, demo, ratio
 from postcopy.units import parse_size
 
 SIZES = ("64MiB", "1GiB", "8GiB")  # sparse: the guest touches a part of them
@@ -23,10 +24,8 @@ async def measure_switchover(rounds: int) -> list[Measurement]:
     kinds = ("kvm", "rv64") if probe.find("kvm") else ("rv64",)
     cases = [(kind, "idle", size) for kind in kinds for size in SIZES]
     cases += [(kind, "random", SIZES[0]) for kind in kinds]
-    found: dict[tuple[str, str, str], Rounds] = {case: [] for case in cases}
-    for _ in range(rounds):
-        for case in cases:
-            found[case].append(await _downtime_us(*case))
+    turns = await by_turns(rounds, {case: partial(_downtime_us, *case) for case in cases})
+    found = {case: [turn[case] for turn in turns] for case in cases}
     figures = [ratio(f"switchover: {', '.join(case)}", found[case], "downtime", "allowed", 1.0) for case in cases]
     curve = Curve(over="memory", x_unit="bytes", at={size: float(parse_size(size)) for size in SIZES})
     for kind in kinds:

@@ -8,12 +8,13 @@ import statistics
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import trio
 
 from postcopy.records.results import Measurement
 from postcopy.testbed.bench._bulk import SIZE_BYTES, Take, open_sides
-from postcopy.testbed.bench._common import Rounds, ratio, side_by_side, touch_us
+from postcopy.testbed.bench._common import by_turns, ratio, side_by_side, touch
 from postcopy.testbed.bench._recovery import first_page_ms, open_running_machine, percentiles_ms, recovery_times_ms
 from postcopy.testbed.bench._worker import ADDRESS
 from postcopy.testbed.chaos import ChaosPlan
@@ -48,45 +49,31 @@ def _certificates() -> Iterator[str]:
 
 
 async def _fault(rounds: int, tls: str, how: str, busy_poll_us: int, target: float | None) -> Measurement:
-    values = []
-    for number in range(rounds):
-        order = ("", tls) if number % 2 else (tls, "")
-        times = {
-            each: await touch_us("engine", 64 << 20, touches=4000, busy_poll_us=busy_poll_us, tls=each)
-            for each in order
-        }
-        values.append(side_by_side(times[tls], times[""], "plain-"))
+    parts = {
+        name: partial(touch, "engine", 64 << 20, touches=4000, busy_poll_us=busy_poll_us, tls=each)
+        for name, each in (("plain", ""), ("tls", tls))
+    }
+    values = [side_by_side(turn["tls"], turn["plain"], "plain-") for turn in await by_turns(rounds, parts)]
     return ratio(f"fault p50, {how}, TLS / plain", values, "p50", "plain-p50", target)
 
 
 async def _bulk(rounds: int, tls: str) -> list[Measurement]:
     """The push on as many connections as there are processors, and the processor time of both sides."""
     channels = len(os.sched_getaffinity(0))
-    values: Rounds = []
     async with open_sides(SIZE_BYTES, channels) as sides:
-        for each in ("", tls):
-            await sides.take(Take("engine", tls=each))
-        for number in range(rounds):
-            order = ("", tls) if number % 2 else (tls, "")
-            takes = {each: await sides.take(Take("engine", tls=each)) for each in order}
-            values.append(
-                {
-                    f"{name}{unit}": take[key] / scale
-                    for name, take in (("tls", takes[tls]), ("plain", takes[""]))
-                    for unit, key, scale in (
-                        ("", "bytes-per-s", 1e9),
-                        ("-source-cpu", "source-cpu-s", 1.0),
-                        ("-dest-cpu", "dest-cpu-s", 1.0),
-                    )
-                }
-            )
-    cpu = {name: statistics.median(each[name] for each in values) for name in values[0] if name.endswith("cpu")}
-    note = "processor time of a GiB, source and destination: " + ", ".join(
-        f"{name} {cpu[f'{name}-source-cpu']:.2f} s and {cpu[f'{name}-dest-cpu']:.2f} s" for name in ("tls", "plain")
-    )
-    values = [{name: each[name] for name in ("tls", "plain")} for each in values]
+        parts = {name: partial(sides.take, Take("engine", tls=each)) for name, each in (("tls", tls), ("plain", ""))}
+        for part in parts.values():
+            await part()
+        turns = await by_turns(rounds, parts)
+    values = [
+        {name: take["bytes-per-s"] / 1e9 for name, take in turn.items()}
+        | {f"{name}, {side}": take[f"{side}-cpu-s"] for name, take in turn.items() for side in ("source", "dest")}
+        for turn in turns
+    ]
+    units = {name: "s" for name in values[0] if "," in name}
     name = f"bulk push, {channels} channels, TLS / plain"
-    return [ratio(name, values, "tls", "plain", 0.6, at_most=False, note=note, unit="GB/s")]
+    note = "with the processor time that source and destination took for it"
+    return [ratio(name, values, "tls", "plain", 0.6, at_most=False, note=note, unit="GB/s", units=units)]
 
 
 async def _recovery(rounds: int, tls: str) -> Measurement:
@@ -103,18 +90,15 @@ async def _round_trips(rounds: int, tls: str) -> Measurement:
     """From a cut to the first page, over a network on which every byte takes half of ROUND_TRIP_S: what TLS makes
     longer is a whole number of those and, beside it, what is computed."""
 
-    async def median_ms(options: tuple[str, ...], seed: int) -> float:
+    async def median_ms(*options: str) -> float:
         times_ms = []
-        async with open_running_machine(ChaosPlan(seed=seed, delay_s=ROUND_TRIP_S / 2), options) as proxy:
+        async with open_running_machine(ChaosPlan(seed=1, delay_s=ROUND_TRIP_S / 2), options) as proxy:
             for _ in range(TRIES):
                 await trio.sleep(LASTS_S)
                 times_ms.append(await first_page_ms(proxy, proxy.cut, BEFORE_PAGES_BYTES))
         return statistics.median(times_ms)
 
-    values = [
-        {"tls": await median_ms(("--tls", tls), number), "plain": await median_ms((), number)}
-        for number in range(rounds)
-    ]
+    values = await by_turns(rounds, {"tls": partial(median_ms, "--tls", tls), "plain": partial(median_ms)})
     values = [each | {"added": (each["tls"] - each["plain"]) / (ROUND_TRIP_S * 1e3)} for each in values]
     note = f"a round trip takes {ROUND_TRIP_S * 1e3:g} ms; up to 0.1 of one is taken for processor time"
     name = "round trips that TLS adds to a recovery"

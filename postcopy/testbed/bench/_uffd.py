@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from postcopy.errors import MigrationError, check
 from postcopy.memory import Memory
 from postcopy.records.results import Measurement
 from postcopy.testbed._processes import run_json
-from postcopy.testbed.bench._common import DEADLINE_S, ratio, worker
+from postcopy.testbed.bench._common import DEADLINE_S, by_turns, ratio, worker
 from postcopy.uffd import PageFault, RegisterMode, Userfaultfd
 
 PAGES = 2000
@@ -120,7 +121,8 @@ async def measure_userfaultfd(rounds: int) -> list[Measurement]:
     figures = [ratio("system calls that read 64 pending events", reads, "reads", "wanted", 1.0, unit="")]
     for when, pause_s in (("0.5 ms apart", 0.0005), ("back to back", 0.0)):
         for how in ("sleeping", "busy polling"):
-            values = [{"c-us": await part("c", pause_s), "trio-us": await part(how, pause_s)} for _ in range(rounds)]
+            parts = {"c-us": partial(part, "c", pause_s), "trio-us": partial(part, how, pause_s)}
+            values = await by_turns(rounds, parts)
             name = f"faults {when}, Trio handler {how} / C handler sleeping, p50"
             figures.append(ratio(name, values, "trio-us", "c-us", 1.5))
     return figures

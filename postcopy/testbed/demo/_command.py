@@ -76,7 +76,7 @@ OPTIONS = (
                        " stranger, and look at what goes over the network (--lab does it unless --insecure)"),
           replace(options.INSECURE, help="with --lab: no TLS"),
           options.seconds("deadline", "give up after SECONDS, or later where the push takes longer")),
-    options.LOGGING,
+    options.OUTPUT,
 )
 # fmt: on
 DEFAULTS: Json = {"migrate_after_s": 1.0, "run_for_s": 2.0}
@@ -99,6 +99,7 @@ class DemoCommand:
         """`given`: the values of `OPTIONS`. The two sides get them, each those of the options that it has."""
         values = self._values = DEFAULTS | given
         self._output = output
+        values.pop("report", None)  # one page for both sides, of the lines that the demo emits
         self._lab = "lab" in values
         self._tls = "tls" in values or (self._lab and "insecure" not in values)
         values.pop("tls", None)

@@ -17,6 +17,7 @@ from postcopy.errors import ConfigurationError, MigrationError
 from postcopy.output import Output
 from postcopy.records import Record
 from postcopy.records.events import Progress
+from postcopy.records.timeline import Timeline
 from postcopy.testbed._processes import Child, Json, Lines, parse
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ class Side(Generic[R]):
         elif event == "listening":
             self.listening = message["address"]
             self.address_known.set()
+        elif event == "timeline" and output is not None:
+            output.emit("timeline", convert(message, Timeline))
         elif event == "progress":
             self.progress = convert(message, Progress)
             if self.progress.status.startswith("postcopy"):

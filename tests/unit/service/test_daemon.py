@@ -72,7 +72,13 @@ async def test_set_reaches_those_under_way() -> None:
     out, into = _move(daemon, "a", State.POSTCOPY), _move(daemon, "b", State.POSTCOPY, DestinationMigration)
     settings = {"max-bandwidth": 77, "recover-for": 5.0, "bulk-channels": 3}
     assert await ControlHandler(daemon).execute(Request("set", dict(settings))) == Settings(
-        max_bandwidth=77, bulk_channels=3, mode="postcopy", precopy=0.0, max_downtime=0.3, recover_for=5.0
+        max_bandwidth=77,
+        bulk_channels=3,
+        mode="postcopy",
+        precopy=0.0,
+        max_downtime=0.3,
+        push_after=0.0,
+        recover_for=5.0,
     )
     out.set_bandwidth.assert_called_with(77)
     for job in (out, into):

@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture of `postcopy bench contention`, and what is refused before anything is measured."""
+"""What `postcopy bench` says of what it has measured, and what is refused before anything is."""
 
 from __future__ import annotations
 
+import random
+from functools import partial
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import trio
 from lines import parse_line
 
 from postcopy.cli import main
+from postcopy.dataplane.histogram import Histogram
 from postcopy.errors import MigrationError
 from postcopy.records.results import Curve, Measurement
 from postcopy.testbed.bench import FIGURES, _contention, _of, _text
-from postcopy.testbed.bench._common import medians, ratio
+from postcopy.testbed.bench._common import Touched, by_turns, joined, medians, ratio
 from postcopy.testbed.bench._firecracker_move import _calls_ms
+from postcopy.testbed.bench._worker import distribution
 
 
 def figures() -> list[Measurement]:
@@ -95,6 +101,19 @@ def test_a_part_that_one_round_lacks() -> None:
     assert "load" not in _text(found, 80)
 
 
+async def test_each_part_comes_first_as_often_as_the_others() -> None:
+    called: list[str] = []
+
+    async def part(name: str) -> str:
+        called.append(name)
+        return name.upper()
+
+    turns = await by_turns(4, {name: partial(part, name) for name in "abc"})
+    assert turns == [{"a": "A", "b": "B", "c": "C"}] * 4
+    assert [list(turn) for turn in turns] == [["a", "b", "c"]] * 4
+    assert "".join(called) == "abcbcacababc"
+
+
 def test_one_that_fails_does_not_end_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,3 +154,58 @@ def test_the_plot_as_svg() -> None:
 def test_a_picture_that_cannot_be_written_is_refused_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "contention", "--svg", "/nonexistent/x"]) == 2
     assert "directory /nonexistent does not exist" in capsys.readouterr().err
+
+
+def test_what_is_not_measured_in_time_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what was is kept."""
+
+    async def measure_fault(rounds: int) -> list[Measurement]:
+        return [ratio("a fault", [{"p50": 2.0}] * rounds, "p50", None, 2.5)]
+
+    async def measure_bulk(rounds: int) -> list[Measurement]:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    monkeypatch.setattr("postcopy.testbed.bench._fault.measure_fault", measure_fault)
+    monkeypatch.setattr("postcopy.testbed.bench._bulk.measure_bulk", measure_bulk)
+    monkeypatch.setattr("postcopy.testbed.bench.QUICK", ("fault", "bulk", "rv64"))
+    path = tmp_path / "x.jsonl"
+    assert main(["bench", "--quick", "--within", "1", "--output", str(path)]) == 0
+    said = capsys.readouterr()
+    assert "a fault" in said.out
+    assert [line.split()[2] for line in said.err.splitlines()] == ["bulk", "rv64"]
+    began, line = map(parse_line, path.read_text().splitlines())
+    assert (began["event"], line["name"]) == ("run", "a fault")
+    assert main(["bench", "fault", "--hdr", str(tmp_path / "x.hlog")]) == 1  # measured, but it has no distribution
+    said = capsys.readouterr()
+    assert "a fault" in said.out
+    assert "--hdr: no line has a distribution" in said.err
+
+
+def test_options_that_make_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, complaint in (
+        (("fault", "--quick"), "--quick chooses figures"),
+        (("fault", "--output", "/nonexistent/x"), "directory /nonexistent does not exist"),
+        (("fault", "--hdr", "/nonexistent/x"), "directory /nonexistent does not exist"),
+    ):
+        assert main(["bench", *words]) == 2
+        assert complaint in capsys.readouterr().err
+
+
+def test_a_distribution_is_that_of_the_core() -> None:
+    histogram, generator = Histogram(), random.Random(1)
+    values = [int(2 ** generator.uniform(0, 40)) for _ in range(1000)]
+    for value in values:
+        histogram.add(value)
+    found = distribution(histogram)
+    assert (found.count, found.sum_ns, found.max_ns) == (1000, sum(values), max(values))
+    seen = 0
+    for edge, count in zip(found.bucket_edges_ns, found.bucket_counts, strict=True):
+        seen += count
+        assert seen == sum(value <= edge for value in values)  # an edge is the highest value of its bucket
+        assert histogram.percentile(100 * (seen - 0.5) / 1000) == min(edge, found.max_ns)
+    both = joined([Touched({}, found), Touched({}, found)])
+    assert both.count == 2000
+    assert both.bucket_counts == [2 * count for count in found.bucket_counts]

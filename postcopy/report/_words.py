@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a migration was, in sentences and in the few numbers that matter most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from postcopy.output.words import format_count, format_duration, format_speed
+from postcopy.report._charts import bytes_of
+from postcopy.report._model import Array, Histogram, Mark, Migration, Side, object_of, text_of
+from postcopy.units import format_size
+
+_BEFORE_MS = 2000.0  # of the guest's progress, to compare with
+_BACK = 0.9
+GOOD = ("completed", "reclaimed")
+PARTS = {
+    "stop": "stop the vCPUs", "dirty": "find what was written since", "state": "save the device state",
+    "send": "send it", "prepared": "the destination prepares", "commit": "commit, until it runs there",
+    "arm": "make changed pages missing", "load": "load the device state", "first-run": "the first vCPU runs",
+}  # fmt: skip
+"""Of the pause, by their names in `downtime-breakdown-us`."""
+_AT_SOURCE, _WITHIN = (
+    ("stop", "dirty", "state", "send", "prepared", "commit"),
+    {"prepared": ("arm", "load"), "commit": ("first-run",)},
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    side: str
+    begin_us: float
+    length_us: float
+
+
+def pause_parts(migration: Migration) -> list[Part]:
+    """In order. Those of the source follow each other; those of the destination, of whose place only the part of the
+    source is known within which they lie, are put into its middle."""
+    lengths = {name: migration.number("downtime-breakdown-us", name) for name in PARTS}
+    found, at = [], 0.0
+    for name in _AT_SOURCE:
+        if (length := lengths[name]) is None:
+            continue
+        found.append(Part(name, "source", at, length))
+        inner = [(one, there) for one in _WITHIN.get(name, ()) if (there := lengths[one]) is not None]
+        begin = at + max(0.0, length - sum(there for _, there in inner)) / 2
+        for one, there in inner:
+            found.append(Part(one, "dest", begin, there))
+            begin += there
+        at += length
+    if not found:  # a destination alone
+        for name in ("arm", "load", "first-run"):
+            if (length := lengths[name]) is not None:
+                found.append(Part(name, "dest", at, length))
+                at += length
+    return found if any(part.length_us for part in found) else []
+
+
+def status_of(migration: Migration) -> str:
+    """Of both sides: the one that is not good, where one is not."""
+    known = [side.text("status") for side in (migration.dest, migration.source) if side is not None]
+    return next((one for one in known if one and one not in GOOD), next(filter(None, known), "")) or "not known"
+
+
+def title(migration: Migration) -> str:
+    """``vm1 (kvm, 256 MiB)``."""
+    name, kind = migration.text("machine") or migration.text("name"), migration.text("kind")
+    total = migration.number("ram", "total") or migration.number("memory")
+    about = ", ".join(filter(None, (kind if kind != name else "", size_of(total) if total else "")))
+    return f"{name or kind or 'a machine'}{f' ({about})' if about else ''}"
+
+
+def differences(migrations: Sequence[Migration]) -> dict[str, str]:
+    """By migration, the options that are not the same for all of them, as ``workload zipf, prefetch forward``: what
+    each of a comparison is. Empty where nothing differs but what always does."""
+    options = {
+        one.key: {text_of(k, 40): text_of(v, 80) for k, v in object_of(one.main.run.get("options")).items()}
+        for one in migrations
+    }
+    names = dict.fromkeys(name for given in options.values() for name in given)
+    chosen = [name for name in names if name not in _OWN and len({given.get(name) for given in options.values()}) > 1]
+    return {
+        key: ", ".join(f"{name} {given[name]}" for name in chosen[:8] if name in given)
+        for key, given in options.items()
+    }
+
+
+_OWN = frozenset({"seed", "listen", "connect", "name", "report", "json", "log-level"})
+"""Options that differ between migrations for no reason of theirs."""
+
+
+def waits(migration: Migration) -> dict[str, Histogram]:
+    return migration.dest.timeline.latency if migration.dest is not None and migration.dest.timeline is not None else {}
+
+
+def latency_of(migration: Migration) -> dict[str, float]:
+    """Of demand faults: ``count``, and ``p50``, ``p99``, ``p99.9`` and ``max`` in microseconds; empty: not known."""
+    names = ("count", "p50", "p99", "p99.9", "max")
+    known = {name: migration.number("fault-latency-us", name) for name in names}
+    if (total := waits(migration).get("total")) is not None:
+        counted = {name: total.percentile(float(name[1:])) for name in names[1:4]}
+        known = {"count": float(total.count), **counted, "max": total.max_us}
+    return {name: value for name, value in known.items() if value is not None} if known["count"] is not None else {}
+
+
+@dataclass(frozen=True)
+class Guest:
+    """Its operations a second."""
+
+    before: float
+    after: float  # at its least, over a tenth of a second or three columns, while pages were missing
+    back_ms: float | None  # after `running`, until it was back at 90 %; None: it was not, as far as was recorded
+
+
+def guest_of(migration: Migration, guest: Sequence[tuple[str, Array, Array]]) -> Guest | None:
+    """`guest`: as `_charts.operations` gives it. None where too little is known of it on one of both sides."""
+    marks = marks_of(migration)
+    pause = next((mark for mark in marks if mark.what == "pause"), None)
+    running = next((mark for mark in marks if mark.what == "running"), None)
+    if pause is None or running is None or len(guest) < 2:
+        return None
+    at_ms = np.concatenate([at[:-1] for _, at, _ in guest])
+    lengths = np.concatenate([np.diff(at) for _, at, _ in guest])
+    done = np.concatenate([np.maximum(np.diff(counted), 0) for _, _, counted in guest])
+    offer = next((mark.at_ms for mark in marks if mark.what == "offer" and mark.at_ms < pause.at_ms), pause.at_ms)
+    end_ms = offer if (at_ms < offer - 200).sum() >= 3 else pause.at_ms
+
+    def mean(begin: float, end: float) -> float | None:
+        chosen = (at_ms >= begin) & (at_ms + lengths <= end)
+        span = lengths[chosen].sum()
+        return float(done[chosen].sum() / span * 1e3) if span > 0 else None
+
+    before = mean(end_ms - _BEFORE_MS, end_ms)
+    starts = np.flatnonzero(at_ms >= running.at_ms)
+    if not before or len(starts) < 3:
+        return None
+    window_ms = max(100.0, 3 * float(np.median(lengths[starts])))
+    least, back = before, None
+    for start in starts:
+        begin = float(at_ms[start])
+        if begin + window_ms > at_ms[-1] + lengths[-1]:
+            break
+        now = mean(begin, begin + window_ms + 1e-6)
+        if now is not None:
+            least = min(least, now)
+            if back is None and now >= _BACK * before:
+                back = max(0.0, begin - running.at_ms)
+    return Guest(before, least, back)
+
+
+def marks_of(migration: Migration) -> list[Mark]:
+    """Of both sides, on the clock of the main one; what both know, once: the destination knows when it runs, the source
+    when it was paused."""
+    found: dict[tuple[str, int], Mark] = {}
+    order = sorted(migration.timelines, key=lambda pair: pair[0].name == "source")
+    for side, timeline in order:
+        counts: dict[str, int] = {}
+        for mark in timeline.marks:
+            number = counts[mark.what] = counts.get(mark.what, 0) + 1
+            moved = Mark(mark.at_ms + migration.offset_ms(side), mark.what, mark.text)
+            if (mark.what, number) not in found or (side.name == "source" and mark.what in ("pause", "round", "offer")):
+                found[mark.what, number] = moved
+    return sorted(found.values(), key=lambda mark: mark.at_ms)
+
+
+def lead(migration: Migration, guest: Guest | None) -> Iterator[str]:
+    """The story in a few sentences."""
+    error, status = migration.text("error"), status_of(migration)
+    downtime, total = migration.number("downtime-ms"), migration.number("total-ms")
+    size = migration.number("ram", "total")
+    memory = f"all of its memory ({size_of(size)})" if size else "all of its memory"
+    if status not in GOOD:
+        before = not downtime and not any(mark.what == "commit" for mark in marks_of(migration))
+        where = " before the machine was the destination's" if before and "source" in migration.sides else ""
+        if status in ("failed", "cancelled", "postcopy-failed"):
+            what = "was cancelled" if status == "cancelled" else "failed"
+            yield f"The migration {what}{where}{f': {error}' if error else ''}."
+        elif migration.main.name != "pager":
+            why = f": {error}" if error else ""
+            yield f"The migration has not ended as far as is known here; its last status was {status}{why}."
+    if downtime:
+        yield f"The machine stood still for {ms(downtime)}" + (
+            f", and {memory} had arrived after {ms(total)}." if total else "."
+        )
+    elif total:
+        yield f"{memory[0].upper()}{memory[1:]} had arrived after {ms(total)}; the machine did not run meanwhile."
+    latency = latency_of(migration)
+    if latency.get("count"):
+        count = latency["count"]
+        words = f"{_grouped(count)} {'access' if count == 1 else 'accesses'} had to wait for a page"
+        if count == 1:
+            yield f"{words}, for {us(latency['max'])}."
+        elif {"p50", "p99", "max"} <= latency.keys():
+            slow = f", 99 % within {us(latency['p99'])}" if count >= 100 else ""
+            half, most = us(latency["p50"]), us(latency["max"])
+            yield f"{words}; half of them were served within {half}{slow}, the slowest after {most}."
+    elif latency and migration.dest is not None and status in GOOD:
+        yield "No access had to wait for a page."
+    if (recovered := migration.number("recoveries", "count")) and (
+        total_ms := migration.number("recoveries", "total-ms")
+    ) is not None:
+        each = f"after {ms(total_ms)}" if recovered == 1 else f"{ms(total_ms)} in all"
+        yield f"The connection was lost {times(round(recovered))}, and the migration went on ({each})."
+    if guest is not None:
+        share = round(100 * guest.after / guest.before)
+        back = (
+            "it was not back at 90 % as far as was recorded"
+            if guest.back_ms is None
+            else (
+                f"it was back at 90 % {ms(guest.back_ms)} after it ran there"
+                if guest.back_ms
+                else "it was at 90 % or above at once"
+            )
+        )
+        yield f"At its slowest, after the switchover, the guest made {share} % of its progress before it; {back}."
+
+
+def cards(migration: Migration, guest: Guest | None) -> Iterator[tuple[str, str, str]]:
+    """The numbers to be seen first: label, value, and what belongs to it."""
+    if downtime := migration.number("downtime-ms"):
+        parts = [part for part in pause_parts(migration) if part.side == "source"]
+        most = max(parts, key=lambda part: part.length_us, default=None)
+        yield "Downtime", ms(downtime), f"most of it: {PARTS[most.name]}, {us(most.length_us)}" if most else ""
+    total, size = migration.number("total-ms"), migration.number("ram", "total")
+    if total:
+        yield (
+            "Until all was there",
+            ms(total),
+            f"{size_of(size)}, since the request to pause" if size else "",
+        )
+    latency = latency_of(migration)
+    if latency.get("count"):
+        shown = [f"{name} {us(latency[name])}" for name in ("p50", "p99", "max") if name in latency]
+        yield "Waits for a page", _grouped(latency["count"]), ", ".join(shown)
+    elif latency:
+        yield "Waits for a page", "0", "no access met a missing page"
+    if blocked := blocktimes(migration):
+        yield (
+            "vCPUs waited",
+            ms(sum(blocked)),
+            f"the sum of {format_count(len(blocked), 'vCPU')}" if len(blocked) > 1 else "1 vCPU",
+        )
+    if moved := migration.number("ram", "transferred"):
+        twice = migration.number("ram", "duplicate-pages")
+        over = f"{moved / size:.2f} x the memory" if size else ""
+        yield (
+            "Sent",
+            size_of(moved),
+            ", ".join(filter(None, (over, f"{_grouped(twice)} pages twice" if twice else ""))),
+        )
+    if guest is not None:
+        value = f"{100 * guest.after / guest.before:.0f} %"
+        back = "not back at 90 % here" if guest.back_ms is None else f"back at 90 % after {ms(guest.back_ms)}"
+        yield "Guest at its slowest", value, back
+    if recovered := migration.number("recoveries", "count"):
+        longest = migration.number("recoveries", "max-ms")
+        yield "Recoveries", _grouped(recovered), f"the longest took {ms(longest)}" if longest is not None else ""
+
+
+def blocktimes(migration: Migration) -> list[float]:
+    given = (migration.dest or migration.main).facts.get("blocktime-ms")
+    return (
+        [float(one) for one in given[:1024] if isinstance(one, int | float) and 0 <= one < 1e12]
+        if isinstance(given, list)
+        else []
+    )
+
+
+def phases(migration: Migration) -> list[tuple[str, str, float, str]]:
+    """Where the time went, on the outside: kind, label, milliseconds, what happened in it."""
+    marks = {mark.what: mark.at_ms for mark in reversed(marks_of(migration))}
+    downtime, total = migration.number("downtime-ms") or 0.0, migration.number("total-ms") or 0.0
+    found = []
+    if "offer" in marks and "pause" in marks and marks["pause"] > marks["offer"]:
+        rounds = migration.number("ram", "iteration")
+        what = (
+            f"{format_count(round(rounds), 'round')} of precopy; the machine runs at the source"
+            if rounds
+            else "prepared while the machine runs at the source"
+        )
+        found.append(("before", "before the pause", marks["pause"] - marks["offer"], what))
+    if downtime:
+        found.append(("pause", "pause", downtime, "the machine stands still"))
+    if total > downtime > 0:
+        found.append(("after", "postcopy", total - downtime, "the machine runs at the destination; its memory follows"))
+    return found if len(found) > 1 else []
+
+
+def speed(migration: Migration) -> str:
+    """Mean throughput, of the time in which anything moved."""
+    timeline, moved = migration.main.timeline, bytes_of(migration.main)
+    if timeline is None or moved is None or len(timeline.at_ms) < 2:
+        return ""
+    lengths, steps = np.diff(timeline.at_ms), np.maximum(np.diff(moved), 0)
+    busy = steps > 0
+    mean = float(steps[busy].sum() / max(lengths[busy].sum(), 1e-3) * 1e3)
+    return f"{unbroken(format_speed(mean))} on average while anything moved." if mean else ""
+
+
+def sides_of(migration: Migration) -> list[Side]:
+    return [side for side in (migration.source, migration.dest) if side is not None]
+
+
+def unbroken(text: str) -> str:
+    """A number and its unit, which stay on one line."""
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def ms(value: float) -> str:
+    return unbroken(format_duration(value / 1e3))
+
+
+def us(value: float) -> str:
+    return unbroken(format_duration(value / 1e6) if value >= 10 or value == 0 else f"{value:.1f} µs")
+
+
+def size_of(value: float) -> str:
+    return unbroken(format_size(round(value)))
+
+
+def times(count: int) -> str:
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")
+
+
+def _grouped(value: float) -> str:
+    return f"{round(value):,}"
+
+
+grouped = _grouped

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reports as a real browser shows them: what can be read, where it is, in which colours, in wide and narrow windows,
+light and dark, with scripts off; and that a page asks for nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import TEXTS, Browser, Json, contrast, open_browser, open_page
+from timelines import both, dest, run, source, text
+
+from postcopy.cli._main import main
+
+pytestmark = pytest.mark.needs("chromium")
+
+LEGIBLE = 4.5  # WCAG 2, AA
+SMALLEST_PX = 9.0
+NEAR_PX = 2.0  # words of a picture that are closer to each other than this look like one
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with open_browser() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By what they are about."""
+    directory = tmp_path_factory.mktemp("pages")
+    failed = source() | {
+        "status": "failed",
+        "error": "192.0.2.1:7777: connection refused",
+        "downtime-ms": 0.0,
+        "total-ms": 0.0,
+    }
+    hostile = dest() | {"machine": "<script>document.title='run'</script>" * 3, "error": "w" * 400, "status": "failed"}
+    hostile["recording"]["marks"] = [
+        {"moment-ms": 1000 + 5 * n, "what": "round", "text": f"{n} {'x' * 200}"} for n in range(200)
+    ]
+    hostile["recording"]["blocks"] = [{"name": "n" * 200, "bytes": 1 << 28, "page-size": 4096}] * 40
+    found = {}
+    for name, lines in (
+        ("both", both()),
+        ("failed", text(run("source"), failed)),
+        ("hostile", text(hostile)),
+        ("nothing", text(run("dest"))),
+    ):
+        lines_file, found[name] = directory / f"{name}.jsonl", directory / f"{name}.html"
+        lines_file.write_bytes(lines)
+        assert main(["report", str(lines_file), "--output", str(found[name])]) == 0
+    return found
+
+
+def look(browser: Browser, path: Path, width: int, scheme: str, *, scripts: bool = False) -> tuple[list[Json], Json]:
+    """The texts that can be seen; and what else: `width` of the page, `window`, `requested`, `complaints`, `title`."""
+    with open_page(browser, path, width=width, scheme=scheme, scripts=scripts) as page:
+        found: Json = page.evaluate(TEXTS)
+        more = {"requested": page.requested, "complaints": page.complaints, "title": page.evaluate("document.title")}
+        more["rasters"] = page.evaluate(
+            "[...document.querySelectorAll('image')].filter(one => one.checkVisibility())"
+            ".map(one => one.getBoundingClientRect()).map(box => [box.width, box.height])"
+        )
+        for one in found["texts"]:
+            one["text"] = one["text"].replace("\N{NO-BREAK SPACE}", " ")
+        more["title"] = more["title"].replace("\N{NO-BREAK SPACE}", " ")
+        return found["texts"], found | more
+
+
+def assert_legible(texts: list[Json], seen: Json) -> None:
+    assert seen["width"] <= seen["window"], "the page is wider than its window"
+    for one in texts:
+        assert contrast(one["colour"], one["background"]) >= LEGIBLE, one
+        assert one["size"] >= SMALLEST_PX, one
+        if not one["scrolls"]:
+            assert one["x"] >= 0, one
+            assert one["x"] + one["width"] <= seen["window"] + 1, one
+    for one, other in combinations([one for one in texts if one["svg"] >= 0], 2):
+        assert one["svg"] != other["svg"] or not overlap(one, other), (one, other)
+
+
+def overlap(one: Json, other: Json) -> bool:
+    across = min(one["x"] + one["width"], other["x"] + other["width"]) - max(one["x"], other["x"])
+    down = min(one["y"] + one["height"], other["y"] + other["height"]) - max(one["y"], other["y"])
+    # (a box of text is higher than its letters)
+    return bool(across > -NEAR_PX and down > 0.35 * min(one["height"], other["height"]))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1000, 360])
+def test_a_report_can_be_read(width: int, scheme: str, browser: Browser, pages: dict[str, Path]) -> None:
+    texts, seen = look(browser, pages["both"], width, scheme)
+    assert_legible(texts, seen)
+    assert seen["title"] == "postcopy: Migration of vm1 (rv64, 256 MiB)"
+    words = " ".join(one["text"] for one in texts)
+    for expected in (
+        "Migration of vm1 (rv64, 256 MiB)",
+        "The machine stood still for",
+        "Downtime",
+        "4.20 ms",
+        "2,113",
+        # in the pictures
+        "Memory that has arrived, by kind",
+        "Bytes a second, on all data channels",
+        "Operations of the guest, a second",
+        "Threads that wait for a page",
+        "256 MiB",
+        "pause",
+        "cut",
+        "all there",
+        "s since the migration began",
+        "the destination prepares: 2.90 ms",
+        "the first vCPU runs: 240 µs",
+        "Place in the memory",
+        "Took at most",
+        "99.9 %",
+    ):
+        assert expected in words, expected
+    assert seen["requested"] == {pages["both"].as_uri(), "data:"}
+    assert not seen["complaints"]
+    assert len(seen["rasters"]) == 1  # of the width that is shown
+    assert seen["rasters"][0][0] > 0.7 * width * 0.85
+    # One of both widths of each picture is shown, and all of them are.
+    assert len({one["svg"] for one in texts if one["svg"] >= 0}) == 4
+    light_page = contrast(texts[0]["background"], "rgb(0, 0, 0)") > 10
+    assert light_page is (scheme == "light")
+
+
+@pytest.mark.parametrize("name", ["failed", "hostile", "nothing"])
+@pytest.mark.parametrize("width", [1000, 360])
+def test_a_page_of_less_or_of_nonsense_can_be_read_too(
+    width: int, name: str, browser: Browser, pages: dict[str, Path]
+) -> None:
+    texts, seen = look(browser, pages[name], width, "dark", scripts=True)
+    assert_legible(texts, seen)
+    assert seen["title"] != "run"
+    assert seen["requested"] <= {pages[name].as_uri(), "data:"}
+
+
+def test_what_is_looked_for_would_be_found(browser: Browser, tmp_path: Path) -> None:
+    """Each of the checks above, on a page that is wrong."""
+    page = tmp_path / "wrong.html"
+
+    def wrong(body: str) -> Callable[[], Any]:
+        page.write_text(f"<!doctype html><body style='background:#fff;margin:0'>{body}</body>")
+        return lambda: assert_legible(*look(browser, page, 400, "light"))
+
+    wrong("<p>good</p>")()
+    for body in (
+        "<p style='color:#aaa'>pale</p>",
+        "<p style='font-size:6px'>small</p>",
+        "<p style='position:absolute;left:-30px'>outside</p>",
+        "<div style='width:900px'>wide</div>",
+        "<svg viewBox='0 0 100 100'><text x='10' y='50'>one</text><text x='12' y='52'>two</text></svg>",
+        "<svg viewBox='0 0 1000 100'><text x='10' y='50' font-size='12'>small</text></svg>",
+    ):
+        with pytest.raises(AssertionError):
+            wrong(body)()

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``--report``: what a process keeps of its migrations, and what its child draws; and `postcopy report`."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+from timelines import MIGRATION, Json, both, dest, run, source, text
+
+from postcopy._stop import Stop
+from postcopy.cli._main import main
+from postcopy.errors import ConfigurationError
+from postcopy.output import Output
+from postcopy.report import Reporter
+from postcopy.report import _reporter as reporter_module
+
+
+def make(path: Path) -> tuple[Reporter, Output, io.StringIO]:
+    said = io.StringIO()
+    output = Output(False, None, said)
+    return Reporter(str(path), output), output, said
+
+
+def take(reporter: Reporter, line: Json) -> None:
+    reporter.take(line["event"], {key: value for key, value in line.items() if key != "event"})
+
+
+async def drawn(path: Path) -> None:
+    while not path.exists():  # noqa: ASYNC110, ASYNC240 -- another process makes it
+        await trio.sleep(0.02)
+
+
+def ended(status: str = "completed") -> Json:
+    return {"event": "migration-ended", "side": "dest", "migration-id": MIGRATION, "status": status, "error": None}
+
+
+async def test_a_page_is_there_when_a_migration_has_ended_and_the_process_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    reporter, output, said = make(path)
+    found = ""
+
+    async def command(stop: Stop) -> bool:
+        nonlocal found
+        take(reporter, run("daemon"))
+        take(reporter, dest())
+        take(reporter, ended())
+        with trio.fail_after(100):
+            await drawn(path)
+        found = path.read_text()
+        return True
+
+    assert await reporter.around(command)(Stop())
+    assert "Migration of vm1" in found
+    assert f"postcopy: report: {path}" in said.getvalue()
+    assert os.listdir(tmp_path) == ["page.html"]
+    del output
+
+
+async def test_a_command_that_fails_has_its_page(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    reporter, _, _ = make(path)
+
+    async def command(stop: Stop) -> bool:
+        take(reporter, {"event": "result", "side": "source", "status": "failed", "error": "no route to host"})
+        raise ConfigurationError("no route to host")
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await reporter.around(command)(Stop())
+    assert caught.group_contains(ConfigurationError)
+    assert "no route to host" in path.read_text()
+
+
+async def test_a_command_that_is_ended_at_once_does_not_wait_for_its_page(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    reporter, _, _ = make(path)
+
+    async def command(stop: Stop) -> bool:
+        take(reporter, dest())
+        await trio.sleep_forever()
+        return True
+
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await reporter.around(command)(Stop())
+    assert not path.exists()
+
+
+async def test_what_cannot_be_drawn_is_a_message(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory = tmp_path / "pages"
+    directory.mkdir()
+    reporter, _, said = make(directory / "page.html")
+
+    async def command(stop: Stop) -> bool:
+        shutil.rmtree(directory)
+        take(reporter, dest())
+        take(reporter, ended())
+        return True
+
+    with caplog.at_level(logging.WARNING):
+        assert await reporter.around(command)(Stop())
+    assert f"was not drawn: --output {directory / 'page.html'}: directory {directory} does not exist" in caplog.text
+    assert "postcopy: report:" not in said.getvalue()
+
+
+async def test_what_is_wrong_is_said_before_anything_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def command(stop: Stop) -> bool:
+        raise AssertionError("it has begun")
+
+    reporter, _, _ = make(tmp_path / "missing" / "page.html")
+    with pytest.raises(ConfigurationError, match=r"--report .*: directory .* does not exist"):
+        await reporter.around(command)(Stop())
+    reporter, _, _ = make(tmp_path / "page.html")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match=r"pip install 'postcopy\[report\]'"):
+        await reporter.around(command)(Stop())
+
+
+def test_kept_are_the_last_migrations_and_little_of_each(tmp_path: Path) -> None:
+    reporter, output, _ = make(tmp_path / "page.html")
+    assert output.listeners == [reporter.take]
+    lines = (run("daemon"), dest(), source(), ended(), {"event": "progress", "side": "dest"})
+    for number in range(24):
+        for line in lines:
+            take(reporter, line | ({"migration-id": f"{number:032x}"} if "migration-id" in line else {}))
+    kept = reporter._run + b"".join(one for lines in reporter._lines.values() for one in lines.values())
+    assert kept.count(b'"event": "run"') == 1
+    assert kept.count(b'"event": "timeline"') == 2 * reporter_module.MOST_MIGRATIONS
+    assert b"progress" not in kept
+    assert f"{23:032x}".encode() in kept
+    assert f"{23 - reporter_module.MOST_MIGRATIONS:032x}".encode() not in kept
+
+
+# ---- postcopy report
+
+
+def test_both_sides_from_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_bytes(text(run("source"), source()))
+    (tmp_path / "b.jsonl").write_bytes(text(run("dest"), dest()))
+    assert main(["report", "a.jsonl", "b.jsonl", "--hdr", "faults.hlog"]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "both sides" in page
+    assert page.count("<article") == 1
+    assert "Tag=dest:vm1:whole" in (tmp_path / "faults.hlog").read_text()
+
+
+def test_from_standard_input(tmp_path: Path) -> None:
+    target = tmp_path / "page.html"
+    command = [sys.executable, "-m", "postcopy", "report", "-", "--output", str(target)]
+    done = subprocess.run(command, input=both(), capture_output=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert "Migration of vm1" in target.read_text()
+    assert os.stat(target).st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["none.jsonl"], "none.jsonl: No such file or directory"),
+        (["."], ".: a directory, not a regular file"),
+        (["binary"], "binary: its first line is no JSON"),
+        (["good.jsonl", "--output", "none/page.html"], "--output none/page.html: directory"),
+        (["good.jsonl", "--output", "."], "--output .: that is a directory"),
+        (["good.jsonl", "--hdr", "none/log"], "--hdr none/log: directory"),
+    ],
+)  # fmt: skip
+def test_what_is_asked_for_wrongly(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "binary").write_bytes(b"\x7fELF")
+    (tmp_path / "good.jsonl").write_bytes(text(run("dest")))
+    before = sorted(os.listdir("."))
+    assert main(["report", *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert sorted(os.listdir(".")) == before
