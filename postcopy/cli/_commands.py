@@ -136,8 +136,8 @@ COMMANDS: Mapping[str, Command] = {
         "draw a report of migrations from their --json lines",
         "postcopy.cli.report",
         "Reads what `source`, `dest`, `daemon`, `pager`, `demo` or `bench migrate` has written with --json, of one side"
-        " or of both, and writes a page with pictures: what happened, and where the time went. The page is one file that"
-        " needs no network. Needs matplotlib: pip install 'postcopy[report]'.",
+        " or of both, and writes a page with pictures: what happened, and where the time went. The page is one file"
+        " that needs no network. Needs matplotlib: pip install 'postcopy[report]'.",
         (
             ("Both sides of a migration:", "postcopy report source.jsonl dest.jsonl --output migration.html"),
             ("A demonstration:", "postcopy demo --json | postcopy report -"),

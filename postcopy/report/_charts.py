@@ -36,6 +36,8 @@ _BEFORE, _AFTER = 0.3, 0.5  # shown around the time in which pages move, as part
 COLOURS = {name: f"#a1{number:02x}b7" for number, name in enumerate((
     "fg", "muted", "grid", "bg", "precopied", "zero", "background", "prefetched", "demand", "pause", "cut", "guest",
     "bytes", "slow", "sent", "received", "placed", "total", "source", "dest"), 16)}  # fmt: skip
+Draw = Callable[[int], Figure]
+"""Draws a picture of this width, in points."""
 _RASTER = "#3f7fd0"
 _SETTINGS: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "postcopy", "text.parse_math": False, "font.size": FONT_PT,
@@ -118,13 +120,28 @@ def interesting(migration: Migration, timeline: Timeline, marks: Sequence[Mark])
     return max(first, begin - _BEFORE * around), min(last, end + _AFTER * around)
 
 
-def as_svg(draw: Callable[[int], Figure], name: str) -> str:
+def as_svg(draw: Draw, name: str) -> str:
     """Both widths, for the page."""
     parts = []
     with matplotlib.rc_context(_SETTINGS):
         for width, shown in WIDTHS.items():
             parts.append(f'<div class="{shown}">{svg_of(draw(width), f"{name}-{shown}")}</div>')
     return "".join(parts)
+
+
+def as_file(draw: Draw, colours: str) -> str:
+    """A picture for itself; `colours`: a style sheet of the variables."""
+    with matplotlib.rc_context(_SETTINGS):
+        svg = svg_of(draw(WIDE), "p")
+    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+    assert size is not None
+    width, height = (round(float(number) * 4 / 3) for number in size.groups())
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="{width}"'
+        f' height="{height}" viewBox="0 0 {size[1]} {size[2]}">\n<style>\n{colours}text {{ font-family: system-ui,'
+        ' "DejaVu Sans", Arial, sans-serif; }\n</style>\n<rect width="100%" height="100%" style="fill: var(--bg)"/>\n'
+    )
+    return head + svg.partition(">")[2].lstrip()
 
 
 def svg_of(figure: Figure, name: str) -> str:
@@ -195,9 +212,7 @@ def rate(at_ms: Array, counter: Array) -> Array:
 # ---- over time
 
 
-def over_time(
-    migration: Migration, clock: Clock, marks: Sequence[Mark], found: Sequence[Span]
-) -> Callable[[int], Figure] | None:
+def over_time(migration: Migration, clock: Clock, marks: Sequence[Mark], found: Sequence[Span]) -> Draw | None:
     """Pages by kind, throughput, progress of the guest, threads that wait: those that are known, below each other."""
     timeline = migration.main.timeline
     if timeline is None or len(timeline.at_ms) < 2:
@@ -297,7 +312,7 @@ def _waiting(axes: Axes, clock: Clock, timeline: Timeline) -> None:
 
 
 def operations(migration: Migration) -> list[tuple[str, Array, Array]]:
-    """Of the guest, counted: by side, its times, and the counter then. Each side counts while the machine is its own."""
+    """Of the guest: by side, its times, and the counter then. Each side counts while the machine is its own."""
     found = []
     for side, timeline in migration.timelines:
         if len(timeline.at_ms) < 2 or not _moves(timeline, "guest-operations"):
@@ -356,11 +371,12 @@ def _name_marks(figure: Figure, axes: Sequence[Axes], clock: Clock, marks: Seque
     for begin, word, row, what in placed:
         figure.text(
             begin / width, 1 - (8 + 12 * row) / height, word, fontsize=FONT_PT - 0.5, va="center",
-            color=COLOURS[{"pause": "pause", "lost": "cut"}.get(what, "muted")], fontweight="bold" if what in ("pause", "lost") else "normal",
+            color=COLOURS[{"pause": "pause", "lost": "cut"}.get(what, "muted")],
+            fontweight="bold" if what in ("pause", "lost") else "normal",
         )  # fmt: skip
 
 
-def residency(timeline: Timeline, clock: Clock, found: Sequence[Span]) -> Callable[[int], Figure] | None:
+def residency(timeline: Timeline, clock: Clock, found: Sequence[Span]) -> Draw | None:
     """Which part of the memory was there, over time, and the faults that were sampled."""
     levels = timeline.residency
     if levels is None or len(timeline.at_ms) < 2:
@@ -424,8 +440,8 @@ def _dots(axes: Axes, x: Array, y: Array, colour: str, size: float) -> None:
 # ---- how long
 
 
-def latency(stages: dict[str, Histogram]) -> Callable[[int], Figure] | None:
-    """Percentiles on an axis of nines, times on a logarithmic one: what few of them waited is as wide as what most did."""
+def latency(stages: dict[str, Histogram]) -> Draw | None:
+    """Percentiles on an axis of nines, times on a logarithmic one: the few that waited long are as wide as the rest."""
     total = stages.get("total")
     if total is None or total.count < 2:
         return None
@@ -473,7 +489,7 @@ def latency(stages: dict[str, Histogram]) -> Callable[[int], Figure] | None:
 # ---- the pause
 
 
-def pause(parts: Sequence[tuple[str, str, float, float]]) -> Callable[[int], Figure]:
+def pause(parts: Sequence[tuple[str, str, float, float]]) -> Draw:
     """Its stages below each other, each from where it began: (side, label, begin, length) in microseconds."""
 
     def draw(width: int) -> Figure:

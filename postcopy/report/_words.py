@@ -97,7 +97,7 @@ def waits(migration: Migration) -> dict[str, Histogram]:
 
 
 def latency_of(migration: Migration) -> dict[str, float]:
-    """``count``, and in microseconds ``p50``, ``p99``, ``p99.9`` and ``max`` of demand faults; empty where none is known."""
+    """Of demand faults: ``count``, and ``p50``, ``p99``, ``p99.9`` and ``max`` in microseconds; empty: not known."""
     names = ("count", "p50", "p99", "p99.9", "max")
     known = {name: migration.number("fault-latency-us", name) for name in names}
     if (total := waits(migration).get("total")) is not None:
@@ -176,9 +176,11 @@ def lead(migration: Migration, guest: Guest | None) -> Iterator[str]:
         before = not downtime and not any(mark.what == "commit" for mark in marks_of(migration))
         where = " before the machine was the destination's" if before and "source" in migration.sides else ""
         if status in ("failed", "cancelled", "postcopy-failed"):
-            yield f"The migration {'was cancelled' if status == 'cancelled' else 'failed'}{where}{f': {error}' if error else ''}."
+            what = "was cancelled" if status == "cancelled" else "failed"
+            yield f"The migration {what}{where}{f': {error}' if error else ''}."
         elif migration.main.name != "pager":
-            yield f"The migration has not ended as far as is known here; its last status was {status}{f': {error}' if error else ''}."
+            why = f": {error}" if error else ""
+            yield f"The migration has not ended as far as is known here; its last status was {status}{why}."
     if downtime:
         yield f"The machine stood still for {ms(downtime)}" + (
             f", and {memory} had arrived after {ms(total)}." if total else "."
@@ -193,7 +195,8 @@ def lead(migration: Migration, guest: Guest | None) -> Iterator[str]:
             yield f"{words}, for {us(latency['max'])}."
         elif {"p50", "p99", "max"} <= latency.keys():
             slow = f", 99 % within {us(latency['p99'])}" if count >= 100 else ""
-            yield f"{words}; half of them were served within {us(latency['p50'])}{slow}, the slowest after {us(latency['max'])}."
+            half, most = us(latency["p50"]), us(latency["max"])
+            yield f"{words}; half of them were served within {half}{slow}, the slowest after {most}."
     elif latency and migration.dest is not None and status in GOOD:
         yield "No access had to wait for a page."
     if (recovered := migration.number("recoveries", "count")) and (
@@ -294,7 +297,7 @@ def speed(migration: Migration) -> str:
     lengths, steps = np.diff(timeline.at_ms), np.maximum(np.diff(moved), 0)
     busy = steps > 0
     mean = float(steps[busy].sum() / max(lengths[busy].sum(), 1e-3) * 1e3)
-    return f"{format_speed(mean)} on average while anything moved" if mean else ""
+    return f"{unbroken(format_speed(mean))} on average while anything moved." if mean else ""
 
 
 def sides_of(migration: Migration) -> list[Side]:
