@@ -80,6 +80,8 @@ end."""
 UNITS = {PROCESSORS: PROCESSORS} | {column.name: column.unit for column in COLUMNS}
 SATURATED = 0.85
 """So many of the processors are busy on average: at times all of them are."""
+ROUNDS = 1
+"""Unless another number was asked for."""
 CONDITIONS = "processors busy"
 """The measurement that is about all cells."""
 
@@ -342,6 +344,8 @@ def _names(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
 
 
 async def measure_migrate(rounds: int, args: argparse.Namespace) -> list[Measurement]:
+    if args.rounds is None:
+        rounds = ROUNDS  # a round of all is as long as many rounds of others
     plan = Plan(args.policies, args.workloads, args.kind, args.memory, args.bandwidth, args.delay)
     if plan.kind == "kvm" and (why := explain_no_kvm()) is not None:
         raise why
