@@ -124,7 +124,7 @@ SUBLINEAR = 0.75
 _WAKE = "the kernel looks at all that wait on a userfaultfd when a page is placed"
 DIMENSIONS = {
     "memory": Dimension(
-        "memory", "GiB", (1 / 16, 1 / 4, 1, 4, 16, 64, 256, 1024),
+        "memory", "GiB", (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 16, 256, 1024),
         _memory,
         {
             "switchover": Cost("switchover (32 MiB of it used)", "ms", SUBLINEAR),
