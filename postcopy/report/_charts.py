@@ -32,7 +32,7 @@ from postcopy.units import format_size
 WIDE, NARROW = 660, 300  # points: 880 and 400 pixels of CSS
 WIDTHS = {WIDE: "wide", NARROW: "narrow"}  # and the class that shows it
 FONT_PT = 9.0
-STEPS = 160  # of a curve of rates, at most
+STEPS = 120  # of a curve of rates, at most
 _BEFORE, _AFTER = 0.3, 0.5  # shown around the time in which pages move, as parts of that
 # What each colour of a picture is in the page; any colours will do that differ, and are nothing's own.
 COLOURS = {name: f"#a1{number:02x}b7" for number, name in enumerate((
