@@ -77,6 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+_MOVES = frozenset({"source", "dest", "daemon", "pager", "demo"})
+"""Whose `--json` begins with what runs where (`run`)."""
+
+
 def _command(arguments: Sequence[str], output: Output) -> int:
     args = make_parser(arguments).parse_args(arguments)
     module = load(args.command)
@@ -114,7 +118,7 @@ def _run(
             from postcopy.report import Reporter
 
             run = Reporter(given["report"], output).around(run)
-        if output.records:
+        if output.records and given.get("command") in _MOVES:
             output.emit("run", run_record(given["command"], written(given)))
         if "user" in given:
             from postcopy.service.privileges import become, find_user

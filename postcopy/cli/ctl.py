@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +13,7 @@ import trio
 from postcopy._stop import Stop
 from postcopy.cli._parser import add_command, add_option, with_default
 from postcopy.cli.sides import Run
+from postcopy.cli.top import Top
 from postcopy.errors import ConfigurationError, MigrationError, known_error
 from postcopy.output import Output
 from postcopy.output.words import format_duration
@@ -27,9 +26,7 @@ from postcopy.service.schema import COMMANDS, ControlError
 from postcopy.units import format_size
 
 TOP = "top"
-TOP_HELP = "show all machines and migrations of the process, again and again, until it ends, or Ctrl-C"
-TOP_PERIOD_S = 1.0
-PLAIN_TOP_PERIOD_S = 2.0
+TOP_HELP = "show all machines and migrations of the process as they change, until `q` or Ctrl-C"
 _REVERSIBLE = ("connecting", "setup", "active")
 """Statuses before the point of no return."""
 
@@ -71,7 +68,7 @@ class CtlCommand:
         self._arguments = {name: option.to_json(given[name]) for name, option in known.items() if name in given}
         self._output = output
         self._migration = ""  # the id of the one that is waited for
-        self._now: Json = {}  # how that stands, or with `top` the process
+        self._now: Json = {}  # how that stands
         self._asked = f"postcopy ctl --control {self._socket}" if "control" in given else "postcopy ctl"
 
     async def run(self, stop: Stop) -> bool:
@@ -85,8 +82,12 @@ class CtlCommand:
 
             nursery.start_soon(interruption)
             try:
-                async with ControlClient.open(self._socket, checks=True) as client:
-                    done = await self._do(client)
+                if self._request == TOP:
+                    await Top(self._socket, self._output).run()
+                    done = True
+                else:
+                    async with ControlClient.open(self._socket, checks=True) as client:
+                        done = await self._do(client)
             except* ControlError as group:
                 error = known_error(group)
                 if isinstance(error, ControlError) and error.kind in ("BadArguments", "CommandNotFound"):
@@ -99,8 +100,6 @@ class CtlCommand:
         return done or (self._request in ("events", TOP) and stop.is_set())
 
     async def _do(self, client: ControlClient) -> bool:
-        if self._request == TOP:
-            return await self._top(client)
         if self._request == "events":
             return await self._follow(client)
         if self._request == "migrate" and not self._detach:
@@ -172,44 +171,6 @@ class CtlCommand:
             self._output.say(f"postcopy: to stop it: {self._asked} migrate-cancel{which}")
         else:
             self._output.say("postcopy: it cannot be stopped any more: it is past its point of no return")
-
-    async def _top(self, client: ControlClient) -> bool:
-        """Until the process ends, nobody reads the tables, or this one is interrupted."""
-        self._output.patient = False
-        self._now = await client.execute("status")
-        async with trio.open_nursery() as nursery:
-
-            async def show() -> None:
-                if self._output.draws:
-                    await self._output.follow(lambda: self._now)
-                with contextlib.suppress(BrokenPipeError):
-                    await self._print_tables()
-                nursery.cancel_scope.cancel()
-
-            nursery.start_soon(show)
-            while True:
-                await trio.sleep(TOP_PERIOD_S)
-                try:
-                    self._now = await client.execute("status")
-                except ProcessGoneError:
-                    self._output.say(f"postcopy: the process at {self._socket} has ended")
-                    break
-            nursery.cancel_scope.cancel()
-        return True
-
-    async def _print_tables(self) -> None:
-        """As `top` without a terminal: one table after the other. BrokenPipeError when nobody reads them."""
-        from postcopy.output.tables import make_console, print_line, print_table, row
-
-        console = make_console(sys.stdout)
-        while True:
-            for label, text in self._output.view.rows(self._now):
-                print_line(console, f"{label}: {text}")
-            header, machines = self._output.view.machines(self._now)
-            if machines:
-                print_table(console, header, [row(*cells) for cells in machines])
-            print_line(console, "")
-            await trio.sleep(PLAIN_TOP_PERIOD_S)
 
     async def _follow(self, client: ControlClient) -> bool:
         """Until the process ends, nobody reads the events, or this one is interrupted: each is an end in order."""

@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
+import trio
+
 from postcopy._child import python
 from postcopy._stop import Stop
 from postcopy.handler import RECORD_VERSION, Handler, in_keeper, keep, open_store
 from postcopy.net import check_reachable
 from postcopy.output import Output
+from postcopy.records import as_json
 from postcopy.service.config import OperatingOptions, PagerConfig
 from postcopy.service.operation import Operation
 from postcopy.service.options import record
@@ -39,6 +43,8 @@ async def _run(config: PagerConfig, operating: OperatingOptions, output: Output,
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if in_keeper():  # which is the job of the shell
+        output.job = os.getppid()
     formats = (RECORD_VERSION, RECORD_VERSION)
     async with open_store(formats=formats, log_json=log_json, burst=config.restart_burst) as store:
         handler = Handler(config, output, store)
@@ -46,4 +52,12 @@ async def _run(config: PagerConfig, operating: OperatingOptions, output: Output,
         if config.connect is not None and not patient:  # else virtual machines wait already, whatever is wrong
             await config.protection.load(connects=True)
             await check_reachable(config.connect.address, config.protection)
-        return await Operation(handler, operating, output, patient=patient).run(stop)
+        operation = Operation(handler, operating, output, patient=patient)
+        if not output.draws:
+            return await operation.run(stop)
+        async with trio.open_nursery() as nursery:
+            # (as JSON, which is not emitted: the handler does that)
+            nursery.start_soon(output.follow, lambda: as_json(handler.status()))
+            done = await operation.run(stop)
+            nursery.cancel_scope.cancel()
+        return done

@@ -52,6 +52,11 @@ _OF_PAGESERVER = {
 }
 
 
+def field_names(kind: str) -> tuple[str, ...]:
+    """Of what a column has, in order."""
+    return tuple(field.name for field in fields(PageServerStatistics if kind == "pageserver" else PagerStatistics))
+
+
 @dataclass(frozen=True)
 class Moment:
     """A mark."""
@@ -98,8 +103,7 @@ class Recorder:
             return
         check(getattr(lib, f"pc_recorder_{kind}")(self._struct, struct), "starting a recorder")
         if kind != "machine":
-            cls = PageServerStatistics if kind == "pageserver" else PagerStatistics
-            self._fields = tuple(field.name for field in fields(cls))
+            self._fields = field_names(kind)
 
     def mark(self, what: str, text: str = "", *, at_ns: int | None = None, begins: bool = False) -> None:
         """Something happens now, or has happened; `what`: as in the record `Mark`. `begins`: what follows is recorded

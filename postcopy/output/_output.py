@@ -4,30 +4,35 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import trio
 
 from postcopy._log import Loggable, add_migration, json_line, json_record, plain_record
 from postcopy.errors import ResourceError
-from postcopy.output._view import LIVE_PERIOD_S, View
+from postcopy.output._view import View
 from postcopy.output._writer import Kind, QueuedStream, Writer
 from postcopy.records import VERSION, Json, Record, as_json
 
 if TYPE_CHECKING:
-    # Loaded only where there is a terminal: a daemon's megabytes are counted.
-    from rich.console import Console
+    from postcopy.output._frame import Frames
+    from postcopy.output._live import Live
 
 PERIOD_S = 0.5
+LIVE_PERIOD_S = 0.25
+LEAST_PERIOD_S = 0.1  # however much happens
+MOST_PERIOD_S = 2.0
 PLAIN_PERIOD_S = 2.0
+
+log = logging.getLogger(__name__)
 
 
 class Output:
@@ -38,8 +43,7 @@ class Output:
         self.configure(as_json, log_json)
         self._began = time.monotonic()
         self._stderr = Writer(stderr, self._dropped_lines)
-        # On one terminal one thread writes both, in order: what takes the live view away must not take away the result,
-        # which comes after it.
+        # On one terminal one thread writes both, in order, and takes the live view away for each line.
         one = _same_terminal(stdout, stderr)
         self._stdout = self._stderr if one else Writer(stdout, self._dropped_events)
         # A command may end when the reader of its results has gone. It goes on when that of its messages has gone: Rich
@@ -57,6 +61,9 @@ class Output:
         self.patient = True
         """Whether `close` waits for the reader of what was printed: it is the answer of a command. To be set to False
         where a command prints until it is interrupted."""
+        self.job = 0
+        """The process that is the job of a shell, where this one is part of one: the live view is drawn while that is
+        in the foreground. 0: this one."""
         self.listeners: list[Callable[[str, Json], None]] = []
         """Called with every event, whether or not JSON was asked for; must not block."""
 
@@ -73,19 +80,9 @@ class Output:
 
     @property
     def draws(self) -> bool:
-        """Whether `follow` shows a live view."""
-        return self._console is not None
-
-    @functools.cached_property
-    def _console(self) -> Console | None:
-        """Where there is a terminal that can draw. (Rich is loaded only then, and only when there is something to
-        say.)"""
-        stream = self._streams[1]
-        if self._log_json or not stream.isatty() or os.environ.get("TERM", "dumb") in ("dumb", "unknown"):
-            return None
-        from postcopy.output.tables import make_console
-
-        return make_console(cast(TextIO, stream), soft_wrap=True)
+        """Whether there is a terminal for a live view."""
+        terminal = self._streams[1].isatty() and not self._stderr.gone
+        return terminal and not self._log_json and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
 
     # ---- its life
 
@@ -119,6 +116,7 @@ class Output:
     def close(self) -> bool:
         """Waits until what is queued has been read: events and messages for a bounded time, an answer as long as its
         reader takes. Says so when a result or a part of the answer was lost; False for the answer only."""
+        self._stderr.show(None)
         if self.has_answered:
             self._stdout.close(math.inf, math.inf)
         else:
@@ -169,11 +167,7 @@ class Output:
         return json_line(level, "postcopy", text, time.time(), **more) if self._log_json else plain
 
     def _write(self, text: str, kind: Kind) -> None:
-        if self._console is None:
-            self._stderr.put(text + "\n", kind)
-            return
-        with self._streams[1].as_kind(kind):
-            self._console.print(text, markup=False)
+        self._stderr.put(text + "\n", kind)
 
     def emit(self, event: str, record: Record | Json) -> None:
         """A JSON line, where they were asked for. Progress that says the same as before is left out."""
@@ -204,53 +198,56 @@ class Output:
 
     async def follow(self, progress: Callable[[], Record | Json]) -> None:
         """Shows progress until cancelled; and emits it, where it is not what another process has said."""
-        period_s = PERIOD_S if self._console is None else LIVE_PERIOD_S
+        if not self.draws:
+            await self._follow(progress, None)
+        else:
+            async with self.open_live() as live:
+                await self._follow(progress, live)
+
+    @asynccontextmanager
+    async def open_live(self, *, whole: bool = False) -> AsyncIterator[tuple[Live, Frames]]:
+        """A live view, where this `draws`: below the lines, or on the whole terminal."""
+        # Loaded only where there is a terminal: a daemon's megabytes are counted.
+        from postcopy.output._frame import Frames
+        from postcopy.output._live import open_live
+
+        async with open_live(self._stderr, cast(TextIO, self._streams[1]), whole=whole, job=self.job) as live:
+            yield live, Frames(self.view, live.glyphs)
+
+    async def _follow(self, progress: Callable[[], Record | Json], live: tuple[Live, Frames] | None) -> None:
         next_event = next_plain = 0.0
         last_status = None
-        with self._live_view() as draw:
-            while True:
-                record, at = progress(), time.monotonic()
-                now = as_json(record)
-                if self._kick.is_set() or at >= next_event:
-                    self._kick = trio.Event()
-                    if isinstance(record, Record):
-                        self.emit("progress", record)
-                    next_event = at + PERIOD_S
-                    if draw is None and (now.get("status") != last_status or at >= next_plain):
-                        self._plain(now)
-                        last_status, next_plain = now.get("status"), at + PLAIN_PERIOD_S
-                if draw is not None and not self._stderr.gone:
-                    draw(now)
-                with trio.move_on_after(period_s):
-                    await self._kick.wait()
+        while True:
+            at = time.monotonic()
+            record = progress()
+            now = as_json(record)
+            if self._kick.is_set() or at >= next_event:
+                self._kick = trio.Event()
+                if isinstance(record, Record):
+                    self.emit("progress", record)
+                next_event = at + PERIOD_S
+                if live is None and (now.get("status") != last_status or at >= next_plain):
+                    self._plain(now)
+                    last_status, next_plain = now.get("status"), at + PLAIN_PERIOD_S
+            if live is not None and not self._draw(*live, now):
+                live = None
+            # A process with a thousand machines looks at them less often: it takes a twentieth of a processor at most.
+            cost_s = time.monotonic() - at
+            if live is not None:
+                await trio.sleep(max(LEAST_PERIOD_S, min(20 * cost_s, MOST_PERIOD_S)))
+            with trio.move_on_after(max(PERIOD_S if live is None else LIVE_PERIOD_S - LEAST_PERIOD_S, 20 * cost_s)):
+                await self._kick.wait()
 
-    @contextlib.contextmanager
-    def _live_view(self) -> Iterator[Callable[[Json], None] | None]:
-        """What draws the view; None where there is no terminal."""
-        if self._console is None:
-            yield None
-            return
-        from rich.console import Group
-        from rich.live import Live
-
-        from postcopy.output.tables import Span, row, table_parts
-
-        def draw(now: Json) -> None:
-            assert self._console is not None
-            lines = [row(Span(label, "strong"), text) for label, text in self.view.rows(now)]
-            parts = table_parts((), lines, self._console.width)
-            if now.get("machines") or now.get("vms"):
-                header, machines = self.view.machines(now)
-                parts += table_parts(header, [row(*cells) for cells in machines], self._console.width)
-            live.update(Group(*parts), refresh=True)
-
-        # Drawn from this thread (no auto_refresh): Rich's own would look at an engine that is being closed.
-        # What hides the cursor, and shows it again, is not progress: it must not be dropped.
-        live = Live(
-            console=self._console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
-        )
-        with live, self._streams[1].as_kind(Kind.PROGRESS):
-            yield draw
+    def _draw(self, live: Live, frames: Frames, now: Json) -> bool:
+        """False when there is no more use in it. What is shown of a machine must not do it any harm."""
+        try:
+            if not self._stderr.gone:
+                live.draw(frames.below(now, *live.size))
+        except Exception:
+            live.clear()
+            log.exception("the live view has failed: there are lines instead of it from now on")
+            return False
+        return True
 
     def _plain(self, now: Json) -> None:
         if line := self.view.line(now):
@@ -267,7 +264,7 @@ def _same_terminal(one: TextIO | None, other: TextIO | None) -> bool:
 
 
 class LogHandler(logging.Handler):
-    """Log lines through the console, so that they do not tear the live view."""
+    """Log lines through the queue, so that they do not tear the live view."""
 
     def __init__(self, output: Output) -> None:
         super().__init__()

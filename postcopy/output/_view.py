@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How progress looks to a person: in a live view, and as a plain line."""
+"""How progress looks to a person where nothing can be drawn: plain lines, and plain tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from postcopy.output.words import (
 from postcopy.records import Json
 from postcopy.units import format_size
 
-LIVE_PERIOD_S = 0.1
 _BAR = 30
 _VMS = ("virtual machine", "memory", "status", "resident", "faults", "fault p99", "hit rate")
 _MACHINES = ("machine", "memory", "state", "migration", "arrived", "rate", "remaining", "faults", "fault p99")
@@ -85,7 +84,7 @@ class View:
         )
 
     def rows(self, now: Json) -> list[tuple[str, str]]:
-        """The live view: a label and its text for each line. The first one says what is done."""
+        """A label and its text for each thing that can be said. The first one says what is done."""
         if "vms" in now:
             return [(str(now["side"]), format_count(len(now["vms"]), "virtual machine"))]
         if "machines" in now:

@@ -16,6 +16,10 @@ wait. Where the system gives no thread, `close` itself writes, with the same bou
 A descriptor whose reader is gone is given up. One with no room (a full disk) is not: what must not be lost is tried
 again, other lines are dropped.
 
+**A picture.** On a terminal something may be shown below the lines (`show`). It is state, not a line: the thread draws
+the newest one whenever it has no line to write, and takes it away before it writes one. So no line is torn, whoever
+writes it; a terminal that is slow gets fewer pictures, and none is ever queued or dropped.
+
 **Without the thread.** A command that prints its answer and ends needs no thread, and some must have one only (`lab`
 enters namespaces). What is printed (`QueuedStream`) before `start` is written at once by whoever prints it, who waits
 for the reader as any program does. Where that fails it is counted as lost, and `close` says so.
@@ -36,6 +40,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TextIO
 
 STALLED_S = 2.0
@@ -48,6 +53,7 @@ _IN_ASCII = {
     "█": "#",
     "░": ".",
     "▒": ":",
+    "▓": "+",
     "✓": "+",
     "✗": "-",
     "µ": "u",
@@ -92,12 +98,29 @@ def encoding_of(stream: object) -> str:
     return "ascii" if locale in ("C", "POSIX") else encoding
 
 
+def in_encoding(text: str, encoding: str) -> str:
+    """As it will be written; it may be longer then."""
+    return text.encode(encoding, "postcopy-plain").decode(encoding)
+
+
 class Kind(enum.IntEnum):
     """How much of a queue a line may use; the value is that room, in bytes."""
 
     PROGRESS = 64 << 10  # the next one says the same, newer
     LOG = 1 << 20
     LASTING = 16 << 20  # results, endings, errors: tens of thousands of them
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a terminal shows below the lines that were written, in its own control sequences."""
+
+    text: str
+    """Draws it, also where another one is drawn."""
+    leave: str
+    """Takes it away: a line may be written then."""
+    enter: str = ""
+    """Where none is drawn, before it."""
 
 
 class Writer:
@@ -120,12 +143,16 @@ class Writer:
         self._changed = threading.Condition()
         self._queue: deque[tuple[bytes, Kind]] = deque()
         self._queued_bytes = 0
+        self._wanted: Picture | None = None
+        self._shown: Picture | None = None
+        self._in_line = False  # what was written last goes on in the same line
         self._dropped = 0
         self._lost = 0  # of those dropped, what should have lasted
         self._error: OSError | None = None  # of the last write: no use in saying how many were dropped
         self._torn = False  # the last line was written in part only
         self._gone = self._fd < 0 and self._stream is None
-        self._writing: Kind | None = None  # of the line that the thread has taken out of the queue, until it is written
+        # Of the line that the thread has taken out of the queue, until it is written; a picture is progress.
+        self._writing: Kind | None = None
         self._progressed_s = time.monotonic()
         self._thread: threading.Thread | None = None
 
@@ -133,7 +160,7 @@ class Writer:
         """Queues `text` as it is. False when it was dropped: there was no room, or there is no reader."""
         if self._stream is not None:
             return self._put_at_once(self._stream, text)
-        data = text.encode(self.encoding, "postcopy-plain")
+        data = self._encode(text)
         with self._changed:
             if self._gone:
                 return False
@@ -148,6 +175,23 @@ class Writer:
             self._queued_bytes += len(data)
             self._changed.notify_all()
         return True
+
+    def show(self, picture: Picture | None) -> None:
+        """From now on this is what is to be seen below the lines; None: nothing. Only once it was started."""
+        with self._changed:
+            self._wanted = picture
+            self._changed.notify_all()
+
+    def forget(self) -> None:
+        """Another program has written over the picture: there is none to be taken away any more."""
+        with self._changed:
+            self._wanted = self._shown = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether all is written, and the picture is the one that was given last."""
+        with self._changed:
+            return self._gone or not self._busy
 
     def start(self) -> None:
         """Begins to write; until then lines are queued. A process that is to change its user, which must have one
@@ -186,7 +230,7 @@ class Writer:
         except RuntimeError:
             return self._write_until(began_s + min(STALLED_S, deadline_s))
         with self._changed:
-            while (self._queue or self._writing is not None) and not self._gone:
+            while self._busy and not self._gone:
                 # (where there is no room, it is not the reader who is slow)
                 pause_s = STALLED_S if stalled_s is None or self._error is not None else stalled_s
                 give_up_s = min(max(began_s, self._progressed_s) + pause_s, began_s + deadline_s)
@@ -234,6 +278,10 @@ class Writer:
             return False
         return True
 
+    @property
+    def _busy(self) -> bool:
+        return bool(self._queue) or self._writing is not None or self._shown != self._wanted
+
     def _run(self) -> None:
         while True:
             data, kind, note = self._next()
@@ -246,22 +294,40 @@ class Writer:
                 self._error = None
 
     def _next(self) -> tuple[bytes, Kind, int]:
-        """A line, or the one that says how many were dropped, and how many that are."""
+        """What is to be written next, and how many lines are lost when it is."""
         with self._changed:
             while True:
                 if self._queue:
                     data, kind = self._queue.popleft()
                     self._queued_bytes -= len(data)
                     self._writing = kind
-                    return data, kind, 0
+                    self._in_line = not data.endswith(b"\n")
+                    return self._uncovered() + data, kind, 1
                 if self._dropped and self._error is None:
                     # They came after what was queued, all of which is written.
                     note, self._dropped = self._dropped, 0
                     self._writing = Kind.LOG
-                    return self._dropped_line(note).encode(self.encoding, "postcopy-plain"), Kind.LOG, note
+                    return self._uncovered() + self._encode(self._dropped_line(note)), Kind.LOG, note
+                if self._shown != self._wanted and self._error is None and not (self._in_line and self._wanted):
+                    self._writing = Kind.PROGRESS
+                    return self._next_picture(), Kind.PROGRESS, 0
                 self._writing = None
                 self._changed.notify_all()
                 self._changed.wait()
+
+    def _uncovered(self) -> bytes:
+        """What makes room for a line."""
+        shown, self._shown = self._shown, None
+        return self._encode(shown.leave) if shown is not None else b""
+
+    def _next_picture(self) -> bytes:
+        shown, self._shown = self._shown, self._wanted
+        if self._wanted is None:
+            return self._encode(shown.leave if shown is not None else "")
+        return self._encode(("" if shown is not None else self._wanted.enter) + self._wanted.text)
+
+    def _encode(self, text: str) -> bytes:
+        return text.encode(self.encoding, "postcopy-plain")
 
     def _write(self, data: bytes, deadline_s: float | None = None) -> None:
         """TimeoutError where there is a deadline that has passed."""
@@ -296,7 +362,7 @@ class Writer:
                 self._writing = None
                 self._changed.wait(RETRY_S)
             else:
-                self._dropped += note or 1
+                self._dropped += note
         return True
 
 

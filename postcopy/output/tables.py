@@ -6,19 +6,21 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Literal
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-_STYLES = {"strong": "bold", "good": "green", "muted": "dim", "warn": "yellow", "bad": "bold red"}
+STYLES = {"strong": "bold", "good": "green", "muted": "dim", "warn": "yellow", "bad": "bold red"}
 EMPTY = ("", "-", "n/a")
 """What a cell has that says nothing."""
 GAP = 2  # between two columns
+_MONOCHROME = re.compile(r"vt[0-9]|.*-(m|mono)\Z")  # names of terminals (TERM) that have none, which Rich does not know
 PROSE_WIDTH = 24  # a column of sentences is readable from here on
 PLAIN_WIDTH = 160  # of what goes to a file: what is broken into lines can neither be searched for nor copied
 
@@ -42,11 +44,12 @@ def row(*cells: Words) -> Row:
     )
 
 
-def make_console(file: IO[str], *, soft_wrap: bool = False) -> Console:
+def make_console(file: IO[str]) -> Console:
     """Colours where `file` is a terminal that has them (TERM) and the user wants them (NO_COLOR)."""
     width = None if file.isatty() or "COLUMNS" in os.environ else PLAIN_WIDTH
+    colours: Literal["auto"] | None = None if _MONOCHROME.match(os.environ.get("TERM", "")) else "auto"
     # (no emoji: the address 2001:b::1 has the name of one in it)
-    return _Console(file=file, highlight=False, emoji=False, width=width, soft_wrap=soft_wrap)
+    return _Console(file=file, color_system=colours, highlight=False, emoji=False, width=width)
 
 
 class _Console(Console):
@@ -58,8 +61,8 @@ class _Console(Console):
 def markup(words: Words) -> str:
     """In Rich's markup."""
     return "".join(
-        f"[{_STYLES[span.kind]}]{escape(span.text)}[/{_STYLES[span.kind]}]"
-        if span.kind in _STYLES and span.text
+        f"[{STYLES[span.kind]}]{escape(span.text)}[/{STYLES[span.kind]}]"
+        if span.kind in STYLES and span.text
         else escape(span.text)
         for span in row(words)[0]
     )

@@ -34,6 +34,11 @@ def format_coarsely(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 59.95 else format_duration(seconds)
 
 
+def format_whole_seconds(seconds: float) -> str:
+    """Of a time that is shown again and again: ``12 s``."""
+    return f"{seconds:.0f} s" if seconds < 2 * _MINUTE else format_duration(seconds)
+
+
 def _three_digits(value: float) -> str:
     return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from screen import Screen
 
 pytestmark = [pytest.mark.needs("uffd-user"), pytest.mark.slow]
 DEADLINE_S = 60.0
@@ -26,17 +27,43 @@ POSTCOPY = (sys.executable, "-P", "-m", "postcopy")
 MACHINE = ("--machine", "rv64", "--memory", "16MiB", "--vcpus", "1")
 DEMO = ("demo", *MACHINE, "--run-for", "0.2")
 _CONTROLS = re.compile(r"\x1b\[[?0-9;]*[A-Za-z]|\r")
+_PICTURE = re.compile(r"\x1b\[\?7l(.*?)\x1b\[\?7h", re.DOTALL)
+SHELL = """
+import fcntl, os, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+if not (job := os.fork()):
+    os.setpgid(0, 0)
+    os.tcsetpgrp(0, os.getpid())
+    signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+    os.execv(sys.argv[1], sys.argv[1:])
+while True:
+    status = os.waitpid(job, os.WUNTRACED)[1]
+    os.tcsetpgrp(0, os.getpgrp())
+    if not os.WIFSTOPPED(status):
+        sys.exit(os.waitstatus_to_exitcode(status))
+    print("stopped", flush=True)
+    assert sys.stdin.readline() == "fg\\n"
+    os.tcsetpgrp(0, job)
+    os.killpg(job, signal.SIGCONT)
+"""
+"""As much of one as Ctrl-Z needs."""
 
 
 class Terminal:
     """A process on a terminal of its own, and all that it has written there."""
 
-    def __init__(self, *arguments: str, columns: int = 80, **environment: str) -> None:
+    def __init__(
+        self, *arguments: str, columns: int = 80, rows: int = 40, shell: bool = False, **environment: str
+    ) -> None:
+        """`shell`: it is a job of one, `process` is the shell."""
         self._controlling, terminal = os.openpty()
-        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        self._size = columns, rows
+        self.resize(columns, rows)
         given = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
         self.process = subprocess.Popen(
-            [*POSTCOPY, *arguments], stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+            [*((sys.executable, "-c", SHELL) if shell else ()), *POSTCOPY, *arguments],
+            stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
             env={**given, "TERM": "xterm", **environment},
         )  # fmt: skip
         os.close(terminal)
@@ -53,11 +80,40 @@ class Terminal:
     def text(self) -> str:
         return _CONTROLS.sub("", self.raw)
 
-    def wait_for(self, text: str) -> None:
+    def wait_for(self, text: str, count: int = 1) -> None:
         deadline = time.monotonic() + DEADLINE_S
-        while text not in self.text:
+        while self.text.count(text) < count:
             assert self.process.poll() is None or self._reader.is_alive(), self.text
             assert time.monotonic() < deadline, self.text
+            time.sleep(0.01)
+
+    def resize(self, columns: int, rows: int) -> None:
+        fcntl.ioctl(self._controlling, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def type(self, keys: bytes) -> None:
+        os.write(self._controlling, keys)
+
+    @property
+    def mode(self) -> list[Any]:
+        """How it treats keys: as its process has asked for it."""
+        return termios.tcgetattr(self._controlling)
+
+    @property
+    def screen(self) -> Screen:
+        """What is seen on it, if it was never resized."""
+        screen = Screen(*self._size)
+        screen.feed(self.raw)
+        return screen
+
+    def wait_for_picture(self, found: Callable[[list[str]], bool], since: int = 0) -> list[str]:
+        """The rows of one that is drawn after so many characters."""
+        deadline = time.monotonic() + DEADLINE_S
+        while True:
+            for picture in _PICTURE.findall(self.raw, since):
+                rows: list[str] = _CONTROLS.sub("", picture).split("\n")
+                if found(rows):
+                    return rows
+            assert time.monotonic() < deadline, self.raw[since:]
             time.sleep(0.01)
 
     def end(self) -> tuple[int, str]:
@@ -95,11 +151,17 @@ def test_a_demo_on_a_terminal(terminal: Callable[..., Terminal]) -> None:
     # On such a network the memory takes at least 4 s, however fast the guest asks for it: many pictures. (What lasts
     # for less than one, as booting may, is not always seen.)
     network = ("--bulk-channels", "1", "--chaos", "slow:rate=2MiB/s")
-    status, text = terminal(*DEMO, "--migrate-after", "1.5", *network).end()
+    one = terminal(*DEMO, "--migrate-after", "1.5", *network)
+    status, text = one.end()
     assert status == 0, text
+    screen = one.screen
+    assert screen.as_it_was
+    assert "elapsed" not in screen.text  # nothing is left of the view
     for words in ("before migrating", "fetching pages; the machine runs here", "elapsed"):
         assert words in text
-    assert re.search(r"about \d+\.\d s remaining", text)
+    assert re.search(r"about +\d+ s remaining", text)
+    assert re.search(r"^map      [·░▒▓█]{64}$", text, re.MULTILINE)
+    assert re.search(r"faults   median +\d+(\.\d+)? [mµ]?s", text)
     assert not re.search(r"\d\.\d+e[+-]\d", text)
     _, title, result = text.partition("postcopy demo: rv64, 16 MiB, 1 vCPU, workload random: completed")
     assert title
@@ -124,15 +186,15 @@ def test_a_demo_without_a_terminal() -> None:
 
 
 @pytest.mark.parametrize(
-    "environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"TERM": "dumb", "LANG": "C", "LC_ALL": ""}]
+    "environment",
+    [{"NO_COLOR": "1"}, {"TERM": "dumb", "LANG": "C", "LC_ALL": ""}, {"TERM": "vt100", "LANG": "C", "LC_ALL": ""}],
 )
 def test_colours_are_not_forced_on_anybody(environment: dict[str, str], terminal: Callable[..., Terminal]) -> None:
     one = terminal(*DEMO, "--migrate-after", "0", **environment)
     status, text = one.end()
     assert status == 0, text
     assert not re.search(r"\x1b\[[0-9;]*(3|4|9)[0-7]m", one.raw)  # a colour
-    if environment.get("TERM") == "dumb":
-        assert "\x1b" not in one.raw
+    assert ("\x1b" in one.raw) is (environment.get("TERM") != "dumb")
     if environment.get("LANG") == "C":
         assert text.isascii()
 
@@ -156,6 +218,64 @@ def test_a_demo_that_fails_says_why_once(arguments: tuple[str, ...], reason: str
     assert "Traceback" not in done.stderr
 
 
+def test_the_view_fits_whatever_the_size(
+    terminal: Callable[..., Terminal], daemon: Callable[..., Any], operator: Any
+) -> None:
+    """Below the lines, and on the whole terminal."""
+    assert daemon("a", *MACHINE, "--name", "vm1" * 20).address
+    at = str(operator("a").path)
+    waiting = terminal("dest", "--insecure", "--listen", "127.0.0.1:0")
+    top = terminal("ctl", "--control", at, "top")
+    waiting.wait_for("waiting for the source")
+    top.wait_for("vm1vm1")
+    for columns, rows in ((40, 10), (200, 60), (20, 3), (1, 1), (80, 24)):
+        seen = [len(one.raw) for one in (waiting, top)]
+        for one in (waiting, top):
+            one.resize(columns, rows)
+
+        def fits(picture: list[str], columns: int = columns, rows: int = rows) -> bool:
+            return len(picture) <= max(2, rows) and all(len(row) < columns or not row for row in picture)
+
+        for one, since in zip((waiting, top), seen, strict=True):
+            one.wait_for_picture(fits, since)
+    waiting.process.send_signal(signal.SIGTERM)
+    top.process.send_signal(signal.SIGTERM)
+    assert top.end()[0] == 0
+    assert waiting.end()[0] == 1
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_terminal_is_given_back_while_it_is_not_needed(
+    whole: bool, terminal: Callable[..., Terminal], daemon: Callable[..., Any], operator: Any
+) -> None:
+    """Ctrl-Z, `fg`, Ctrl-C."""
+    if whole:
+        assert daemon("a").address
+        one = terminal("ctl", "--control", str(operator("a").path), "top", shell=True)
+        shown = "0 machines"
+    else:
+        one = terminal("dest", "--insecure", "--listen", "127.0.0.1:0", shell=True)
+        shown = "waiting for the source"
+    before = one.mode
+    one.wait_for(shown)
+    assert (one.mode != before) is whole
+    assert one.screen.alternate is whole
+    for count in (1, 2):
+        one.type(b"\x1a")
+        one.wait_for("stopped", count)
+        assert one.screen.as_it_was
+        assert shown not in one.screen.text
+        assert one.mode == before
+        drawn = len(one.raw)
+        one.type(b"fg\n")
+        one.wait_for_picture(lambda picture: shown in "".join(picture), drawn)
+    one.type(b"\x03")
+    assert one.end()[0] == (0 if whole else 1)
+    assert one.screen.as_it_was
+    assert shown not in one.screen.text
+    assert one.mode == before
+
+
 @pytest.fixture
 def two(
     daemon: Callable[..., Any], operator: Callable[[str], Any], slow_way: Callable[[str], str]
@@ -176,7 +296,7 @@ def test_migrate_shows_progress_and_what_came_of_it(
     status, text = one.end()
     assert status == 0, text
     assert "sending pages; the machine runs at the destination" in text
-    assert re.search(r"memory +[█░]{30} +\d+ %, .* of 16 MiB", text)
+    assert re.search(r"memory +\d+ % .* of 16 MiB +[█·]{20}", text)
     assert re.search(r"vm1 has moved to 127\.0\.0\.1:\d+: downtime [0-9.]+ ms, total time [0-9.]+ m?s", text)
 
 
@@ -227,12 +347,15 @@ def test_top(
             assert time.monotonic() < deadline, said.read_text()
             time.sleep(0.02)
         at.ask("migrate", address, "--detach")
-        live.wait_for("postcopy-active, outgoing")
+        live.wait_for("postcopy-active")
         live.wait_for("arrived")
         at.wait("departure", lambda machines: "vm1" not in machines)
         live.wait_for("0 machines, 0 migrating")
-        live.process.send_signal(signal.SIGINT)
+        assert live.screen.alternate
+        live.type(b"q")
         assert live.end()[0] == 0
+        assert live.screen.as_it_was
+        assert live.screen.text == ""
         here.signal(signal.SIGTERM)
         assert plain.wait(DEADLINE_S) == 0  # the process has ended, which is an end in order
     finally:
@@ -242,3 +365,23 @@ def test_top(
     text = shown.read_text()
     assert "daemon: 1 machine, " in text
     assert "\x1b" not in text
+
+
+def test_top_goes_on_with_the_next_process(
+    daemon: Callable[..., Any], operator: Callable[[str], Any], terminal: Callable[..., Terminal]
+) -> None:
+    first = daemon("a", *MACHINE, "--name", "vm1")
+    assert first.address
+    at = operator("a")
+    live = terminal("ctl", "--control", str(at.path), "top")
+    live.wait_for("vm1")
+    first.signal(signal.SIGTERM)
+    first.end()
+    live.wait_for("ago: the process has ended")
+    gone = len(live.raw)
+    assert "vm1" in "".join(live.screen.lines)  # how it was
+    assert daemon("a", *MACHINE, "--name", "vm2").address
+    live.wait_for_picture(lambda picture: "vm2" in "".join(picture) and "ended" not in "".join(picture), gone)
+    live.process.send_signal(signal.SIGTERM)
+    assert live.end()[0] == 0
+    assert live.screen.as_it_was

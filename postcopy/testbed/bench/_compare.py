@@ -27,7 +27,7 @@ from postcopy.errors import ConfigurationError
 from postcopy.records import VERSION, as_json
 from postcopy.records.results import Comparison, Run, Value
 from postcopy.testbed._report import Row, Span, make_console, print_line, print_table, row
-from postcopy.testbed.bench._read import Results, read
+from postcopy.testbed.bench._read import MAX_NUMBER, Results, read
 from postcopy.wire import one_line
 
 MIN_ROUNDS: Final = 5
@@ -137,7 +137,7 @@ def _middles(n: int, seed: int) -> list[tuple[int, int]]:
 
 def _quotient(after: float, before: float) -> float:
     """A count may be 0."""
-    if before > 0:
+    if before > 1 / MAX_NUMBER:
         return after / before
     return 1.0 if after == before else MAX_RATIO
 
@@ -260,4 +260,8 @@ def warnings(before: Results, after: Results) -> Iterator[str]:
 
 
 def _options(run: Run) -> list[str]:
-    return [f"{name}={value}" for name, value in sorted(run.options.items()) if name not in ("figures", "rounds")]
+    return [
+        f"{name}={value}"
+        for name, value in sorted(run.options.items())
+        if name not in ("figures", "rounds", "quick", "within")
+    ]

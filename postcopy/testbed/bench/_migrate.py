@@ -13,7 +13,6 @@ import argparse
 import io
 import json
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -76,7 +75,8 @@ WINDOW_S = 1.0  # at least: how long pure demand goes on without a push
 AFTER_S = 1.0  # and, at least, after the last page may have come
 DEADLINE_S = 120.0  # of one migration
 PROCESSORS = "processors"
-"""A value beside the columns: how many were busy, on average, from the start of the demo to its end."""
+"""A value beside the columns: how many were busy, with whatever ran here, on average from the start of the demo to its
+end."""
 UNITS = {PROCESSORS: PROCESSORS} | {column.name: column.unit for column in COLUMNS}
 SATURATED = 0.85
 """So many of the processors are busy on average: at times all of them are."""
@@ -96,14 +96,20 @@ class Plan:
     delay: float = 0.0  # seconds
 
     @property
+    def push_s(self) -> float:
+        """What the push of all memory takes at least."""
+        return self.memory / self.bandwidth if self.bandwidth else 0.0
+
+    @property
     def window_s(self) -> float:
-        """How long pure demand goes on without a push: half as long again as the push of all memory would take."""
-        return max(WINDOW_S, 1.5 * self.memory / self.bandwidth if self.bandwidth else 0.0)
+        """How long pure demand goes on without a push: half as long again as that would take."""
+        return max(WINDOW_S, 1.5 * self.push_s)
 
     def arguments(self, policy: str, workload: str, seed: int, working_set: str) -> list[str]:
         """Of `postcopy demo`. `working_set`: the file that pure demand writes."""
-        chosen = [*POLICIES[policy]]
+        chosen, run_for_s = [*POLICIES[policy]], self.window_s + AFTER_S
         if policy == DEMAND:
+            run_for_s += self.push_s
             chosen += ["--push-after", f"{self.window_s:g}", "--record-working-set", working_set]
         elif policy == LEARNED:
             chosen += ["--working-set", working_set]
@@ -113,7 +119,7 @@ class Plan:
         return [
             "--machine", self.kind, "--memory", format_exact_size(self.memory), "--vcpus", "1", "--bulk-channels", "1",
             "--workload", WORKLOADS[workload], "--seed", str(seed),
-            "--migrate-after", f"{BEFORE_S:g}", "--run-for", f"{self.window_s + AFTER_S:g}", *chosen,
+            "--migrate-after", f"{BEFORE_S:g}", "--run-for", f"{run_for_s:g}", *chosen,
         ]  # fmt: skip
 
 
@@ -149,7 +155,7 @@ class Cell:
 
 async def migrate(arguments: Sequence[str], recorded: Callable[[Json], None]) -> dict[str, float | None]:
     """One migration that was verified; `MigrationError` otherwise. `recorded` gets the line `timeline` of each side."""
-    used_s, begin_s = _processor_s(), time.monotonic()
+    busy_s, begin_s = _busy_s(), time.monotonic()
     with trio.move_on_after(DEADLINE_S) as late:
         command = python("-m", "postcopy", "demo", "--json", *arguments)
         done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
@@ -164,7 +170,7 @@ async def migrate(arguments: Sequence[str], recorded: Callable[[Json], None]) ->
     if not {"source", "dest"} <= recordings.keys():
         raise MigrationError("a side has not said what it recorded")
     found = values(result, recordings["source"], recordings["dest"])
-    return found | {PROCESSORS: (_processor_s() - used_s) / (time.monotonic() - begin_s)}
+    return found | {PROCESSORS: (_busy_s() - busy_s) / (time.monotonic() - begin_s)}
 
 
 def read(lines: Iterable[bytes], recorded: Callable[[Json], None]) -> tuple[DemoResult | None, dict[str, Recording]]:
@@ -184,9 +190,13 @@ def read(lines: Iterable[bytes], recorded: Callable[[Json], None]) -> tuple[Demo
     return result, recordings
 
 
-def _processor_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+def _busy_s() -> float:
+    """Processor time, of whatever runs on this host, on the processors that this process may use. See proc(5)."""
+    mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    with open("/proc/stat") as file:
+        rows = [line.split() for line in file if line.startswith("cpu")]
+    spent = ((int(row[number]) for number in (1, 2, 3, 6, 7, 8)) for row in rows if row[0] in mine)
+    return sum(map(sum, spent)) / os.sysconf("SC_CLK_TCK")
 
 
 # ---- all of them
@@ -253,7 +263,7 @@ def conditions(plan: Plan, cells: Sequence[Cell]) -> Measurement:
         f" {plan.window_s:g} s. The guest, both sides and the network between them share {count}"
     )
     if busy:
-        said += f", of which {min(busy):.1f} to {max(busy):.1f} were busy on average"
+        said += f", of which {min(busy):.1f} to {max(busy):.1f} were busy in a cell, on average"
     if busy and max(busy) > SATURATED * cpus:
         said += ": latencies, dips and times back to 90 % hold waits for a processor too"
     return Measurement(

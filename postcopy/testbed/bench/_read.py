@@ -25,6 +25,8 @@ from postcopy.wire import one_line
 MAX_BYTES = 256 << 20
 MAX_LINE_BYTES = 16 << 20
 MAX_NAME_CHARACTERS = 200
+MAX_NUMBER = 1e30
+"""Of what is measured; what is less than one divided by this is nothing."""
 MAX_VALUES = 20_000
 MAX_ROUNDS = 1_000_000
 """Of all values together."""
@@ -59,6 +61,8 @@ class Results:
             raise ConfigurationError(
                 f"{name!r} is in {unit} ({better} is better), and in an earlier line in {value.unit} ({value.better})"
             )
+        if any(abs(each) > MAX_NUMBER for each in rounds):
+            raise ConfigurationError(f"{name!r} has a value beyond {MAX_NUMBER:g}")
         value.rounds += rounds
         self.rounds += len(rounds)
         if len(self.values) > MAX_VALUES or self.rounds > MAX_ROUNDS:
@@ -138,7 +142,7 @@ def _take(line: Json, results: Results, migrations: dict[str, dict[str, float]])
             for key in where:
                 found = found.get(key) if isinstance(found, dict) else None
             if isinstance(found, (int, float)):
-                known[value] = float(found)
+                known[value] = float(max(-MAX_NUMBER, min(found, 2 * MAX_NUMBER)))
         if len(migrations) > MAX_ROUNDS:
             raise ConfigurationError(f"more than {MAX_ROUNDS} migrations")
 
@@ -153,10 +157,8 @@ def _take_measurement(measurement: Measurement, results: Results) -> None:
             whole = measurement.name
             if to is not None and to in values:  # what is wanted of both is that they differ by so much
                 unit = "1"
-                found = [
-                    each / other if each is not None and other else None
-                    for each, other in zip(value.rounds, values[to].rounds, strict=False)
-                ]
+                pairs = zip(value.rounds, values[to].rounds, strict=False)
+                found = [a / b for a, b in pairs if a is not None and b is not None and b > 1 / MAX_NUMBER]
         results.add(whole, unit, value.better, [each for each in found if each is not None])
 
 

@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
+import itertools
 import logging
 import os
+import select
+import struct
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,9 +19,12 @@ from typing import TextIO
 import pytest
 import trio
 from lines import parse_line
+from screen import Screen
 
 from postcopy.errors import ResourceError
 from postcopy.output import LogHandler, Output, _writer
+from postcopy.output._frame import Frames
+from postcopy.output._live import Live
 from postcopy.output._writer import Kind, QueuedStream, Writer
 from postcopy.records.events import DaemonResult, Progress
 
@@ -239,46 +247,153 @@ def test_an_interrupted_answer_is_not_written_twice(monkeypatch: pytest.MonkeyPa
         assert file.read() == "an "
 
 
-def test_the_cursor_is_shown_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also on a terminal that was stopped (Ctrl-S), where what is drawn is dropped."""
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[TextIO, TextIO, Callable[[str], Screen]]]:
+    """Two streams of one terminal, and a way to wait until a text has been written to it: what is seen then."""
     monkeypatch.setenv("TERM", "xterm")
     controlling, terminal = os.openpty()
-    with os.fdopen(terminal, "w") as stream, os.fdopen(controlling, "rb", buffering=0) as screen:
-        output = Output(False, None, stream)
-        output.start()
-        with output._live_view() as draw:
-            assert draw is not None
-            for number in range(200):
-                draw({"side": "dest", "status": f"{number} {'x' * 1000}"})
-        assert output._stderr._dropped
-        text = b""
-        while b"\x1b[?25h" not in text:
-            text += screen.read(65536)
-        assert output.close()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    screen = Screen(80, 24)
+
+    def wait_for(text: str) -> Screen:
+        deadline = time.monotonic() + 30
+        while text not in screen.text:
+            assert select.select([controlling], [], [], max(0, deadline - time.monotonic()))[0], screen.text
+            screen.feed(os.read(controlling, 4096).decode())
+        return screen
+
+    with os.fdopen(terminal, "w") as stdout, os.fdopen(os.dup(terminal), "w") as stderr:
+        yield stdout, stderr, wait_for
+    os.close(controlling)
 
 
-def test_a_result_comes_after_the_live_view(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On one terminal: what takes the view away would take the result away that was written before."""
-    monkeypatch.setenv("TERM", "xterm")
-    controlling, terminal = os.openpty()
-    with (
-        os.fdopen(terminal, "w") as stderr,
-        os.fdopen(os.dup(terminal), "w") as stdout,
-        os.fdopen(controlling, "rb", buffering=0) as screen,
-    ):
-        output = Output(False, stdout, stderr)
-        output.start()
-        with output.standard_streams():
-            with output._live_view() as draw:
-                assert draw is not None
-                for number in range(20):  # more than the terminal takes before it is read
-                    draw({"side": "dest", "status": f"{number} {'x' * 1000}"})
-            print("the result")
-        text = b""
-        while b"the result\r\n" not in text or b"\x1b[?25h" not in text:
-            text += screen.read(65536)
-        assert text.endswith(b"the result\r\n")
-        assert output.close()
+Terminal = tuple[TextIO, TextIO, Callable[[str], Screen]]
+NOW = {"side": "dest", "status": "postcopy-active"}
+
+
+@pytest.mark.parametrize("whole", [False, True])
+async def test_the_terminal_is_given_back(terminal: Terminal, whole: bool) -> None:
+    """Also where it was stopped (Ctrl-S), and only the newest picture is drawn when it goes on."""
+    stdout, stderr, wait_for = terminal
+    output = Output(False, stdout, stderr)
+    output.start()
+    async with output.open_live(whole=whole) as (live, frames):
+        for number in range(2000):  # more than it takes before it is read
+            output.view.subject = f"number {number} {'x' * 1000}"
+            live.draw(frames.below(NOW, *live.size))
+        screen = wait_for("number 1999")
+        assert screen.alternate is whole
+        assert screen.cursor_shown is not whole
+        assert screen.cursor == (0, 0) or whole
+        assert screen.breaks_lines
+        assert all(len(line) < 80 for line in screen.lines)
+    output.say("the end")
+    assert wait_for("the end").text == "the end"
+    assert screen.as_it_was
+    assert output.close()
+
+
+async def test_no_line_is_torn_by_a_picture_or_tears_it(terminal: Terminal) -> None:
+    """Whoever writes it: what is said, events, what is printed, longer than a row or not; and a result comes last."""
+    stdout, stderr, wait_for = terminal
+    output = Output(True, stdout, stderr)
+    output.start()
+    long = "a line that is longer than the terminal is wide: " + "x" * 150
+    with output.standard_streams():
+        async with output.open_live() as (live, frames):
+            for number in range(100):
+                output.view.subject = f"number {number}"
+                live.draw(frames.below(NOW, *live.size))
+                output.say(f"said {number}")
+                if number % 10 == 0:
+                    output.emit("progress", Progress(side="dest", status=f"{number}", error=None))
+                    print(long)
+                    wait_for(f"number {number}")
+            screen = wait_for("number 99")
+            assert screen.text.count("number ") == 1  # whole, and below all lines
+            assert screen.lines[screen.cursor[1] + 1].startswith("dest     fetching pages")
+        output.emit("result", RESULT)
+    assert output.close()
+    screen = wait_for('"result"')
+    lines = screen.text.replace(long[:80] + "\n" + long[80:160] + "\n" + long[160:], long).splitlines()
+    assert [line for line in lines if line.startswith("said")] == [f"said {number}" for number in range(100)]
+    assert lines.count(long) == 10
+    assert "number" not in screen.text
+    assert "fetching" not in screen.text
+
+
+async def test_what_is_the_same_is_not_drawn_again(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout, stderr, wait_for = terminal
+    output = Output(False, stdout, stderr)
+    output.start()
+    written: list[bytes] = []
+    write = output._stderr._write
+
+    def note(data: bytes) -> None:
+        written.append(data)
+        write(data)
+
+    monkeypatch.setattr(output._stderr, "_write", note)
+    async with output.open_live() as (live, frames):
+        for _ in range(100):
+            live.draw(frames.whole({"side": "daemon", "machines": []}, *live.size))
+            wait_for("0 machines, 0 migrating")
+    output.close()
+    assert len(written) == 2  # and taken away
+
+
+async def test_pictures_are_at_most_ten_a_second(
+    terminal: Terminal, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often something happens; and what has happened is told at the same time as ever."""
+    output = Output(True, *terminal[:2])
+    drawn: list[float] = []
+    monkeypatch.setattr(Live, "draw", lambda live, rows: drawn.append(trio.current_time()))
+
+    async def kick() -> None:
+        while True:
+            output.kick()
+            await trio.sleep(0.01)
+
+    with trio.move_on_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(kick)
+            await output.follow(lambda: NOW)
+    gaps = [later - sooner for sooner, later in itertools.pairwise(drawn)]
+    assert 50 < len(drawn) <= 101
+    assert min(gaps) > 0.099
+
+
+async def test_a_view_that_fails_does_no_harm(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is taken away, and there are plain lines instead."""
+    stdout, stderr, wait_for = terminal
+    output = Output(False, stdout, stderr)
+    output.start()
+    logger = logging.getLogger("postcopy.output")
+    monkeypatch.setattr(logger, "propagate", False)
+    handler = LogHandler(output)
+    logger.addHandler(handler)
+    try:
+        status = ["active"]
+
+        async def go_wrong() -> None:
+            await trio.to_thread.run_sync(wait_for, "switching over")
+            monkeypatch.setattr(Frames, "below", lambda *_: 1 / 0)
+            await trio.to_thread.run_sync(wait_for, "ZeroDivisionError")
+            status[0] = "completed"
+            output.kick()
+            await trio.to_thread.run_sync(wait_for, "source: completed")
+            nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(output.follow, lambda: {"side": "source", "status": status[0]})
+            nursery.start_soon(go_wrong)
+    finally:
+        logger.removeHandler(handler)
+    output.close()
+    text = wait_for("the live view has failed").text
+    assert "ZeroDivisionError" in text
+    assert "switching over" not in text.partition("source: completed")[2]
 
 
 def test_no_room_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from tls import connect
 
 from postcopy._blocking import END_TIMEOUT_S
 from postcopy._native import ffi, lib
@@ -229,7 +230,9 @@ async def under_tls() -> None:
         where = Path(name)
         new_authority(where / "ca")
         issue(where / "ca", ["host-a"], where / "host")
-        credentials = await Credentials.load(where / "host", listens=True, connects=True)
+        credentials = Credentials(where / "host")
+        for server in (True, False):
+            await credentials.context(server=server)
     ours, theirs = (trio.SocketStream(trio.socket.from_stdlib_socket(end)) for end in socket.socketpair())
     ends: list[TlsStream] = []
 
@@ -240,7 +243,7 @@ async def under_tls() -> None:
         pager = await armed(memory)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(accept)
-            fd, tls = detach(await credentials.connect(ours, "host-a")).detach()
+            fd, tls = detach(await connect(credentials, ours, "host-a")).detach()
         [source] = ends
         pager.attach_urgent(0, fd, tls=tls)
         await pager.confirm()

@@ -231,6 +231,11 @@ def event(**fields: Any) -> str:
         ),
         (event(figure="x", name="y", values={"p50": {"unit": "us", "rounds": [1], "better": "big"}}), "line 1: meas"),
         (event(figure="x", name="y", values={"p50": {"unit": "us", "rounds": [1e999], "better": "less"}}), "line 1: "),
+        (
+            event(figure="x", name="y", values={"q": {"unit": "us", "rounds": [1e300], "better": "less"}}),
+            "beyond 1e+30",
+        ),
+        (event(**{"event": "result", "migration-id": "a", "status": "completed", "total-ms": 10**60}), "beyond 1e+30"),
         ('{"schema": 2, "cells": []}', "line 1: "),
         ('{"cells": 7}', "line 1: "),
         (

@@ -58,7 +58,7 @@ def demo_result(**more: object) -> DemoResult:
 
 # The machine does 1000 operations in 100 ms until the pause at 3000; nothing for 400 ms; half as many for 600 ms;
 # and again 1000 from 4000 on.
-BEFORE = recording(0, [*steady(0, 3000, 0, 1000), (3500, 30_000)], offer=2000, pause=3000, ended=4500)
+BEFORE = recording(0, [*steady(0, 3000, 0, 1000), (3500, 30_000)], offer=20, round=2000, pause=3000, ended=4500)
 AFTER = recording(
     2500,
     [(-500, 0), (900, 30_000), *steady(1000, 1500, 30_500, 500), *steady(1600, 4000, 34_000, 1000)],
@@ -91,6 +91,7 @@ def test_what_no_side_has_said_is_not_made_up() -> None:
     bare = demo_result(ram=None, fault_latency_us=None, downtime_ms=None, blocktime_ms=None)
     found = columns.values(bare, recording(0, []), recording(0, []))
     assert found == {"downtime": None, "blocktime": 0}
+    assert columns.begin(recording(0, [], offer=20, pause=1020)) == 1020
     no_faults = demo_result(fault_latency_us=Latency(count=0, p50=0.0, p99=0.0, p99_9=0.0, max=0.0))
     found = columns.values(no_faults, BEFORE, AFTER)
     assert found["faults"] == 0
@@ -159,6 +160,7 @@ def test_a_cell_is_a_demo_with_the_options_of_its_policy() -> None:
     words = plan.arguments("demand", "write-heavy", 7, "file")
     given = dict(zip(words[::2], words[1::2], strict=True))
     assert (parse_size(given["--memory"]), given["--workload"], given["--seed"]) == (96 << 20, "dirty", "7")
+    assert given["--run-for"] == "8.5"  # 4.5 without a push, 3 of push, 1
     assert (given["--push-after"], given["--record-working-set"]) == ("4.5", "file")
     kind, _, settings = given["--chaos"].partition(":")
     parts = dict(part.split("=") for part in settings.split(","))
