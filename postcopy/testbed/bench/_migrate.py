@@ -331,9 +331,9 @@ def add_arguments_migrate(group: argparse._ArgumentGroup) -> None:
     default = Plan()
     # fmt: off
     group.add_argument("--policies", type=_names(POLICIES), default=default.policies, metavar="LIST",
-                       help=f"of {', '.join(POLICIES)}; all by default")
+                       help=f"of {', '.join(POLICIES)} (default: all)")
     group.add_argument("--workloads", type=_names(WORKLOADS), default=default.workloads, metavar="LIST",
-                       help=f"of {', '.join(WORKLOADS)}; all by default")
+                       help=f"of {', '.join(WORKLOADS)} (default: all)")
     group.add_argument("--machine", dest="kind", choices=("rv64", "kvm"), default=default.kind,
                        help=f"its kind (default: {default.kind})")
     group.add_argument("--memory", type=argument(parse_size), default=default.memory, metavar="SIZE",
