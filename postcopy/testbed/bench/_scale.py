@@ -27,11 +27,12 @@ from postcopy.testbed.bench import _scale_moves as moves
 from postcopy.testbed.bench._bulk import Take, open_sides
 from postcopy.testbed.bench._common import medians, pair, worker
 from postcopy.testbed.bench._scale_fit import fit, last_exponent
-from postcopy.units import format_size, parse_size
+from postcopy.units import format_size
 
 BUDGET_S = 165.0
 """Of all dimensions that are asked for, together."""
 PART_DEADLINE_S = 60.0
+GIB = 1 << 30
 STRIPED_BYTES = 64 << 20
 PUSHED_BYTES = (64 << 20, 1 << 30)
 """Memory that is full of content, from one size to another; so much is there twice."""
@@ -75,7 +76,7 @@ async def _part(what: str, size: int) -> dict[str, float]:
 
 
 async def _memory(x: float) -> dict[str, float]:
-    size_bytes = int(x)
+    size_bytes = int(x * GIB)
     found = await _part("memory", size_bytes)
     if PUSHED_BYTES[0] <= size_bytes <= PUSHED_BYTES[1]:
         async with open_sides(size_bytes, 2) as sides:
@@ -118,13 +119,12 @@ async def _delay(x: float) -> dict[str, float]:
 # ---- the dimensions
 
 FLAT, LINEAR = 0.1, 1.1
-"""Goals of exponents: what must not grow, and what must not grow faster than what it is measured over; each with room for noise."""
+"""Goals of exponents: what must not grow, and what must not grow faster than x; each with room for noise."""
 SUBLINEAR = 0.75
 _WAKE = "the kernel looks at all that wait on a userfaultfd when a page is placed"
 DIMENSIONS = {
     "memory": Dimension(
-        "memory", "bytes", tuple(float(parse_size(size)) for size in
-            ("64MiB", "256MiB", "1GiB", "4GiB", "16GiB", "64GiB", "256GiB", "1TiB")),
+        "memory", "GiB", (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 16, 256, 1024),
         _memory,
         {
             "switchover": Cost("switchover (32 MiB of it used)", "ms", SUBLINEAR),
@@ -142,11 +142,11 @@ DIMENSIONS = {
             "zeros": Cost("marking what is zero", "ms", LINEAR),
             "maps": Cost("maps of the destination", "MiB", LINEAR),
             "counters": Cost("reading the counters", "us", FLAT),
-            "claim": Cost("claiming a run to push", "ns", SUBLINEAR, f"of {4096} pages that are left"),
+            "claim": Cost("claiming a run to push", "ns", SUBLINEAR, "claims: of 4096 pages that are left"),
             "recovery-size": Cost("map of a recovery, half received", "kB", LINEAR),
             "recovery-map": Cost("making, taking and applying it", "ms", LINEAR),
         },
-        label=lambda x: format_size(int(x)),
+        label=lambda x: format_size(int(x * GIB)),
     ),
     "userfaultfds": Dimension(
         "userfaultfds of one memory", "1", (1, 2, 4, 8, 16, 32, 64), _userfaultfds,
@@ -167,7 +167,8 @@ DIMENSIONS = {
             "switchover": Cost("switchover", "ms", SUBLINEAR),
             "setup": Cost("before the pause: from the offer to ready", "ms", SUBLINEAR),
             "fault-p50": Cost("fault p50 beside the push", "us", SUBLINEAR),
-            "fault-p99": Cost("fault p99 beside the push", "us", LINEAR, "more threads than processors wait for each other"),
+            "fault-p99": Cost("fault p99 beside the push", "us", LINEAR,
+                              "fault p99: more threads than processors wait for each other"),
             "blocktime": Cost("a vCPU waits for pages, in all", "ms"),
             "total": Cost("total from the pause", "ms", SUBLINEAR),
             "resident": Cost("peak memory of the destination beside the machine's", "MiB", 0.3),
@@ -320,8 +321,9 @@ def text_scale(measurements: Sequence[Measurement], width: int) -> str:
             lines += textwrap.wrap(note, width, initial_indent="  ", subsequent_indent="  ")
     legend = (
         "Exponent: cost = constant * x ^ exponent, with its 95 % confidence interval; at the end: between the last two"
-        f" points. The curve is on logarithmic axes: {_BARS[0]} is the first value, {_BARS[-1]} as much more as x. A goal"
-        " is missed where the whole interval is above it."
+        " points; then the straight line (memory: x in GiB). The curve is on logarithmic axes:"
+        f" {_BARS[0]} is the first value, {_BARS[-1]} as many times that as x has grown. A goal is missed where the"
+        " whole interval is above it."
     )
     return "\n".join([*lines, "", *textwrap.wrap(legend, width)])
 
@@ -334,14 +336,17 @@ def _line(measurement: Measurement, width: int) -> list[str]:
     ys, xs = list(found.values()), [curve.at[label] for label in found]
     name = f"{what}{'' if unit == '1' else f', {unit}'}"
     values = " ".join(f"{y:.3g}" for y in ys)
-    first = textwrap.wrap(f"  {name:<52} {sparkline(xs, ys)}  {values}", width, subsequent_indent=" " * 55)
-    if curve.fit is None:
-        return first
-    grows = f"{curve.fit.exponent:5.2f} ({curve.fit.low:.2f} .. {curve.fit.high:.2f}), at the end {last_exponent(xs, ys):.2f}"
-    goal = ""
-    if measurement.goal is not None:
-        goal = f"; goal {measurement.goal:g}: {'reached' if measurement.reached else 'NOT REACHED'}"
-    return [*first, f"{'':<55}{grows}{goal}"]
+    lines = textwrap.wrap(f"  {name:<52} {sparkline(xs, ys)}  {values}", width, subsequent_indent=" " * 55)
+    if (grown := curve.fit) is not None:
+        goal = ""
+        if measurement.goal is not None:
+            goal = f"; goal {measurement.goal:g}: {'reached' if measurement.reached else 'NOT REACHED'}"
+        lines += textwrap.wrap(
+            f"exponent {grown.exponent:.2f} ({grown.low:.2f} .. {grown.high:.2f}), at the end"
+            f" {last_exponent(xs, ys):.2f}; {grown.base:.3g} + {grown.slope:.3g} x{goal}",
+            width, initial_indent=" " * 6, subsequent_indent=" " * 6,
+        )  # fmt: skip
+    return lines
 
 
 def sparkline(xs: Sequence[float], ys: Sequence[float]) -> str:

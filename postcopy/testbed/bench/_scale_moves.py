@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``scale`` with whole processes: a machine that moves between two sides on this host, through a proxy that delays where
-that is asked; and a daemon with many machines, all of which move to another one.
+"""``scale`` with whole processes: a machine that moves between two sides on this host, through a proxy that delays
+where that is asked; and a daemon with many machines, all of which move to another one.
 
 The processes are those that a user starts, and are seen from outside: their JSON lines, their control sockets, what the
 kernel counts of them. Each point has a deadline, and ends all of its processes.
@@ -47,10 +47,11 @@ def main(what: str, *arguments: str) -> None:
     """A side, as `postcopy` with these arguments; ``sparse``: its memory may be more than this host could hold."""
     if what == "sparse":
         from postcopy.machines.toy import machine
+        from postcopy.memory import Memory
         from postcopy.testbed.bench._scale_parts import sparse_memory
 
-        machine.check_memory = lambda kind, size_bytes: None
-        machine.Memory.create = lambda kind, size_bytes: sparse_memory(size_bytes)  # type: ignore[method-assign]
+        setattr(machine, "check_memory", lambda *_: None)  # noqa: B010 -- in this process only
+        setattr(Memory, "create", lambda kind, size_bytes: sparse_memory(size_bytes))  # noqa: B010
     from postcopy.cli import main as postcopy
 
     sys.exit(postcopy(list(arguments)))
@@ -102,16 +103,23 @@ class _Side:
 class Move:
     """One that is under way."""
 
-    def __init__(self, source: _Side, dest: _Side, proxy: ChaosProxy | None, control: str) -> None:
+    def __init__(self, source: _Side, dest: _Side, proxy: ChaosProxy | None, controls: dict[str, str]) -> None:
         self.source = source
         self.dest = dest
         self.proxy = proxy
-        self._control = control
+        self._controls = controls
 
     async def push_on(self) -> None:
         """Without a limit."""
-        async with ControlClient.open(self._control) as client:
+        async with ControlClient.open(self._controls["source"]) as client:
             await client.execute("set", {"max-bandwidth": 0})
+
+    async def faults_ms(self) -> dict[str, float]:
+        """How long a page has been waited for so far."""
+        async with ControlClient.open(self._controls["dest"]) as client:
+            (machine,) = (await client.execute("status"))["machines"]
+        latency = machine["migration"]["fault-latency-us"]
+        return {f"fault-{part}": latency[part] / 1e3 for part in ("p50", "p99")} if latency["count"] else {}
 
     async def values(self) -> dict[str, float]:
         """Of its end, in the units of `_scale.COSTS`."""
@@ -139,7 +147,7 @@ async def open_move(
     async with AsyncExitStack() as stack:
         stack.enter_context(trio.fail_after(DEADLINE_S))
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="postcopy-bench-"))
-        control = str(Path(directory, "source"))
+        controls = {side: str(Path(directory, side)) for side in ("source", "dest")}
         nursery = await stack.enter_async_context(trio.open_nursery())
 
         async def start(command: str, *arguments: str) -> _Side:
@@ -148,7 +156,7 @@ async def open_move(
             nursery.start_soon(side.run)
             return side
 
-        dest = await start("dest", "--listen", "127.0.0.1:0", "--run-for", "0")
+        dest = await start("dest", "--listen", "127.0.0.1:0", "--run-for", "0", "--control", controls["dest"])
         address = str((await dest.says("listening"))["address"])
         proxy = None
         if delay_s is not None:
@@ -156,17 +164,10 @@ async def open_move(
             address = str(proxy.address)
         limit = ["--max-bandwidth", max_bandwidth] if max_bandwidth else []
         source = await start(
-            "source",
-            "--connect",
-            address,
-            "--control",
-            control,
-            "--migrate-after",
-            str(BEFORE_MOVE_S),
-            *limit,
-            *machine,
-        )
-        yield Move(source, dest, proxy, control)
+            "source", "--connect", address, "--control", controls["source"],
+            "--migrate-after", str(BEFORE_MOVE_S), *limit, *machine,
+        )  # fmt: skip
+        yield Move(source, dest, proxy, controls)
         nursery.cancel_scope.cancel()
 
 
@@ -189,11 +190,10 @@ async def delayed(delay_s: float) -> dict[str, float]:
         assert proxy is not None
         await under_way.source.says("progress", status="postcopy-active")
         await trio.sleep(FAULTS_S)
+        found |= await under_way.faults_ms()
         found["first-page"] = await first_page_ms(proxy, lambda: proxy.cut("reset"), BEFORE_PAGES_BYTES)
         await under_way.push_on()
-        values = await under_way.values()
-        values = {name: us / 1e3 if name.startswith("fault-") else us for name, us in values.items()}
-        return values | found
+        return await under_way.values() | found
 
 
 async def _echo_ms(delay_s: float) -> float:
@@ -208,16 +208,18 @@ async def _echo_ms(delay_s: float) -> float:
     async with trio.open_nursery() as nursery:
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         nursery.start_soon(trio.serve_listeners, answer, listeners)
-        target = "127.0.0.1:{}".format(listeners[0].socket.getsockname()[1])
-        async with open_chaos_proxy(target, ChaosPlan(delay_s=delay_s)) as proxy:
-            async with await trio.open_tcp_stream("127.0.0.1", proxy.address.port) as stream:
-                for _ in range(ECHOES):
-                    begin_s = time.perf_counter()
-                    await stream.send_all(bytes(ECHO_BYTES))
-                    left = ECHO_BYTES
-                    while left:
-                        left -= len(await stream.receive_some(left))
-                    times_ms.append((time.perf_counter() - begin_s) * 1e3)
+        target = f"127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        async with (
+            open_chaos_proxy(target, ChaosPlan(delay_s=delay_s)) as proxy,
+            await trio.open_tcp_stream("127.0.0.1", proxy.address.port) as stream,
+        ):
+            for _ in range(ECHOES):
+                begin_s = time.perf_counter()
+                await stream.send_all(bytes(ECHO_BYTES))
+                left = ECHO_BYTES
+                while left:
+                    left -= len(await stream.receive_some(left))
+                times_ms.append((time.perf_counter() - begin_s) * 1e3)
         nursery.cancel_scope.cancel()
     return statistics.median(times_ms)
 

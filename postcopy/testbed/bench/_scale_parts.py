@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes of ``scale`` that measure a part of the engine at one point: a memory of one size, so many userfaultfds of one
-memory, so many threads that wait. Each prints one JSON object of values by the names in `_scale.COSTS`.
+"""Processes of ``scale`` that measure a part of the engine at one point: a memory of one size, so many userfaultfds of
+one memory, so many threads that wait. Each prints one JSON object of values, by the names of the costs in `_scale`.
 
-Waiting faults are real threads. Memory larger than the host's is sparse: a file of that size of which hardly anything is
-touched, with all maps that the engine has of it.
+Waiting faults are real threads. Memory larger than the host's is sparse: a file of that size of which hardly anything
+is touched, with all maps that the engine has of it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ CONTENT_BYTES = 32 << 20
 """Of a sparse memory, spread over all of it in runs of a page each 16."""
 CALLS = 1000
 CLAIMS = 4096
-WARM_UP = 3
 LOOKS = 7
 TOUCHERS = 8
 STRIPED_BYTES = 64 << 20
@@ -130,15 +129,14 @@ async def _memory(size_bytes: int) -> dict[str, float]:
     await changes.close()
     found |= await recovery_map_values(size_bytes)
     # What the destination makes, all of it used in the end.
+    zero = present.inverted()
     gc.collect()
     before_mib = _resident_mib()
     twin = sparse_memory(size_bytes)
     pager = Pager()
     found["arm"] = _took_ms(lambda: pager.add_block(twin)) + _took_ms(lambda: pager.add_shard(How.ANY))
     found["arm"] += _took_ms(lambda: pager.arm(0, 0, 0, twin.pages))
-    found["zeros"] = _took_ms(lambda: pager.set_zero(0, present.inverted()))
-    del present, changed
-    gc.collect()
+    found["zeros"] = _took_ms(lambda: pager.set_zero(0, zero))
     found["maps"] = _resident_mib() - before_mib
     counters = ffi.new("struct pc_pager_stats *")
     found["counters"] = each_us(lambda: check(lib.pc_pager_stats(pager._struct, counters), "reading counters"))
@@ -187,7 +185,7 @@ async def _pending(pending: int) -> dict[str, float]:
     answers = b"".join(_page(request) for request in requests)
     begin_s = time.perf_counter()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(trio.to_thread.run_sync, source.sendall, answers)
+        nursery.start_soon(trio.to_thread.run_sync, partial(source.sendall, answers))
         await _until(lambda: pager.statistics().pending_faults == 0, 0.0005)
     found["all-answered"] = (time.perf_counter() - begin_s) * 1e3
     return found
