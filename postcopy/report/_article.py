@@ -131,9 +131,41 @@ class Article:
                 (stage, length, f"{100 * length / whole_us:.0f} %", _STAGE_PLACES[stage]) for stage, length in known
             ])  # fmt: skip
 
-    def _drawn(self, picture: str, label: str, captions: list[str], legend: list[tuple[str, str]]) -> Iterator[str]:
+    def _drawn(self, picture: str, label: str, captions: list[str]) -> Iterator[str]:
         svg = _charts.as_svg(self.pictures[picture], f"{self._name}-{picture}")
-        yield from figure(svg, label, " ".join(map(html.escape, captions)), legend)
+        yield from figure(svg, label, " ".join(map(html.escape, captions)), self.legend(picture))
+
+    def legend(self, picture: str) -> list[tuple[str, str]]:
+        """What the colours of a picture are."""
+        timeline, migration = self._timeline, self._migration
+        if picture == "pause":
+            there = {part.side for part in self._parts}
+            return [(side, word) for side, word in _SIDE_WORDS.items() if side in there]
+        if picture == "latency":
+            return [(stage, _STAGE_WORDS[stage]) for stage in STAGES if stage in self._stages]
+        assert timeline is not None
+        if picture == "residency":
+            legend = [("raster", self._there)]
+            if timeline.faults is not None:
+                count = len(timeline.faults.us)
+                which = f"the {grouped(count)}" if timeline.every == 1 else f"one of {timeline.every}"
+                legend.append(("demand", f"{which} accesses that waited"))
+                if count >= 100:
+                    legend.append(("slow", "the slowest 1 % of them"))
+            return legend
+        page_bytes = migration.number("ram", "page-size") or 4096
+        counts = {kind: float(timeline.pages[kind][-1]) for kind in reversed(KINDS) if kind in timeline.pages}
+        legend = [
+            (kind, f"{_KIND_WORDS[kind]}: {grouped(count)} pages ({size_of(count * page_bytes)})")
+            for kind, count in counts.items()
+            if count
+        ]
+        there = {span.kind for span in self._spans}
+        return legend + [(kind, word) for kind, word in (("pause", "the pause"), ("cut", "cut off")) if kind in there]
+
+    @property
+    def _there(self) -> str:
+        return "was there" if self._migration.main.name != "source" else "had been sent"
 
     def _over_time(self) -> Iterator[str]:
         yield "<h2>Over time</h2>"
@@ -148,17 +180,9 @@ class Article:
             few = "one moment only" if len(timeline.at_ms) < 2 else "nothing that moved"
             yield f"<p class=missing>The timeline has {few}, so there is nothing to draw over time.</p>"
             return
-        page_bytes = migration.number("ram", "page-size") or 4096
-        counts = {kind: float(values[-1]) for kind, values in timeline.pages.items() if values[-1]}
-        legend = [
-            (kind, f"{_KIND_WORDS[kind]}: {grouped(counts[kind])} pages ({size_of(counts[kind] * page_bytes)})")
-            for kind in reversed(KINDS) if kind in counts
-        ]  # fmt: skip
-        there = {span.kind for span in self._spans}
-        legend += [(kind, word) for kind, word in (("pause", "the pause"), ("cut", "cut off")) if kind in there]
         captions = []
-        if counts.get("duplicate"):
-            captions.append(f"{grouped(counts['duplicate'])} pages arrived again and were dropped.")
+        if "duplicate" in timeline.pages and (twice := timeline.pages["duplicate"][-1]):
+            captions.append(f"{grouped(twice)} pages arrived again and were dropped.")
         captions.append(_words.speed(migration))
         if self._guest is not None:
             before, after = _charts.si(self._guest.before), _charts.si(self._guest.after)
@@ -176,7 +200,7 @@ class Article:
             captions.append("The two sides are put together by the wall clocks of two hosts, which may differ.")
         if migration.main.name == "source":
             captions.append("These pages and bytes were sent: when they were placed only the destination knows.")
-        yield from self._drawn("over-time", "Pages, throughput, guest and waiting threads over time", captions, legend)
+        yield from self._drawn("over-time", "Pages, throughput, guest and waiting threads over time", captions)
 
     def _pause(self) -> Iterator[str]:
         migration, sides = self._migration, {part.side for part in self._parts}
@@ -199,26 +223,18 @@ class Article:
                 "The destination's parts, by its own clock, lie within the source's part above them; their exact place"
                 " there is not known."
             )
-        legend = [(side, word) for side, word in _SIDE_WORDS.items() if side in sides]
-        yield from self._drawn("pause", "The stages of the pause", captions, legend)
+        yield from self._drawn("pause", "The stages of the pause", captions)
 
     def _residency(self) -> Iterator[str]:
         timeline = self._timeline
         if timeline is None or "residency" not in self.pictures:
             return
-        there = "was there" if self._migration.main.name != "source" else "had been sent"
-        yield f"<h2>What of the memory {there}, and when</h2>"
-        legend, captions = [("raster", there)], []
-        if timeline.faults is not None:
-            count = len(timeline.faults.us)
-            which = f"the {grouped(count)}" if timeline.every == 1 else f"one of {timeline.every}"
-            legend.append(("demand", f"{which} accesses that waited"))
-            if count >= 100:
-                legend.append(("slow", "the slowest 1 % of them"))
+        yield f"<h2>What of the memory {self._there}, and when</h2>"
+        captions = []
         if len(timeline.blocks) > 1:
             names = ", ".join(f"{label} {size_of(size)}" for label, size, _ in timeline.blocks[:8])
             captions.append(f"Blocks, from below: {names}{', ...' if len(timeline.blocks) > 8 else ''}.")
-        yield from self._drawn("residency", "Residency of the memory over time, and faults", captions, legend)
+        yield from self._drawn("residency", "Residency of the memory over time, and faults", captions)
 
     def _waits(self) -> Iterator[str]:
         stages, latency = self._stages, self._latency
@@ -232,8 +248,7 @@ class Article:
             return
         known = [stage for stage in STAGES if stage in stages]
         if "latency" in self.pictures:
-            legend = [(stage, _STAGE_WORDS[stage]) for stage in known]
-            yield from self._drawn("latency", "Fault latency by stage, percentiles", [], legend)
+            yield from self._drawn("latency", "Fault latency by stage, percentiles", [])
         elif latency["count"] == 1:
             yield f"<p class=missing>One access waited, for {us(latency['max'])}: a distribution needs more.</p>"
         if known:

@@ -8,6 +8,7 @@ page shows the one that is readable. The residency map is a raster, of one colou
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from numpy.typing import NDArray
 
 from postcopy.output.words import format_duration, format_speed
 from postcopy.report._model import KINDS, Array, Histogram, Mark, Migration, Side, Timeline
@@ -30,7 +32,7 @@ from postcopy.units import format_size
 WIDE, NARROW = 660, 300  # points: 880 and 400 pixels of CSS
 WIDTHS = {WIDE: "wide", NARROW: "narrow"}  # and the class that shows it
 FONT_PT = 9.0
-STEPS = 160  # of a curve of rates, at most
+STEPS = 120  # of a curve of rates, at most
 _BEFORE, _AFTER = 0.3, 0.5  # shown around the time in which pages move, as parts of that
 # What each colour of a picture is in the page; any colours will do that differ, and are nothing's own.
 COLOURS = {name: f"#a1{number:02x}b7" for number, name in enumerate((
@@ -67,6 +69,8 @@ def spans(marks: Sequence[Mark], last_ms: float) -> list[Span]:
     found: list[Span] = []
     open_at: dict[str, float] = {}
     for mark in marks:
+        if mark.what == "ended":
+            last_ms = min(last_ms, mark.at_ms)
         if mark.what in ("pause", "lost"):
             open_at.setdefault("pause" if mark.what == "pause" else "cut", mark.at_ms)
         elif (
@@ -129,19 +133,34 @@ def as_svg(draw: Draw, name: str) -> str:
     return "".join(parts)
 
 
-def as_file(draw: Draw, colours: str) -> str:
-    """A picture for itself; `colours`: a style sheet of the variables."""
+def as_file(draw: Draw, colours: str, legend: Sequence[tuple[str, str]]) -> str:
+    """A picture for itself; `colours`: a style sheet of the variables; `legend`: which of them is what, above it."""
     with matplotlib.rc_context(_SETTINGS):
         svg = svg_of(draw(WIDE), "p")
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
     assert size is not None
-    width, height = (round(float(number) * 4 / 3) for number in size.groups())
+    # A row of the legend has as much as there is room for, by what a letter is wide on average.
+    x, row, placed = 10.0, 1, []
+    for colour, text in legend:
+        room = len(text) * FONT_PT * 0.56 + 24
+        if x + room > WIDE and x > 10:
+            x, row = 10.0, row + 1
+        placed.append((x, 14 * row, colour, html.escape(text)))
+        x += room
+    above = 14 * row + 12
+    words = [
+        f'<rect x="{x:.1f}" y="{y - above - 6}" width="8" height="8" style="fill: var(--{colour})"/>'
+        f'<text x="{x + 12:.1f}" y="{y - above + 2}" style="font-size: {FONT_PT}px; fill: var(--fg)">{text}</text>'
+        for x, y, colour, text in placed
+    ]
+    width, height = float(size[1]), float(size[2]) + above
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="{width}"'
-        f' height="{height}" viewBox="0 0 {size[1]} {size[2]}">\n<style>\n{colours}text {{ font-family: system-ui,'
-        ' "DejaVu Sans", Arial, sans-serif; }\n</style>\n<rect width="100%" height="100%" style="fill: var(--bg)"/>\n'
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+        f' width="{width * 4 / 3:.0f}" height="{height * 4 / 3:.0f}" viewBox="0 {-above} {width:g} {height:g}">\n'
+        f"<style>\n{colours}text {{ font-family: system-ui, 'DejaVu Sans', Arial, sans-serif; }}\n</style>\n"
+        f'<rect y="{-above}" width="100%" height="100%" style="fill: var(--bg)"/>\n'
     )
-    return head + svg.partition(">")[2].lstrip()
+    return head + "\n".join(words) + "\n" + svg.partition(">")[2].lstrip()
 
 
 def svg_of(figure: Figure, name: str) -> str:
@@ -158,7 +177,12 @@ def svg_of(figure: Figure, name: str) -> str:
     for variable, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{variable})")
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    return re.sub(r"(\d+\.\d{2})\d+", r"\1", re.sub(r"\n\s*", "\n", svg))
+    # A tenth of a point is enough for what is drawn; what is written stays as it is.
+    return re.sub(r"<[^>]*>", lambda tag: _short(tag[0]), re.sub(r">\s*\n\s*<", ">\n<", svg))
+
+
+def _short(tag: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"(\d\.\d)\d+", r"\1", tag))
 
 
 def _figure(width: int, height: float, rows: Sequence[float] = (1,)) -> tuple[Figure, list[Axes]]:
@@ -192,14 +216,16 @@ def si(value: float) -> str:
     return f"{value:.3g}"
 
 
-def thinned(at_ms: Array, counter: Array, least_ms: float) -> tuple[Array, Array]:
-    """A counter at fewer times, so far apart at least that a rate from one to the next is one, and no noise."""
-    kept, last = [0], float(at_ms[0])
+def kept(at_ms: Array, least_ms: float) -> NDArray[np.intp]:
+    """Which of these times are so far apart at least that a rate from one to the next is one, and no noise; the first
+    and the last are."""
+    found = [0]
     for number, at in enumerate(at_ms):
-        if at - last >= least_ms:
-            kept.append(number)
-            last = float(at)
-    return at_ms[kept], counter[kept]
+        if at - at_ms[found[-1]] >= least_ms:
+            found.append(number)
+    if len(at_ms) - 1 > found[-1]:
+        found[-1 if len(found) > 1 else 1 :] = [len(at_ms) - 1]
+    return np.array(found)
 
 
 def rate(at_ms: Array, counter: Array) -> Array:
@@ -269,8 +295,9 @@ def bytes_of(side: Side) -> Array | None:
 
 def _arrived(axes: Axes, clock: Clock, timeline: Timeline, migration: Migration, page_bytes: float) -> None:
     kinds = [kind for kind in KINDS if kind in timeline.pages and timeline.pages[kind][-1]]
+    chosen = kept(timeline.at_ms, clock.length_ms / (2 * STEPS))
     axes.stackplot(
-        clock(timeline.at_ms), *(timeline.pages[kind] * page_bytes for kind in kinds),
+        clock(timeline.at_ms[chosen]), *(timeline.pages[kind][chosen] * page_bytes for kind in kinds),
         colors=[COLOURS[kind] for kind in kinds], lw=0,
     )  # fmt: skip
     _plain_axis(axes, lambda value: format_size(round(value)))
@@ -290,7 +317,8 @@ def _binary(axes: Axes) -> None:
 
 
 def _throughput(axes: Axes, clock: Clock, at_ms: Array, counter: Array) -> None:
-    at_ms, counter = thinned(at_ms, counter, clock.length_ms / STEPS)
+    chosen = kept(at_ms, clock.length_ms / STEPS)
+    at_ms, counter = at_ms[chosen], counter[chosen]
     axes.stairs(rate(at_ms, counter), clock(at_ms), color=COLOURS["bytes"], lw=1.4)
     _plain_axis(axes, lambda value: format_speed(value))
     _binary(axes)
@@ -298,16 +326,18 @@ def _throughput(axes: Axes, clock: Clock, at_ms: Array, counter: Array) -> None:
 
 def _guest(axes: Axes, clock: Clock, guest: Sequence[tuple[str, Array, Array]]) -> None:
     for _, at_ms, counter in guest:
-        at_ms, counter = thinned(at_ms, counter, clock.length_ms / STEPS)
+        chosen = kept(at_ms, clock.length_ms / STEPS)
+        at_ms, counter = at_ms[chosen], counter[chosen]
         if len(at_ms) > 1:
             axes.stairs(rate(at_ms, counter), clock(at_ms), color=COLOURS["guest"], lw=1.4)
     _plain_axis(axes, ticks=3)
 
 
 def _waiting(axes: Axes, clock: Clock, timeline: Timeline) -> None:
-    axes.fill_between(
-        clock(timeline.at_ms), timeline.series["faults-waiting"], step="pre", color=COLOURS["demand"], alpha=0.75, lw=0
-    )
+    chosen = kept(timeline.at_ms, clock.length_ms / STEPS)
+    most = np.maximum.reduceat(np.nan_to_num(timeline.series["faults-waiting"]), np.append(0, chosen[:-1] + 1))
+    at_ms = clock(timeline.at_ms[chosen])
+    axes.fill_between(at_ms, most, step="pre", color=COLOURS["demand"], alpha=0.75, lw=0)
     _plain_axis(axes, ticks=3)
 
 
@@ -360,14 +390,8 @@ def _name_marks(figure: Figure, axes: Sequence[Axes], clock: Clock, marks: Seque
                 taken[row].append((begin, begin + room))
                 placed.append((begin, word, row, mark.what))
                 break
-        for each in axes:
-            each.axvline(
-                clock(mark.at_ms),
-                color=COLOURS["cut" if mark.what == "lost" else "muted"],
-                lw=0.7,
-                ls=(0, (2, 2)),
-                zorder=0.6,
-            )
+        for each in axes if mark.what not in ("pause", "lost") else ():  # those have lines already
+            each.axvline(clock(mark.at_ms), color=COLOURS["muted"], lw=0.7, ls=(0, (2, 2)), zorder=0.6)
     for begin, word, row, what in placed:
         figure.text(
             begin / width, 1 - (8 + 12 * row) / height, word, fontsize=FONT_PT - 0.5, va="center",

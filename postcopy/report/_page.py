@@ -117,4 +117,5 @@ def style() -> str:
 def pictures(migration: Migration) -> dict[str, str]:
     """Those of one migration as files of their own, by what they show: SVG, which is light or dark as what shows it."""
     colours = style().partition("* {")[0].replace("color-scheme: light dark;", "")
-    return {name: _charts.as_file(draw, colours) for name, draw in Article(migration).pictures.items()}
+    article = Article(migration)
+    return {name: _charts.as_file(draw, colours, article.legend(name)) for name, draw in article.pictures.items()}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from timelines import MIGRATION, Json, both, dest, run, source, text
 
 from postcopy._stop import Stop
@@ -63,6 +64,20 @@ async def test_a_page_is_there_when_a_migration_has_ended_and_the_process_goes_o
     assert f"postcopy: report: {path}" in said.getvalue()
     assert os.listdir(tmp_path) == ["page.html"]
     del output
+
+
+async def test_a_command_that_ends_while_its_page_is_drawn_has_it(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    reporter, _, _ = make(path)
+
+    async def command(stop: Stop) -> bool:
+        take(reporter, dest())
+        take(reporter, ended())
+        await trio.testing.wait_all_tasks_blocked()  # a child has been asked for
+        return True
+
+    assert await reporter.around(command)(Stop())
+    assert "Migration of vm1" in path.read_text()
 
 
 async def test_a_command_that_fails_has_its_page(tmp_path: Path) -> None:
