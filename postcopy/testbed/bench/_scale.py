@@ -198,7 +198,7 @@ DIMENSIONS = {
         },
     ),
     "delay": Dimension(
-        "round trip, measured", "ms", (0.1, 0.5, 1, 3, 10, 25, 50), _delay,
+        "round trip, measured", "ms", (0, 1, 3, 5, 10, 25, 50), _delay,
         {
             "fault-p50": Cost("fault p50", "ms", LINEAR),
             "fault-p99": Cost("fault p99", "ms", LINEAR),
@@ -206,7 +206,7 @@ DIMENSIONS = {
             "setup": Cost("before the pause: from the offer to ready", "ms", LINEAR),
             "first-page": Cost("from a reset of all connections to the next page", "ms", LINEAR),
         },
-        x_of="echo", label=lambda x: f"{x:g} ms",
+        x_of="echo", label=lambda x: f"{x:g} ms" if x else "none",
     ),
 }  # fmt: skip
 
