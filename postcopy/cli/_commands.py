@@ -215,7 +215,15 @@ COMMANDS: Mapping[str, Command] = {
         "postcopy.testbed.bench",
         "Measures the figures of docs/performance.md. Most are ratios to the best that is possible on this host, which"
         " the same run measures; the others have fixed targets.",
-        (("Two of them:", "postcopy bench fault bulk"),),
+        (
+            ("Two of them:", "postcopy bench fault bulk"),
+            (
+                "What has changed between two runs, as a check:",
+                "postcopy bench --quick --output a.jsonl\n"
+                "postcopy bench --quick --output b.jsonl\n"
+                "postcopy bench compare a.jsonl b.jsonl --fail-above 10",
+            ),
+        ),
     ),
     "schema": Command(
         "print the schema of all JSON output",

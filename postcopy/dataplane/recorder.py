@@ -37,7 +37,7 @@ _OF_PAGER = {
     "background": "background_pages",
     "zero": "zero_pages",
     "prefetched": "prefetched_pages",
-    "prefetch_hits": "prefetch_hits",
+    "hits": "prefetch_hits",
     "duplicate": "duplicate_pages",
     "received_bytes": "bytes_received",
     "sent_bytes": "bytes_sent",

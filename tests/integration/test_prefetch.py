@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,14 @@ def test_what_cannot_be(
     assert reason in errors
 
 
+def _works(name: str, here: dict[str, Any]) -> bool:
+    return bool(here[name]["guest"]["operations"])
+
+
+def _has_arrived(name: str, here: dict[str, Any]) -> bool:
+    return bool(here[name]["migration"]["status"] == "completed")
+
+
 def test_a_daemon_has_a_directory_of_them(side: Start, operator: Callable[[str], Operator], tmp_path: Path) -> None:
     """One for each machine, by its name; a machine that has none there comes all the same."""
     sets = tmp_path / "sets"
@@ -105,9 +114,9 @@ def test_a_daemon_has_a_directory_of_them(side: Start, operator: Callable[[str],
             "--push-after", "1",
         )  # fmt: skip
         at = operator(name)
-        at.wait("its operations", lambda here, name=name: here[name]["guest"]["operations"] > 0)
+        at.wait("its operations", partial(_works, name))
         at.ask("migrate", there.address)
-        operator("d").wait("its arrival", lambda here, name=name: here[name]["migration"]["status"] == "completed")
+        operator("d").wait("its arrival", partial(_has_arrived, name))
         at.ask("quit")
         assert source.end()[0] == 0
     for name in ("one", "two"):

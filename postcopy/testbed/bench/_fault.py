@@ -30,18 +30,12 @@ async def measure_fault(rounds: int) -> list[Measurement]:
 async def measure_recording(rounds: int) -> list[Measurement]:
     """What it costs that a migration is recorded over time (`--json`): the median of a demand fault with the recorder
     beside it. Its p50 would be the edge of a bucket, 2 % from the next one."""
-    values = []
-    for number in range(rounds):
-        recorded, not_recorded = (True, False), (False, True)
-        order = recorded if number % 2 else not_recorded  # what changes in the host meanwhile is in both
-        found = {which: await touch_us("engine", 64 << 20, touches=8000, recorded=which) for which in order}
-        values.append(
-            {
-                prefix + name: found[which][name]
-                for which, prefix in ((True, ""), (False, "plain-"))
-                for name in ("median", "p99")
-            }
-        )
+    parts = {name: partial(touch, "engine", 64 << 20, touches=8000, recorded=not name) for name in ("plain-", "")}
+    turns = await by_turns(rounds, parts)
+    values = [
+        {prefix + name: turn[prefix].us[name] for prefix in ("", "plain-") for name in ("median", "p99")}
+        for turn in turns
+    ]
     return [ratio("fault median, recorded / not", values, "median", "plain-median", 1.01)]
 
 

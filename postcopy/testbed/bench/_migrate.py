@@ -73,13 +73,17 @@ WORKLOADS = {
 BEFORE_S = 1.0  # that the machine runs before it moves
 WINDOW_S = 1.0  # at least: how long pure demand goes on without a push
 AFTER_S = 1.0  # and, at least, after the last page may have come
-DEADLINE_S = 120.0  # of one migration
+DEADLINE_S = 120.0  # of one migration, or
+DEADLINE_PUSHES = 20  # so many times what the push takes, where that is more
+END_S = 30.0  # for a demo that has missed it, with its processes
 PROCESSORS = "processors"
 """A value beside the columns: how many were busy, with whatever ran here, on average from the start of the demo to its
 end."""
 UNITS = {PROCESSORS: PROCESSORS} | {column.name: column.unit for column in COLUMNS}
 SATURATED = 0.85
 """So many of the processors are busy on average: at times all of them are."""
+ROUNDS = 1
+"""Unless another number was asked for."""
 CONDITIONS = "processors busy"
 """The measurement that is about all cells."""
 
@@ -105,6 +109,11 @@ class Plan:
         """How long pure demand goes on without a push: half as long again as that would take."""
         return max(WINDOW_S, 1.5 * self.push_s)
 
+    @property
+    def deadline_s(self) -> float:
+        """Of one migration."""
+        return max(DEADLINE_S, DEADLINE_PUSHES * self.push_s)
+
     def arguments(self, policy: str, workload: str, seed: int, working_set: str) -> list[str]:
         """Of `postcopy demo`. `working_set`: the file that pure demand writes."""
         chosen, run_for_s = [*POLICIES[policy]], self.window_s + AFTER_S
@@ -119,7 +128,8 @@ class Plan:
         return [
             "--machine", self.kind, "--memory", format_exact_size(self.memory), "--vcpus", "1", "--bulk-channels", "1",
             "--workload", WORKLOADS[workload], "--seed", str(seed),
-            "--migrate-after", f"{BEFORE_S:g}", "--run-for", f"{run_for_s:g}", *chosen,
+            "--migrate-after", f"{BEFORE_S:g}", "--run-for", f"{run_for_s:g}",
+            "--deadline", f"{self.deadline_s:g}", *chosen,
         ]  # fmt: skip
 
 
@@ -153,14 +163,16 @@ class Cell:
         )
 
 
-async def migrate(arguments: Sequence[str], recorded: Callable[[Json], None]) -> dict[str, float | None]:
+async def migrate(
+    arguments: Sequence[str], deadline_s: float, recorded: Callable[[Json], None]
+) -> dict[str, float | None]:
     """One migration that was verified; `MigrationError` otherwise. `recorded` gets the line `timeline` of each side."""
     busy_s, begin_s = _busy_s(), time.monotonic()
-    with trio.move_on_after(DEADLINE_S) as late:
+    with trio.move_on_after(deadline_s + END_S) as late:
         command = python("-m", "postcopy", "demo", "--json", *arguments)
         done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
     if late.cancelled_caught:
-        raise MigrationError(f"not done within {DEADLINE_S:g} s")
+        raise MigrationError(f"the demo did not end within {deadline_s + END_S:g} s")
     result, recordings = read(done.stdout.splitlines(), recorded)
     if result is None or done.returncode or not result.verified:
         said = [line for line in done.stderr.decode("utf-8", "replace").splitlines() if "error: " in line]
@@ -210,12 +222,12 @@ async def compare(plan: Plan, rounds: int, said: Callable[[str], None], recorded
         for number in range(rounds):
             for workload in plan.workloads:
                 file = os.path.join(directory, f"{workload}-{number}")
-                if LEARNED in plan.policies and DEMAND not in plan.policies:
-                    await _one(plan, Cell(DEMAND, workload), number, file, said, lambda _: None)
+                baseline = cells.get((workload, DEMAND), Cell(DEMAND, workload))
+                if LEARNED in plan.policies and DEMAND not in plan.policies:  # it shows what there is to learn
+                    await _one(plan, baseline, number, file, said, lambda _: None)
                 for policy in sorted(plan.policies, key=list(POLICIES).index):
                     await _one(plan, cells[workload, policy], number, file, said, recorded)
-                baseline = cells.get((workload, DEMAND))
-                if baseline is not None:
+                if baseline.rounds:
                     _add_prevented([cells[workload, policy] for policy in plan.policies], baseline)
     return list(cells.values())
 
@@ -229,7 +241,8 @@ async def _one(
         recorded(line | {"machine": f"{cell.workload}, {cell.policy}, round {number + 1}"})
 
     try:
-        cell.rounds.append(await migrate(plan.arguments(cell.policy, cell.workload, number + 1, file), with_name))
+        arguments = plan.arguments(cell.policy, cell.workload, number + 1, file)
+        cell.rounds.append(await migrate(arguments, plan.deadline_s, with_name))
         outcome = "verified"
     except MigrationError as error:
         cell.rounds.append({})
@@ -282,10 +295,10 @@ def sections(measurements: Sequence[Measurement]) -> list[Section]:
         workload, comma, policy = measurement.name.partition(", ")
         if not comma:
             continue
-        values = {
+        given = {
             name: [each for each in value.rounds if each is not None] for name, value in measurement.values.items()
         }
-        known = {name: statistics.median(rounds) for name, rounds in values.items() if rounds}
+        known = {name: statistics.median(rounds) for name, rounds in given.items() if rounds}
         texts = [column.show(known[column.name]) if column.name in known else "-" for column in COLUMNS]
         if "dip" in known and "back" not in known:
             texts[[column.name for column in COLUMNS].index("back")] = "later"
@@ -318,9 +331,9 @@ def add_arguments_migrate(group: argparse._ArgumentGroup) -> None:
     default = Plan()
     # fmt: off
     group.add_argument("--policies", type=_names(POLICIES), default=default.policies, metavar="LIST",
-                       help=f"of {', '.join(POLICIES)}; all by default")
+                       help=f"of {', '.join(POLICIES)} (default: all)")
     group.add_argument("--workloads", type=_names(WORKLOADS), default=default.workloads, metavar="LIST",
-                       help=f"of {', '.join(WORKLOADS)}; all by default")
+                       help=f"of {', '.join(WORKLOADS)} (default: all)")
     group.add_argument("--machine", dest="kind", choices=("rv64", "kvm"), default=default.kind,
                        help=f"its kind (default: {default.kind})")
     group.add_argument("--memory", type=argument(parse_size), default=default.memory, metavar="SIZE",
@@ -342,6 +355,8 @@ def _names(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
 
 
 async def measure_migrate(rounds: int, args: argparse.Namespace) -> list[Measurement]:
+    if args.rounds is None:
+        rounds = ROUNDS  # a round of all is as long as many rounds of others
     plan = Plan(args.policies, args.workloads, args.kind, args.memory, args.bandwidth, args.delay)
     if plan.kind == "kvm" and (why := explain_no_kvm()) is not None:
         raise why

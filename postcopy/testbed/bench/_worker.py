@@ -93,16 +93,11 @@ def _median_ns(histogram: Histogram) -> float:
 
 
 def distribution(histogram: Histogram) -> Distribution:
-    """All of it. (The buckets: csrc/core/histogram.c.)"""
-    steps, counts = 32, ffi.unpack(histogram.struct.buckets, len(histogram.struct.buckets))
-    edges = {}
-    for bucket, count in enumerate(counts):
-        if count:
-            shift = max(0, bucket // steps - 1)
-            edges[((bucket if bucket < steps else steps + bucket % steps) + 1 << shift) - 1] = count
+    """All of it."""
+    buckets = list(histogram.buckets())
     return Distribution(
-        count=sum(edges.values()), sum_ns=histogram.sum_ns, max_ns=histogram.max_ns,
-        bucket_edges_ns=[*edges], bucket_counts=[*edges.values()],
+        count=histogram.count, sum_ns=histogram.sum_ns, max_ns=histogram.max_ns,
+        bucket_edges_ns=[edge for edge, _ in buckets], bucket_counts=[count for _, count in buckets],
     )  # fmt: skip
 
 

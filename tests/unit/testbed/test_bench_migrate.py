@@ -169,6 +169,7 @@ def test_a_cell_is_a_demo_with_the_options_of_its_policy() -> None:
     assert "--push-after" not in plan.arguments("demand+push", "zipf", 1, "file")
     assert "--chaos" not in Plan(bandwidth=0).arguments("demand", "zipf", 1, "file")
     assert Plan(bandwidth=0).window_s == 1.0
+    assert (plan.deadline_s, Plan(memory=1 << 30, bandwidth=10 << 20).deadline_s) == (120.0, 2048.0)
 
 
 # ---- cells that fail
@@ -184,7 +185,7 @@ async def compared(
     """`counts`: how many faults each run of a policy has; None: it fails."""
     left = {policy: list(of_it) for policy, of_it in counts.items()}
 
-    async def migrate(arguments: Sequence[str], recorded: object) -> dict[str, float | None]:
+    async def migrate(arguments: Sequence[str], deadline_s: float, recorded: object) -> dict[str, float | None]:
         learned, learns = "--working-set" in arguments, "--push-after" in arguments
         count = left["+working-set" if learned else "demand" if learns else "demand+push"].pop(0)
         if count is None:
@@ -215,6 +216,7 @@ async def test_a_working_set_is_recorded_by_pure_demand_that_is_not_shown(monkey
         ("zipf", "+working-set", 3),
         ("phases", "+working-set", 4),
     ]
+    assert [cell.rounds[0][columns.PREVENTED] for cell in found] == [-2.0, -3.0]
     assert len(said) == 4
 
 
