@@ -13,6 +13,7 @@ import trio.testing
 
 from postcopy.errors import MigrationError
 from postcopy.records import as_json
+from postcopy.records.results import Measurement
 from postcopy.testbed.bench import _scale
 from postcopy.testbed.bench._scale import Cost, Dimension, measure_dimension, measure_scale, sparkline, text_scale
 from postcopy.testbed.bench._scale_fit import fit, last_exponent, t95
@@ -111,8 +112,19 @@ async def test_no_round_is_begun_that_would_be_late(autojump_clock: trio.testing
     (found,) = await measure_dimension("some", dimension(as_1=None), 9, trio.current_time() + 17)
     assert found.reached is None
     assert len(found.values["1"].rounds) == 3  # each takes five seconds
-    (found,) = await measure_dimension("some", dimension(as_1=None), 9, trio.current_time() - 1)
-    assert len(found.values["1"].rounds) == 1
+    # Of a round that is late nothing counts, but of the first what was done.
+    found = await late_after(7.5)
+    assert [value.rounds for value in found.values.values()] == [[2.0], [8.0], [32.0], [512.0]]
+    found = await late_after(2.5)
+    assert list(found.values) == ["1", "4"]
+    assert "256 was left out: there was no time left" in str(found.note)
+    with pytest.raises(MigrationError, match="there was no time left"):
+        await late_after(0.5)
+
+
+async def late_after(time_s: float) -> Measurement:
+    (found,) = await measure_dimension("some", dimension(as_1=None), 9, trio.current_time() + time_s)
+    return found
 
 
 async def test_what_goes_wrong_in_a_process_is_of_one_point() -> None:
@@ -134,10 +146,10 @@ async def test_what_goes_wrong_in_a_process_is_of_one_point() -> None:
 
 async def test_the_time_is_shared(monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock) -> None:
     monkeypatch.setattr(_scale, "DIMENSIONS", {name: dimension(as_1=None) for name in ("one", "other")})
-    monkeypatch.setattr(_scale, "BUDGET_S", 30.0)
+    monkeypatch.setattr(_scale, "BUDGET_S", 31.0)
     began_s = trio.current_time()
     one, other = await measure_scale(99, argparse.Namespace(dimension=None))
     assert [len(found.values["1"].rounds) for found in (one, other)] == [3, 3]
-    assert trio.current_time() - began_s <= 30
+    assert trio.current_time() - began_s <= 31
     (found,) = await measure_scale(1, argparse.Namespace(dimension=["other", "other"]))
     assert found.name == "other: as_1"
