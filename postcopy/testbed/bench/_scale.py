@@ -6,7 +6,7 @@ A dimension has points; a round measures all its costs at each point, in process
 go on with sparse memory. What is fitted are the medians of the rounds. docs/scale.md says what comes of it.
 
 The time is bounded: each dimension has an equal part of `BUDGET_S`, with what those before it have left, and as many
-rounds as fit into that. On a host on which the first does not fit the last points are missing.
+rounds as fit into that. On a host on which the first does not fit every second point is missing.
 """
 
 from __future__ import annotations
@@ -236,13 +236,17 @@ Points = dict[float, dict[str, float]]
 async def measure_dimension(name: str, dimension: Dimension, rounds: int, ends_s: float) -> list[Measurement]:
     """`ends_s`: by Trio's clock. A round that would not be done by then is not begun, and one that is not is left out;
     but of the first all points count that were done."""
+    order = (
+        *dimension.points[::-2],
+        *dimension.points[-2::-2],
+    )  # where the time ends first, there are some of all sizes
     done: list[Points] = []
     problems: dict[str, str] = {}
     longest_s = 0.0
     while len(done) < rounds and (not done or trio.current_time() + longest_s <= ends_s):
         began_s, points = trio.current_time(), Points()
         with trio.move_on_at(ends_s) as in_time:
-            for x in dimension.points:
+            for x in order:
                 try:
                     points[x] = await _contained(dimension.measure, x)
                 except MigrationError as error:
@@ -257,7 +261,10 @@ async def measure_dimension(name: str, dimension: Dimension, rounds: int, ends_s
         longest_s = max(longest_s, trio.current_time() - began_s)
     if not any(done):
         raise MigrationError(f"{name}: no point could be measured: {next(iter(problems.values()))}")
-    note = "; ".join(f"{label} was left out: {problem}" for label, problem in problems.items())
+    labels = {
+        problem: [label for label, other in problems.items() if other == problem] for problem in problems.values()
+    }
+    note = "; ".join(f"left out: {', '.join(left)}: {problem}" for problem, left in labels.items())
     return [
         curve
         for key, cost in dimension.costs.items()
