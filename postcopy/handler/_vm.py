@@ -350,7 +350,7 @@ class Vm:
 
     def _begin_recording(self) -> None:
         if self._options.records:
-            self.recorder = Recorder()
+            self.recorder = Recorder.open()
             if self.taken_over:
                 self._mark("pager-died", "this process has taken over")
 
