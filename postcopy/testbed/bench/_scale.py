@@ -5,7 +5,8 @@ A dimension has points; a round measures all its costs at each point, in process
 `_scale_moves`). A cost need not have a value at each point: whole machines end where the host does, parts of the engine
 go on with sparse memory. What is fitted are the medians of the rounds. docs/scale.md says what comes of it.
 
-The time is bounded: each dimension has an equal part of `BUDGET_S`, and as many rounds as fit into that, one at least.
+The time is bounded: each dimension has an equal part of `BUDGET_S`, with what those before it have left, and as many
+rounds as fit into that. On a host on which the first does not fit every second point is missing.
 """
 
 from __future__ import annotations
@@ -198,7 +199,7 @@ DIMENSIONS = {
         },
     ),
     "delay": Dimension(
-        "round trip, measured", "ms", (0.1, 0.5, 1, 3, 10, 25, 50), _delay,
+        "round trip, measured", "ms", (0, 1, 3, 5, 10, 25, 50), _delay,
         {
             "fault-p50": Cost("fault p50", "ms", LINEAR),
             "fault-p99": Cost("fault p99", "ms", LINEAR),
@@ -206,7 +207,7 @@ DIMENSIONS = {
             "setup": Cost("before the pause: from the offer to ready", "ms", LINEAR),
             "first-page": Cost("from a reset of all connections to the next page", "ms", LINEAR),
         },
-        x_of="echo", label=lambda x: f"{x:g} ms",
+        x_of="echo", label=lambda x: f"{x:g} ms" if x else "none",
     ),
 }  # fmt: skip
 
@@ -233,22 +234,37 @@ Points = dict[float, dict[str, float]]
 
 
 async def measure_dimension(name: str, dimension: Dimension, rounds: int, ends_s: float) -> list[Measurement]:
-    """`ends_s`: by Trio's clock; a round that would not be done by then is not begun, but for the first."""
+    """`ends_s`: by Trio's clock. A round that would not be done by then is not begun, and one that is not is left out;
+    but of the first all points count that were done."""
+    order = (
+        *dimension.points[::-2],
+        *dimension.points[-2::-2],
+    )  # where the time ends first, there are some of all sizes
     done: list[Points] = []
     problems: dict[str, str] = {}
     longest_s = 0.0
     while len(done) < rounds and (not done or trio.current_time() + longest_s <= ends_s):
         began_s, points = trio.current_time(), Points()
-        for x in dimension.points:
-            try:
-                points[x] = await _contained(dimension.measure, x)
-            except MigrationError as error:
-                problems[dimension.label(x)] = str(error)
+        with trio.move_on_at(ends_s) as in_time:
+            for x in order:
+                try:
+                    points[x] = await _contained(dimension.measure, x)
+                except MigrationError as error:
+                    problems[dimension.label(x)] = str(error)
+        if in_time.cancelled_caught:
+            if not done:
+                done.append(points)
+                late = [dimension.label(x) for x in dimension.points if x not in points]
+                problems |= {label: "there was no time left" for label in late if label not in problems}
+            break
         done.append(points)
         longest_s = max(longest_s, trio.current_time() - began_s)
     if not any(done):
         raise MigrationError(f"{name}: no point could be measured: {next(iter(problems.values()))}")
-    note = "; ".join(f"{label} was left out: {problem}" for label, problem in problems.items())
+    labels = {
+        problem: [label for label, other in problems.items() if other == problem] for problem in problems.values()
+    }
+    note = "; ".join(f"left out: {', '.join(left)}: {problem}" for problem, left in labels.items())
     return [
         curve
         for key, cost in dimension.costs.items()

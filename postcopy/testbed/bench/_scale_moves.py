@@ -8,23 +8,28 @@ kernel counts of them. Each point has a deadline, and ends all of its processes.
 
 from __future__ import annotations
 
+import runpy
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from subprocess import PIPE
 from typing import Any
 
 import trio
 
+from postcopy._child import python
 from postcopy.errors import MigrationError
+from postcopy.memory import Memory
 from postcopy.service.client import ControlClient
 from postcopy.testbed._processes import Child, Json, open_child, parse
 from postcopy.testbed.bench._common import worker
 from postcopy.testbed.bench._recovery import first_page_ms
+from postcopy.testbed.bench._scale_parts import sparse_memory
 from postcopy.testbed.chaos import ChaosPlan, ChaosProxy, open_chaos_proxy
 
 DEADLINE_S = 60.0  # of one point
@@ -43,18 +48,14 @@ BEFORE_PAGES_BYTES = 4096
 CPUCLOCK_SCHED = 2  # linux/posix-timers.h
 
 
-def main(what: str, *arguments: str) -> None:
-    """A side, as `postcopy` with these arguments; ``sparse``: its memory may be more than this host could hold."""
-    if what == "sparse":
-        from postcopy.machines.toy import machine
-        from postcopy.memory import Memory
-        from postcopy.testbed.bench._scale_parts import sparse_memory
+def main(*arguments: str) -> None:
+    """`postcopy` with these arguments, whose machines may have more memory than this host could hold."""
+    from postcopy.machines.toy import machine
 
-        setattr(machine, "check_memory", lambda *_: None)  # noqa: B010 -- in this process only
-        setattr(Memory, "create", lambda kind, size_bytes: sparse_memory(size_bytes))  # noqa: B010
-    from postcopy.cli import main as postcopy
-
-    sys.exit(postcopy(list(arguments)))
+    setattr(machine, "check_memory", lambda *_: None)  # noqa: B010 -- in this process only
+    setattr(Memory, "create", lambda kind, size_bytes: sparse_memory(size_bytes))  # noqa: B010
+    sys.argv[1:] = arguments
+    runpy.run_module("postcopy", run_name="__main__", alter_sys=True)
 
 
 class _Side:
@@ -143,7 +144,7 @@ async def open_move(
     *machine: str, delay_s: float | None = None, sparse: bool = False, max_bandwidth: str = ""
 ) -> AsyncIterator[Move]:
     """`delay_s`: each way, by a proxy; None: without one."""
-    how = "sparse" if sparse else "side"
+    program = partial(worker, "_scale_moves") if sparse else partial(python, "-m", "postcopy")
     async with AsyncExitStack() as stack:
         stack.enter_context(trio.fail_after(DEADLINE_S))
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="postcopy-bench-"))
@@ -151,8 +152,8 @@ async def open_move(
         nursery = await stack.enter_async_context(trio.open_nursery())
 
         async def start(command: str, *arguments: str) -> _Side:
-            words = worker("_scale_moves", how, command, "--json", *arguments)
-            side = _Side(await stack.enter_async_context(open_child(words, stderr=PIPE)))
+            child = open_child(program(command, "--json", *arguments), stderr=PIPE)
+            side = _Side(await stack.enter_async_context(child))
             nursery.start_soon(side.run)
             return side
 
@@ -248,9 +249,7 @@ async def machines(count: int) -> dict[str, float]:
         pids, addresses, clients = [], [], []
         for name in ("here", "there"):
             control = str(directory / name)
-            command = worker(
-                "_scale_moves", "side", "daemon", "--json", "--control", control, "--listen", "127.0.0.1:0"
-            )  # fmt: skip
+            command = python("-m", "postcopy", "daemon", "--json", "--control", control, "--listen", "127.0.0.1:0")
             child = await stack.enter_async_context(open_child(command, stderr=PIPE))
             side = _Side(child)
             nursery.start_soon(side.run)

@@ -13,6 +13,7 @@ import trio.testing
 
 from postcopy.errors import MigrationError
 from postcopy.records import as_json
+from postcopy.records.results import Measurement
 from postcopy.testbed.bench import _scale
 from postcopy.testbed.bench._scale import Cost, Dimension, measure_dimension, measure_scale, sparkline, text_scale
 from postcopy.testbed.bench._scale_fit import fit, last_exponent, t95
@@ -99,7 +100,7 @@ async def test_a_dimension_as_curves(autojump_clock: trio.testing.MockClock) -> 
     assert linear.curve.at == {"1": 1, "4": 4, "16": 16, "256": 256}
     assert (linear.reached, flat.reached) == (False, True)
     assert linear.result == pytest.approx(1)
-    assert "64 was left out: this host has no 64 things" in str(linear.note)
+    assert "left out: 64: this host has no 64 things" in str(linear.note)
     assert as_json(linear)["curve"]["fit"]["points"] == 4
     text = text_scale([linear, flat], 100)
     assert "goal 0.5: NOT REACHED" in text
@@ -111,8 +112,19 @@ async def test_no_round_is_begun_that_would_be_late(autojump_clock: trio.testing
     (found,) = await measure_dimension("some", dimension(as_1=None), 9, trio.current_time() + 17)
     assert found.reached is None
     assert len(found.values["1"].rounds) == 3  # each takes five seconds
-    (found,) = await measure_dimension("some", dimension(as_1=None), 9, trio.current_time() - 1)
-    assert len(found.values["1"].rounds) == 1
+    # Of a round that is late nothing counts, but of the first what was done.
+    found = await late_after(7.5)
+    assert [value.rounds for value in found.values.values()] == [[2.0], [8.0], [32.0], [512.0]]
+    found = await late_after(2.5)
+    assert list(found.values) == ["16", "256"]
+    assert "left out: 1, 4, 64: there was no time left" in str(found.note)
+    with pytest.raises(MigrationError, match="there was no time left"):
+        await late_after(0.5)
+
+
+async def late_after(time_s: float) -> Measurement:
+    (found,) = await measure_dimension("some", dimension(as_1=None), 9, trio.current_time() + time_s)
+    return found
 
 
 async def test_what_goes_wrong_in_a_process_is_of_one_point() -> None:
@@ -126,18 +138,18 @@ async def test_what_goes_wrong_in_a_process_is_of_one_point() -> None:
     some = Dimension("things", "1", XS, measure, {"cost": Cost("cost", "us")})
     (found,) = await measure_dimension("some", some, 1, math.inf)
     assert list(found.values) == ["16", "64", "256"]
-    assert found.note == "1 was left out: it failed; 4 was left out: it was not done in time"
+    assert found.note == "left out: 1: it failed; left out: 4: it was not done in time"
     none = Dimension("things", "1", (1.0, 4.0), measure, {})
-    with pytest.raises(MigrationError, match="some: no point could be measured: it failed"):
+    with pytest.raises(MigrationError, match="some: no point could be measured: it was not done in time"):
         await measure_dimension("some", none, 1, math.inf)
 
 
 async def test_the_time_is_shared(monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock) -> None:
     monkeypatch.setattr(_scale, "DIMENSIONS", {name: dimension(as_1=None) for name in ("one", "other")})
-    monkeypatch.setattr(_scale, "BUDGET_S", 30.0)
+    monkeypatch.setattr(_scale, "BUDGET_S", 31.0)
     began_s = trio.current_time()
     one, other = await measure_scale(99, argparse.Namespace(dimension=None))
     assert [len(found.values["1"].rounds) for found in (one, other)] == [3, 3]
-    assert trio.current_time() - began_s <= 30
+    assert trio.current_time() - began_s <= 31
     (found,) = await measure_scale(1, argparse.Namespace(dimension=["other", "other"]))
     assert found.name == "other: as_1"
