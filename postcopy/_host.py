@@ -110,7 +110,8 @@ def _told(options: Mapping[str, object]) -> dict[str, str]:
     told: dict[str, str] = {}
     for name, value in options.items():
         words = value if isinstance(value, (list, tuple)) else [value]
-        if name.startswith(_NOT_TOLD) or not all(isinstance(word, (str, int, float)) for word in words):
+        secret = name.replace("-", "_").startswith(_NOT_TOLD)
+        if secret or not all(isinstance(word, (str, int, float)) for word in words):
             continue
         text = "yes" if value is True else ",".join(map(str, words))
         if text and value is not False and len(told) < _MAX_OPTIONS:

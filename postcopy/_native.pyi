@@ -101,6 +101,7 @@ class _Lib:
     PC_UFFD_MISSING: int
     PC_UFFD_WP: int
     PC_UFFD_MINOR: int
+    PC_UFFD_RWP: int
     PC_UFFD_IOCTL_REGISTER: int
     PC_UFFD_IOCTL_UNREGISTER: int
     PC_UFFD_IOCTL_WAKE: int
@@ -110,6 +111,7 @@ class _Lib:
     PC_UFFD_IOCTL_WRITEPROTECT: int
     PC_UFFD_IOCTL_CONTINUE: int
     PC_UFFD_IOCTL_POISON: int
+    PC_UFFD_IOCTL_RWPROTECT: int
     PC_UFFD_DONTWAKE: int
     PC_UFFD_FILL_WP: int
     PC_UFFD_ALLOW_SRC_HOLES: int
@@ -123,6 +125,7 @@ class _Lib:
     PC_UFFD_FAULT_WRITE: int
     PC_UFFD_FAULT_WP: int
     PC_UFFD_FAULT_MINOR: int
+    PC_UFFD_FAULT_RWP: int
     PC_PAGE_WPALLOWED: int
     PC_PAGE_WRITTEN: int
     PC_PAGE_FILE: int
@@ -153,6 +156,9 @@ class _Lib:
     PC_WORKLOAD_RANDOM: int
     PC_WORKLOAD_DISK: int
     PC_WORKLOAD_ECHO: int
+    PC_WORKLOAD_SEQUENTIAL: int
+    PC_WORKLOAD_ZIPF: int
+    PC_WORKLOAD_PHASES: int
     PC_MACHINE_CREATED: int
     PC_MACHINE_PAUSED: int
     PC_MACHINE_RUNNING: int
@@ -171,11 +177,14 @@ class _Lib:
     PC_FP_USER_ONLY: int
     PC_FP_SIGBUS: int
     PC_FP_POISON: int
+    PC_FP_RWP: int
+    PC_FP_RWP_ASYNC: int
     PC_FP_MODES: int
     PC_FP_ANON: int
     PC_FP_MEMFD: int
     PC_FP_MEMFD_PRIVATE: int
     PC_FP_HUGETLB: int
+    PC_FP_GUEST_MEMFD: int
     PC_FP_BACKINGS: int
     PC_FP_UNAVAILABLE: int
     PC_FP_BLOCKED: int
@@ -254,6 +263,7 @@ class _Lib:
         self, uffd: int, address: int, source: int, bytes: int, mode: int, done_bytes: CData, /
     ) -> int: ...
     def pc_uffd_writeprotect(self, uffd: int, address: int, bytes: int, mode: int, /) -> int: ...
+    def pc_uffd_rwprotect(self, uffd: int, address: int, bytes: int, mode: int, /) -> int: ...
     def pc_uffd_read(self, uffd: int, events: CData, capacity: int, /) -> int: ...
     def pc_uffd_read_spinning(self, uffd: int, events: CData, capacity: int, spin_ns: int, /) -> int: ...
     def pc_pagemap_scan(
@@ -268,6 +278,7 @@ class _Lib:
     def pc_memory_discard(self, memory: CData, address: int, bytes: int, /) -> int: ...
     def pc_memory_discard_pages(self, memory: CData, words: CData, /) -> int: ...
     def pc_memory_present(self, memory: CData, present_words: CData, /) -> int: ...
+    def pc_memory_present_more(self, memory: CData, present: CData, more: CData, /) -> int: ...
     def pc_file_present(self, fd: int, size_bytes: int, page_bytes: int, present_words: CData, /) -> int: ...
     def pc_memory_dump(self, memory: CData, fd: int, file_offset: int, /) -> int: ...
     def pc_memory_load(self, memory: CData, fd: int, file_offset: int, bytes: int, /) -> int: ...
@@ -441,6 +452,7 @@ class _Lib:
     def pc_bench_touch(
         self, base: CData | bytes, page_bytes: int, pages: int, count: int, seed: int, hit_ns: int, faults: CData, /
     ) -> int: ...
+    def pc_bench_wait(self, base: CData, page_bytes: int, pages: int, /) -> int: ...
     def pc_bench_fill(self, base: CData, bytes: int, seed: int, /) -> None: ...
     def pc_bench_floor_serve(self, fd: int, base: CData | bytes, page_bytes: int, pages: int, spin: int, /) -> int: ...
     def pc_bench_floor_fault(

@@ -2,6 +2,7 @@
 """A picture of a command as a terminal shows it, for the documentation: runs it, for real, and writes an SVG.
 
     python tools/picture.py docs/pictures/demo.svg postcopy demo --memory 256MiB --max-bandwidth 40MiB/s
+    python tools/picture.py docs/pictures/top.svg timeout --preserve-status --signal=INT 8 postcopy ctl top
 
 The picture has the command, one moment of its live view (where most of the memory has arrived), and what it prints at
 its end, in the colours that it has there. Whoever changes the output runs this again; nothing in it is made up.
@@ -22,10 +23,10 @@ from termios import TIOCSWINSZ
 from rich.console import Console
 from rich.text import Text
 
-COLUMNS, LINES = 80, 40
-_ERASES = re.compile(r"(?:\x1b\[\d*[AJKG])+")  # where a live view is drawn anew
+COLUMNS, LINES = 80, 20
+_DRAWING = re.compile(r"\x1b\[\?7l(.*?)\x1b\[\?7h", re.DOTALL)  # as `postcopy.output` writes each
 _CONTROLS = re.compile(r"\x1b\[[?0-9;]*[A-Za-ln-z]|\r")
-_SHARE = re.compile(r"(\d+) %")
+_SHARE = re.compile(r"^memory +(\d+) %", re.MULTILINE)
 WANTED_SHARE = 60
 
 
@@ -53,18 +54,21 @@ def run(command: list[str]) -> str:
 
 def moments(written: str) -> tuple[list[str], str]:
     """Each drawing of the live view, and what was written after the last one."""
-    *drawn, end = (_CONTROLS.sub("", part).strip("\n") for part in _ERASES.split(written))
-    return [part for part in drawn if _SHARE.search(part)], end
+    drawn = (_CONTROLS.sub("", part).strip("\n") for part in _DRAWING.findall(written))
+    *_, end = _DRAWING.split(written)
+    return [part for part in drawn if _SHARE.search(Text.from_ansi(part).plain)], _CONTROLS.sub("", end).strip("\n")
 
 
 def main(target: str, *command: str) -> None:
     drawn, end = moments(run(list(command)))
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), color_system="truecolor", highlight=False)
-    console.print(Text("$", "bold green"), Text(" ".join(command)))
+    shown = command[command.index("postcopy") :] if command[0] == "timeout" else command
+    console.print(Text("$", "bold green"), Text(" ".join(shown)))
     if drawn:
         best = min(drawn, key=lambda part: abs(int(_SHARE.search(Text.from_ansi(part).plain)[1]) - WANTED_SHARE))  # type: ignore[index]
         console.print(Text.from_ansi(best), "", sep="\n")
-    console.print(Text.from_ansi(end))
+    if end:
+        console.print(Text.from_ansi(end))
     svg = console.export_svg(title="", unique_id="postcopy")
     # No font from the network: the page that has the picture needs nothing beside it.
     svg = re.sub(r"\s*@font-face \{.*?\}", "", svg, flags=re.DOTALL)

@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <pthread.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,6 +20,7 @@
 #include "uffd/uffd_abi.h"
 
 #define MAX_FLOOR_PAGE_BYTES 65536
+#define WAITER_STACK_BYTES   65536
 
 static uint64_t mix(uint64_t value)
 {
@@ -58,6 +60,30 @@ int64_t pc_bench_touch(const void *base, uint64_t page_bytes, uint64_t pages, ui
         }
     }
     return missed;
+}
+
+static void *touch_one(void *page)
+{
+    (void)*(const volatile uint8_t *)page;
+    return NULL;
+}
+
+int pc_bench_wait(void *base, uint64_t page_bytes, uint64_t pages)
+{
+    pthread_attr_t attributes;
+    int error = pthread_attr_init(&attributes);
+
+    if (error)
+        return -error;
+    (void)pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    (void)pthread_attr_setstacksize(&attributes, WAITER_STACK_BYTES);
+    for (uint64_t i = 0; !error && i < pages; i++) {
+        pthread_t thread;
+
+        error = pthread_create(&thread, &attributes, touch_one, (uint8_t *)base + i * page_bytes);
+    }
+    (void)pthread_attr_destroy(&attributes);
+    return -error;
 }
 
 void pc_bench_fill(void *base, uint64_t bytes, uint64_t seed)

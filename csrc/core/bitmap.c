@@ -39,7 +39,8 @@ void pc_bitmap_clear_range(uint64_t *words, uint64_t first, uint64_t count)
 void pc_bitmap_clear_those(uint64_t *words, const uint64_t *others, uint64_t bits)
 {
     for (uint64_t word = 0; word < pc_bitmap_words(bits); word++)
-        words[word] &= ~others[word];
+        if (words[word] & others[word]) /* where a map is written to, also without a change, it takes memory */
+            words[word] &= ~others[word];
 }
 
 void pc_bitmap_copy(uint64_t *to, uint64_t to_first, const uint64_t *from, uint64_t from_first, uint64_t count)

@@ -56,6 +56,13 @@ static inline void pc_summary_fill(struct pc_summary *summary, uint64_t word)
     }
 }
 
+/* Word `word` of the map is not full any more. */
+static inline void pc_summary_clear(struct pc_summary *summary, uint64_t word)
+{
+    for (uint32_t level = 0; level < summary->count; level++, word /= 64)
+        summary->words[level][word / 64] &= ~(UINT64_C(1) << word % 64);
+}
+
 /* The first word from `from` on that is not known to be full; as many as the map has when there is none. */
 static inline uint64_t pc_summary_next(const struct pc_summary *summary, uint64_t from)
 {

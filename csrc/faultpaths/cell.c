@@ -353,7 +353,7 @@ int pc_faultpath_run(const struct pc_fp_spec *spec, struct pc_fp_result *result)
     memset(result, 0, sizeof(*result));
     result->event_offset = -1;
     if (!operation || spec->mode < 0 || spec->mode >= PC_FP_MODES || spec->backing < 0 || spec->backing >= PC_FP_BACKINGS ||
-        !spec->timeout_ms || (spec->hand_over_fd >= 0 && (spec->mode != PC_FP_MISSING || spec->measure)))
+        !spec->timeout_ms || (spec->hand_over_fd >= 0 && (spec->mode != PC_FP_MISSING || spec->backing == PC_FP_GUEST_MEMFD || spec->measure)))
         return -EINVAL;
     if (!(operation->about.modes & 1u << spec->mode) || !(operation->about.backings & 1u << spec->backing)) {
         result->outcome = PC_FP_UNAVAILABLE;

@@ -37,14 +37,12 @@ static bool call(struct pc_fp_locks *locks, int kind, bool same, uint64_t *ns)
     uint64_t bytes = locks->page_bytes;
     uint8_t *at = same ? last_page(locks) : locks->elsewhere;
     int uffd = same ? locks->cell->uffd : locks->uffd;
-    uint64_t mode = locks->cell->spec->mode == PC_FP_MINOR ? PC_UFFD_MINOR : PC_UFFD_MISSING;
+    uint64_t mode = pc_fp_register_mode(locks->cell->spec->mode);
     bool worked = false, forked = false;
     void *got = NULL;
     uint64_t began;
     pid_t child;
 
-    if (locks->cell->spec->mode == PC_FP_WP || locks->cell->spec->mode == PC_FP_WP_ASYNC)
-        mode = PC_UFFD_WP;
     if (kind == PC_FP_LOCK_MUNMAP && !same) {
         at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (at == MAP_FAILED)

@@ -15,6 +15,8 @@
 
 #include "uffd/uffd_abi.h"
 
+#include "uffd/guest_memfd_abi.h"
+
 #ifndef MFD_HUGETLB
 #define MFD_HUGETLB 4u
 #endif
@@ -30,19 +32,23 @@ static uint64_t features_of(int mode, uint64_t has, bool handed_over)
         wanted |= UFFD_FEATURE_WP_ASYNC;
     if (mode == PC_FP_WP || mode == PC_FP_WP_ASYNC)
         wanted |= (UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_WP_HUGETLBFS_SHMEM) & has;
+    if (mode == PC_FP_RWP || mode == PC_FP_RWP_ASYNC)
+        wanted |= UFFD_FEATURE_RWP;
+    if (mode == PC_FP_RWP_ASYNC)
+        wanted |= UFFD_FEATURE_RWP_ASYNC;
     return wanted;
 }
 
-/* The features without which a mode cannot be on a backing. */
+/* The features without which a mode cannot be on a backing. No bit says whether it can be on a guest_memfd: registering does. */
 static uint64_t needed(int mode, int backing)
 {
-    bool huge = backing == PC_FP_HUGETLB, file = backing != PC_FP_ANON;
-    uint64_t missing = huge ? UFFD_FEATURE_MISSING_HUGETLBFS : file ? UFFD_FEATURE_MISSING_SHMEM : 0;
+    bool huge = backing == PC_FP_HUGETLB, guest = backing == PC_FP_GUEST_MEMFD, file = backing != PC_FP_ANON;
+    uint64_t missing = huge ? UFFD_FEATURE_MISSING_HUGETLBFS : file && !guest ? UFFD_FEATURE_MISSING_SHMEM : 0;
     uint64_t wp = UFFD_FEATURE_PAGEFAULT_FLAG_WP | (file ? UFFD_FEATURE_WP_HUGETLBFS_SHMEM : 0);
 
     switch (mode) {
     case PC_FP_MINOR:
-        return huge ? UFFD_FEATURE_MINOR_HUGETLBFS : UFFD_FEATURE_MINOR_SHMEM;
+        return huge ? UFFD_FEATURE_MINOR_HUGETLBFS : guest ? 0 : UFFD_FEATURE_MINOR_SHMEM;
     case PC_FP_WP:
         return wp;
     case PC_FP_WP_ASYNC:
@@ -51,6 +57,10 @@ static uint64_t needed(int mode, int backing)
         return missing | UFFD_FEATURE_SIGBUS;
     case PC_FP_POISON:
         return missing | UFFD_FEATURE_POISON;
+    case PC_FP_RWP:
+        return UFFD_FEATURE_RWP;
+    case PC_FP_RWP_ASYNC:
+        return UFFD_FEATURE_RWP | UFFD_FEATURE_RWP_ASYNC;
     default:
         return missing;
     }
@@ -70,6 +80,8 @@ static bool open_uffd(struct pc_fp_cell *cell)
                                    "/dev/userfaultfd, CAP_SYS_PTRACE or vm.unprivileged_userfaultfd=1");
         return false;
     }
+    if (need & ~api.features & UFFD_FEATURE_RWP)
+        return pc_fp_unavailable(cell, 0, "this kernel's userfaultfd protects no page against reads (UFFD_FEATURE_RWP, Linux 7.3)");
     if (need & ~api.features)
         return pc_fp_unavailable(cell, 0, "this kernel's userfaultfd has not that mode for this memory (feature bits 0x%llx)",
                           (unsigned long long)(need & ~api.features));
@@ -81,13 +93,32 @@ static bool open_uffd(struct pc_fp_cell *cell)
     return true;
 }
 
+/* Of a VM of its own, which lives as long as the file. */
+static bool make_guest_memfd(struct pc_fp_cell *cell, uint64_t bytes)
+{
+    struct kvm_create_guest_memfd wanted = {.size = bytes, .flags = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED};
+    int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC), vm;
+
+    if (kvm < 0)
+        return pc_fp_unavailable(cell, errno, "/dev/kvm, which makes a guest_memfd");
+    vm = ioctl(kvm, KVM_CREATE_VM, 0);
+    if (vm < 0)
+        return pc_fp_unavailable(cell, errno, "KVM_CREATE_VM, for a guest_memfd");
+    cell->memfd = ioctl(vm, KVM_CREATE_GUEST_MEMFD, &wanted);
+    if (cell->memfd < 0)
+        return pc_fp_unavailable(cell, errno, "a guest_memfd that can be mapped (Linux 6.18, CONFIG_KVM_GUEST_MEMFD)");
+    close(vm);
+    close(kvm);
+    return true;
+}
+
 static bool map_region(struct pc_fp_cell *cell)
 {
     int backing = cell->spec->backing;
     uint64_t bytes, guard;
     uint8_t *reserved;
     int flags = MAP_FIXED | (backing == PC_FP_ANON || backing == PC_FP_MEMFD_PRIVATE ? MAP_PRIVATE : MAP_SHARED);
-    int prot = PROT_READ | PROT_WRITE | PROT_EXEC;
+    int prot = PROT_READ | PROT_WRITE | (backing == PC_FP_GUEST_MEMFD ? 0 : PROT_EXEC);
     uint64_t before = 1; /* pages in front of the page */
 
     cell->memfd = -1;
@@ -101,7 +132,10 @@ static bool map_region(struct pc_fp_cell *cell)
     }
     bytes = cell->region_pages * cell->page_bytes;
     guard = cell->page_bytes;
-    if (backing != PC_FP_ANON) {
+    if (backing == PC_FP_GUEST_MEMFD) {
+        if (!make_guest_memfd(cell, bytes))
+            return false;
+    } else if (backing != PC_FP_ANON) {
         cell->memfd = memfd_create("postcopy-faultpath", MFD_CLOEXEC | (backing == PC_FP_HUGETLB ? MFD_HUGETLB : 0));
         if (cell->memfd < 0 || ftruncate(cell->memfd, (off_t)bytes))
             return pc_fp_unavailable(cell, errno, "memfd");
@@ -152,23 +186,44 @@ static bool fill_page_cache(struct pc_fp_cell *cell)
     return true;
 }
 
+uint64_t pc_fp_register_mode(int mode)
+{
+    switch (mode) {
+    case PC_FP_MINOR:
+        return PC_UFFD_MINOR;
+    case PC_FP_WP:
+    case PC_FP_WP_ASYNC:
+        return PC_UFFD_WP;
+    case PC_FP_RWP:
+    case PC_FP_RWP_ASYNC:
+        return PC_UFFD_RWP;
+    default:
+        return PC_UFFD_MISSING;
+    }
+}
+
 bool pc_fp_region_open(struct pc_fp_cell *cell)
 {
-    int mode = cell->spec->mode;
-    bool wp = mode == PC_FP_WP || mode == PC_FP_WP_ASYNC;
-    uint64_t how = wp ? PC_UFFD_WP : mode == PC_FP_MINOR ? PC_UFFD_MINOR : PC_UFFD_MISSING;
-    int rc;
+    int mode = cell->spec->mode, rc;
+    uint64_t how = pc_fp_register_mode(mode);
 
     if (mode == PC_FP_MINOR && cell->spec->backing == PC_FP_ANON)
         return pc_fp_unavailable(cell, 0, "anonymous memory has no page cache, thus no minor faults");
     if (!open_uffd(cell) || !map_region(cell))
         return false;
-    if (!populate(cell, wp) || (mode == PC_FP_MINOR && !fill_page_cache(cell)))
+    if (!populate(cell, how == PC_UFFD_WP || how == PC_UFFD_RWP) || (mode == PC_FP_MINOR && !fill_page_cache(cell)))
         return false;
     rc = pc_uffd_register(cell->uffd, (uintptr_t)cell->region, cell->region_pages * cell->page_bytes, how, NULL);
+    if (rc == -EINVAL && cell->spec->backing == PC_FP_GUEST_MEMFD)
+        return pc_fp_unavailable(cell, 0, "this kernel's userfaultfd does not take a guest_memfd in this mode (Linux 7.1)");
     if (rc)
         return pc_fp_unavailable(cell, -rc, "UFFDIO_REGISTER");
-    if (wp) {
+    if (how == PC_UFFD_RWP) {
+        rc = pc_uffd_rwprotect(cell->uffd, (uintptr_t)cell->page, cell->page_bytes, PC_UFFD_PROTECT);
+        if (rc)
+            return pc_fp_unavailable(cell, -rc, "UFFDIO_RWPROTECT");
+    }
+    if (how == PC_UFFD_WP) {
         rc = pc_uffd_writeprotect(cell->uffd, (uintptr_t)cell->page, cell->page_bytes, PC_UFFD_PROTECT);
         if (rc)
             return pc_fp_unavailable(cell, -rc, "UFFDIO_WRITEPROTECT");
@@ -187,6 +242,9 @@ void pc_fp_region_give(struct pc_fp_cell *cell)
         break;
     case PC_FP_WP:
         rc = pc_uffd_writeprotect(cell->uffd, address, bytes, 0);
+        break;
+    case PC_FP_RWP:
+        rc = pc_uffd_rwprotect(cell->uffd, address, bytes, 0);
         break;
     case PC_FP_POISON:
         rc = pc_uffd_poison(cell->uffd, address, bytes, 0, &done);

@@ -75,7 +75,8 @@ static const struct pc_fp_operation operations[] = {
     PC_FP_ROW(user, load, NOTHING, 0, "an instruction reads 8 bytes"),
     PC_FP_ROW(user, store, NOTHING, PC_FP_WRITES, "an instruction writes 8 bytes"),
     PC_FP_ROW(user, locked_add, NOTHING, PC_FP_WRITES, "an atomic read-modify-write instruction"),
-    PC_FP_ROW(user, execute, NOTHING, 0, "the processor fetches an instruction"),
+    PC_FP_ROW_OF(user, execute, PC_FP_ALL_MODES, PC_FP_ALL_BACKINGS & ~(1u << PC_FP_GUEST_MEMFD), NOTHING, 0,
+                 "the processor fetches an instruction"),
     PC_FP_ROW(user, memcpy, NOTHING, 0, "memcpy reads all of the page"),
 };
 

@@ -248,6 +248,35 @@ int pc_memory_present(const struct pc_memory *memory, uint64_t *present_words)
     }
 }
 
+int pc_memory_present_more(const struct pc_memory *memory, uint64_t *present, uint64_t *more)
+{
+    uint64_t pages = memory->size_bytes / memory->page_bytes, page = 0, end;
+    uint64_t known = 0; /* the next page that is known, as long as it is beyond `page` */
+    int error = memory->kind == PC_MEMORY_MEMFD ? pc_file_holds(memory->fd, memory->size_bytes, memory->page_bytes) : -EINVAL;
+
+    while (!error && (page = pc_bitmap_next(present, pages, page, 0)) < pages) {
+        off_t data = lseek(memory->fd, (off_t)(page * memory->page_bytes), SEEK_DATA), hole;
+
+        if (data < 0)
+            return errno == ENXIO ? 0 : -errno;
+        page = (uint64_t)data / memory->page_bytes;
+        if (page >= pages)
+            return 0;
+        if (pc_bitmap_next(present, page + 1, page, 1) == page)
+            continue;
+        if (known <= page)
+            known = pc_bitmap_next(present, pages, page, 1);
+        hole = lseek(memory->fd, data, SEEK_HOLE);
+        if (hole < 0)
+            return errno == ENXIO ? -ENODATA : -errno; /* it was cut off just now */
+        end = pc_least(pc_round_up((uint64_t)hole, memory->page_bytes) / memory->page_bytes, known);
+        pc_bitmap_set_range(present, page, end - page);
+        pc_bitmap_set_range(more, page, end - page);
+        page = end;
+    }
+    return error;
+}
+
 int pc_memory_resident(const struct pc_memory *memory, uint64_t *resident_bytes)
 {
     uint64_t pages = memory->size_bytes / memory->page_bytes, *words;

@@ -242,18 +242,19 @@ int pc_pageserver_set_stale(struct pc_pageserver *server, uint32_t index, const 
     } else {
         struct source_block *block = server->blocks[index];
 
+        /* In the pause: of the own maps, which take a page fault each 4 KiB at their first use, nothing is looked at that need not be. */
         for (uint64_t word = 0; word < block->words; word++) {
-            uint64_t again = stale_words[word] & block->sent[word];
+            uint64_t again = stale_words[word] ? stale_words[word] & block->sent[word] : 0;
 
             if (!again)
                 continue;
+            pc_summary_clear(&block->sent_words, word);
             ADD(server, sent_pages, -pc_bits_popcount(again & block->present[word]));
             ADD(server, zero_pages, -pc_bits_popcount(again & ~block->present[word]));
             block->unsent += pc_bits_popcount(again);
             block->present[word] |= again;
             pc_atomic_clear(block->sent, word, again);
         }
-        pc_summary_make(&block->sent_words, block->sent, block->pages);
     }
     pthread_mutex_unlock(&server->push_lock);
     return error;

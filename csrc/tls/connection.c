@@ -254,9 +254,6 @@ int pc_tls_handshake(struct pc_tls *tls)
         begin(tls, false, false);
         if (pc_openssl.SSL_do_handshake(tls->openssl) == 1) {
             tls->established = true;
-            error = pc_tls_check_resumed(tls);
-            if (error)
-                return broken(tls, error);
         } else {
             error = why_not(tls);
             if (error == AGAIN)
@@ -472,6 +469,18 @@ size_t pc_tls_session(const struct pc_tls *tls, void *out, size_t cap)
     return tls->session_bytes;
 }
 
+SSL_TICKET_RETURN pc_tls_use_ticket(SSL *openssl, SSL_SESSION *session, const unsigned char *key_name, size_t key_name_bytes,
+                                    SSL_TICKET_STATUS status, void *argument)
+{
+    (void)openssl;
+    (void)key_name;
+    (void)key_name_bytes;
+    (void)argument;
+    if ((status != SSL_TICKET_SUCCESS && status != SSL_TICKET_SUCCESS_RENEW) || !pc_tls_still_valid(session))
+        return SSL_TICKET_RETURN_IGNORE_RENEW;
+    return status == SSL_TICKET_SUCCESS ? SSL_TICKET_RETURN_USE : SSL_TICKET_RETURN_USE_RENEW;
+}
+
 /* A session that was made with other credentials, or for another name, is not used: what it was checked against has changed. */
 static void offer_session(struct pc_tls *tls, const uint8_t *session, size_t bytes)
 {
@@ -483,7 +492,8 @@ static void offer_session(struct pc_tls *tls, const uint8_t *session, size_t byt
     encoded = session + sizeof(tls->identity);
     found = pc_openssl.d2i_SSL_SESSION(NULL, &encoded, (long)(bytes - sizeof(tls->identity)));
     if (found) {
-        (void)pc_openssl.SSL_set_session(tls->openssl, found);
+        if (pc_tls_still_valid(found))
+            (void)pc_openssl.SSL_set_session(tls->openssl, found);
         pc_openssl.SSL_SESSION_free(found);
     }
 }

@@ -50,8 +50,9 @@ void pc_tls_interrupt(struct pc_tls *tls);
 /* peer.c */
 /* What OpenSSL's queue of errors says, as a line for a person. */
 void pc_tls_explain(struct pc_tls *tls);
-/* 0, or -EPROTO: the certificate of a resumed session is not valid any more. */
-int pc_tls_check_resumed(struct pc_tls *tls);
+/* Whether the certificate of the peer that a session was made with is still valid. A session that is not resumed costs a whole
+ * handshake, in which the certificate is checked, and refused with an alert that says why. */
+bool pc_tls_still_valid(const SSL_SESSION *session);
 int pc_tls_verified(int valid, X509_STORE_CTX *openssl);
 
 #endif

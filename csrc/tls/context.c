@@ -135,15 +135,8 @@ static int set_credentials(struct pc_tls_context *context, const void *ca, size_
         return pc_fail(EINVAL, error, error_bytes, "the CA's certificate cannot be read: %s", reason());
     if (each_certificate(certificate, certificate_bytes, openssl, take_own) <= 0)
         return pc_fail(EINVAL, error, error_bytes, "the certificate cannot be used: %s", reason());
-    if (!take_key(openssl, key, key_bytes)) {
-        int why = ERR_GET_REASON(pc_openssl.ERR_peek_error());
-
-        return pc_fail(EINVAL, error, error_bytes,
-                       why == PEM_R_BAD_PASSWORD_READ || why == ERR_R_INTERRUPTED_OR_CANCELLED
-                           ? "the private key is encrypted, which is not supported: %s"
-                           : "the private key cannot be used: %s",
-                       reason());
-    }
+    if (!take_key(openssl, key, key_bytes))
+        return pc_fail(EINVAL, error, error_bytes, "the private key cannot be used: %s", reason());
     if (!pc_openssl.SSL_CTX_check_private_key(openssl))
         return pc_fail(EINVAL, error, error_bytes, "the private key does not belong to the certificate");
     return 0;
@@ -166,6 +159,8 @@ static bool set_rules(struct pc_tls_context *context)
                             context->server ? SSL_SESS_CACHE_OFF : SSL_SESS_CACHE_CLIENT | SSL_SESS_CACHE_NO_INTERNAL, NULL);
     if (!context->server)
         pc_openssl.SSL_CTX_sess_set_new_cb(openssl, pc_tls_keep_session);
+    else if (!pc_openssl.SSL_CTX_set_session_ticket_cb(openssl, NULL, pc_tls_use_ticket, NULL))
+        return false;
     /* What ca-cert.pem has is trusted, also where it is not the root of its CA. */
     return pc_openssl.X509_STORE_set_flags(pc_openssl.SSL_CTX_get_cert_store(openssl), X509_V_FLAG_PARTIAL_CHAIN) &&
            pc_openssl.SSL_CTX_ctrl(openssl, SSL_CTRL_SET_MIN_PROTO_VERSION, TLS1_3_VERSION, NULL) &&

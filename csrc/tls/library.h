@@ -63,6 +63,7 @@
     X(SSL_CTX_set_num_tickets)                                                                                          \
     X(SSL_CTX_set_options)                                                                                              \
     X(SSL_CTX_set_session_id_context)                                                                                   \
+    X(SSL_CTX_set_session_ticket_cb)                                                                                    \
     X(SSL_CTX_set_timeout)                                                                                              \
     X(SSL_CTX_set_verify)                                                                                               \
     X(SSL_CTX_use_certificate)                                                                                          \
@@ -80,6 +81,7 @@
     X(SSL_new)                                                                                                          \
     X(SSL_read_ex)                                                                                                      \
     X(SSL_SESSION_free)                                                                                                 \
+    X(SSL_SESSION_get0_peer)                                                                                            \
     X(SSL_session_reused)                                                                                               \
     X(SSL_set1_host)                                                                                                    \
     X(SSL_set_accept_state)                                                                                             \
@@ -126,6 +128,8 @@ struct pc_tls_context {
 extern BIO_METHOD *pc_tls_bio_method;     /* made when the library is loaded: connection.c */
 BIO_METHOD *pc_tls_new_bio_method(void);
 int pc_tls_keep_session(SSL *openssl, SSL_SESSION *session);
+SSL_TICKET_RETURN pc_tls_use_ticket(SSL *openssl, SSL_SESSION *session, const unsigned char *key_name, size_t key_name_bytes,
+                                    SSL_TICKET_STATUS status, void *argument);
 void pc_tls_count_message(int sent, int version, int type, const void *data, size_t bytes, SSL *openssl, void *argument);
 
 #endif

@@ -194,21 +194,12 @@ void pc_tls_explain(struct pc_tls *tls)
     }
 }
 
-int pc_tls_check_resumed(struct pc_tls *tls)
+bool pc_tls_still_valid(const SSL_SESSION *session)
 {
-    X509 *certificate = pc_openssl.SSL_get0_peer_certificate(tls->openssl);
-    int why = 0;
+    const X509 *certificate = pc_openssl.SSL_SESSION_get0_peer((SSL_SESSION *)(uintptr_t)session);
 
-    if (!certificate)
-        return pc_fail(EPROTO, tls->why, sizeof(tls->why), "the peer has sent no certificate");
-    if (pc_openssl.X509_cmp_current_time(pc_openssl.X509_get0_notAfter(certificate)) <= 0)
-        why = X509_V_ERR_CERT_HAS_EXPIRED;
-    else if (pc_openssl.X509_cmp_current_time(pc_openssl.X509_get0_notBefore(certificate)) >= 0)
-        why = X509_V_ERR_CERT_NOT_YET_VALID;
-    if (!why)
-        return 0;
-    explain_certificate(tls, certificate, why, "the peer's certificate");
-    return -EPROTO;
+    return certificate && pc_openssl.X509_cmp_current_time(pc_openssl.X509_get0_notAfter(certificate)) > 0 &&
+           pc_openssl.X509_cmp_current_time(pc_openssl.X509_get0_notBefore(certificate)) < 0;
 }
 
 /* ---- for callers ---- */

@@ -25,10 +25,11 @@ _Static_assert((int)PC_UFFD_IOCTL_REGISTER == _UFFDIO_REGISTER && (int)PC_UFFD_I
                    (int)PC_UFFD_IOCTL_WAKE == _UFFDIO_WAKE && (int)PC_UFFD_IOCTL_COPY == _UFFDIO_COPY &&
                    (int)PC_UFFD_IOCTL_ZEROPAGE == _UFFDIO_ZEROPAGE && (int)PC_UFFD_IOCTL_MOVE == _UFFDIO_MOVE &&
                    (int)PC_UFFD_IOCTL_WRITEPROTECT == _UFFDIO_WRITEPROTECT &&
-                   (int)PC_UFFD_IOCTL_CONTINUE == _UFFDIO_CONTINUE && (int)PC_UFFD_IOCTL_POISON == _UFFDIO_POISON,
+                   (int)PC_UFFD_IOCTL_CONTINUE == _UFFDIO_CONTINUE && (int)PC_UFFD_IOCTL_POISON == _UFFDIO_POISON &&
+                   (int)PC_UFFD_IOCTL_RWPROTECT == _UFFDIO_RWPROTECT,
                "bits of pc_uffd_ioctl are the kernel's");
 _Static_assert(PC_UFFD_MISSING == UFFDIO_REGISTER_MODE_MISSING && PC_UFFD_WP == UFFDIO_REGISTER_MODE_WP &&
-                   PC_UFFD_MINOR == UFFDIO_REGISTER_MODE_MINOR,
+                   PC_UFFD_MINOR == UFFDIO_REGISTER_MODE_MINOR && PC_UFFD_RWP == UFFDIO_REGISTER_MODE_RWP,
                "bits of pc_uffd_mode are the kernel's");
 _Static_assert((uint64_t)PC_UFFD_DONTWAKE == UFFDIO_COPY_MODE_DONTWAKE &&
                    (uint64_t)PC_UFFD_DONTWAKE == UFFDIO_ZEROPAGE_MODE_DONTWAKE &&
@@ -39,7 +40,9 @@ _Static_assert((uint64_t)PC_UFFD_DONTWAKE == UFFDIO_COPY_MODE_DONTWAKE &&
                    (uint64_t)PC_UFFD_ALLOW_SRC_HOLES == UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES,
                "bits of pc_uffd_fill_mode are the kernel's");
 _Static_assert((uint64_t)PC_UFFD_PROTECT == UFFDIO_WRITEPROTECT_MODE_WP &&
-                   (uint64_t)PC_UFFD_PROTECT_DONTWAKE == UFFDIO_WRITEPROTECT_MODE_DONTWAKE,
+                   (uint64_t)PC_UFFD_PROTECT_DONTWAKE == UFFDIO_WRITEPROTECT_MODE_DONTWAKE &&
+                   (uint64_t)PC_UFFD_PROTECT == UFFDIO_RWPROTECT_MODE_RWP &&
+                   (uint64_t)PC_UFFD_PROTECT_DONTWAKE == UFFDIO_RWPROTECT_MODE_DONTWAKE,
                "bits of pc_uffd_writeprotect_mode are the kernel's");
 _Static_assert((int)PC_UFFD_EVENT_PAGEFAULT == UFFD_EVENT_PAGEFAULT && (int)PC_UFFD_EVENT_FORK == UFFD_EVENT_FORK &&
                    (int)PC_UFFD_EVENT_REMAP == UFFD_EVENT_REMAP && (int)PC_UFFD_EVENT_REMOVE == UFFD_EVENT_REMOVE &&
@@ -47,7 +50,8 @@ _Static_assert((int)PC_UFFD_EVENT_PAGEFAULT == UFFD_EVENT_PAGEFAULT && (int)PC_U
                "values of pc_uffd_event_type are the kernel's");
 _Static_assert((uint64_t)PC_UFFD_FAULT_WRITE == UFFD_PAGEFAULT_FLAG_WRITE &&
                    (uint64_t)PC_UFFD_FAULT_WP == UFFD_PAGEFAULT_FLAG_WP &&
-                   (uint64_t)PC_UFFD_FAULT_MINOR == UFFD_PAGEFAULT_FLAG_MINOR,
+                   (uint64_t)PC_UFFD_FAULT_MINOR == UFFD_PAGEFAULT_FLAG_MINOR &&
+                   (uint64_t)PC_UFFD_FAULT_RWP == UFFD_PAGEFAULT_FLAG_RWP,
                "bits of pc_uffd_fault_flags are the kernel's");
 
 #define EVENTS_PER_READ 64
@@ -241,6 +245,13 @@ int pc_uffd_writeprotect(int uffd, uint64_t address, uint64_t bytes, uint64_t mo
     struct uffdio_writeprotect argument = {.range = {.start = address, .len = bytes}, .mode = mode};
 
     return uffd_ioctl(uffd, UFFDIO_WRITEPROTECT, &argument);
+}
+
+int pc_uffd_rwprotect(int uffd, uint64_t address, uint64_t bytes, uint64_t mode)
+{
+    struct uffdio_rwprotect argument = {.range = {.start = address, .len = bytes}, .mode = mode};
+
+    return uffd_ioctl(uffd, UFFDIO_RWPROTECT, &argument);
 }
 
 static struct pc_uffd_event event_of(const struct uffd_msg *message)

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The kernel's userfaultfd ABI up to Linux 6.18, in the kernel's own names.
+ * The kernel's userfaultfd ABI up to Linux 7.3, in the kernel's own names. What no kernel here has shown is read-write protection
+ * (RWP): its numbers are those of include/uapi/linux/userfaultfd.h as commits 6eab8f2cc646 and 2d427bb01639 have made it, which were
+ * merged for 7.3.
  *
  * <linux/userfaultfd.h> is not used: distributions ship headers years older than the kernels that run (Debian 12: 6.1, without
  * POISON and MOVE), and what a kernel can do is found out at run time, not where this was compiled. The asserts below hold the
@@ -39,6 +41,8 @@
 #define UFFD_FEATURE_POISON ((uint64_t)1 << 14)
 #define UFFD_FEATURE_WP_ASYNC ((uint64_t)1 << 15)
 #define UFFD_FEATURE_MOVE ((uint64_t)1 << 16)
+#define UFFD_FEATURE_RWP ((uint64_t)1 << 17)
+#define UFFD_FEATURE_RWP_ASYNC ((uint64_t)1 << 18)
 
 #define UFFD_EVENT_PAGEFAULT 0x12
 #define UFFD_EVENT_FORK 0x13
@@ -49,6 +53,7 @@
 #define UFFD_PAGEFAULT_FLAG_WRITE ((uint64_t)1 << 0)
 #define UFFD_PAGEFAULT_FLAG_WP ((uint64_t)1 << 1)
 #define UFFD_PAGEFAULT_FLAG_MINOR ((uint64_t)1 << 2)
+#define UFFD_PAGEFAULT_FLAG_RWP ((uint64_t)1 << 3)
 
 /* What read(2) on a userfaultfd returns, one or more of them. */
 struct uffd_msg {
@@ -98,6 +103,7 @@ struct uffdio_range {
 #define UFFDIO_REGISTER_MODE_MISSING ((uint64_t)1 << 0)
 #define UFFDIO_REGISTER_MODE_WP ((uint64_t)1 << 1)
 #define UFFDIO_REGISTER_MODE_MINOR ((uint64_t)1 << 2)
+#define UFFDIO_REGISTER_MODE_RWP ((uint64_t)1 << 3) /* not together with WP: EINVAL */
 struct uffdio_register {
     struct uffdio_range range;
     uint64_t mode;
@@ -153,6 +159,13 @@ struct uffdio_poison {
     int64_t updated;
 };
 
+#define UFFDIO_RWPROTECT_MODE_RWP ((uint64_t)1 << 0) /* without it: lift the protection */
+#define UFFDIO_RWPROTECT_MODE_DONTWAKE ((uint64_t)1 << 1)
+struct uffdio_rwprotect {
+    struct uffdio_range range;
+    uint64_t mode;
+};
+
 #define _UFFDIO_REGISTER 0x00
 #define _UFFDIO_UNREGISTER 0x01
 #define _UFFDIO_WAKE 0x02
@@ -162,6 +175,7 @@ struct uffdio_poison {
 #define _UFFDIO_WRITEPROTECT 0x06
 #define _UFFDIO_CONTINUE 0x07
 #define _UFFDIO_POISON 0x08
+#define _UFFDIO_RWPROTECT 0x09
 #define _UFFDIO_API 0x3F
 
 #define UFFDIO 0xAA
@@ -175,6 +189,7 @@ struct uffdio_poison {
 #define UFFDIO_WRITEPROTECT _IOWR(UFFDIO, _UFFDIO_WRITEPROTECT, struct uffdio_writeprotect)
 #define UFFDIO_CONTINUE _IOWR(UFFDIO, _UFFDIO_CONTINUE, struct uffdio_continue)
 #define UFFDIO_POISON _IOWR(UFFDIO, _UFFDIO_POISON, struct uffdio_poison)
+#define UFFDIO_RWPROTECT _IOWR(UFFDIO, _UFFDIO_RWPROTECT, struct uffdio_rwprotect)
 
 /* ioctl of /dev/userfaultfd; its argument is the flags of userfaultfd(2). Linux 6.1. */
 #define USERFAULTFD_IOC_NEW _IO(UFFDIO, 0x00)
@@ -192,6 +207,7 @@ _Static_assert(sizeof(struct uffdio_move) == 40, "uffdio_move");
 _Static_assert(sizeof(struct uffdio_writeprotect) == 24, "uffdio_writeprotect");
 _Static_assert(sizeof(struct uffdio_continue) == 32, "uffdio_continue");
 _Static_assert(sizeof(struct uffdio_poison) == 32, "uffdio_poison");
+_Static_assert(sizeof(struct uffdio_rwprotect) == 24, "uffdio_rwprotect");
 
 /* _IOC has two layouts: the generic one, and that of powerpc, mips, sparc and alpha, where direction bits differ. */
 #if _IOC_SIZEBITS == 14
@@ -205,6 +221,7 @@ _Static_assert(UFFDIO_MOVE == 0xC028AA05, "UFFDIO_MOVE");
 _Static_assert(UFFDIO_WRITEPROTECT == 0xC018AA06, "UFFDIO_WRITEPROTECT");
 _Static_assert(UFFDIO_CONTINUE == 0xC020AA07, "UFFDIO_CONTINUE");
 _Static_assert(UFFDIO_POISON == 0xC020AA08, "UFFDIO_POISON");
+_Static_assert(UFFDIO_RWPROTECT == 0xC018AA09, "UFFDIO_RWPROTECT");
 _Static_assert(USERFAULTFD_IOC_NEW == 0x0000AA00, "USERFAULTFD_IOC_NEW");
 #endif
 

@@ -136,8 +136,8 @@ COMMANDS: Mapping[str, Command] = {
         "draw a report of migrations from their --json lines",
         "postcopy.cli.report",
         "Reads what `source`, `dest`, `daemon`, `pager`, `demo` or `bench migrate` has written with --json, of one side"
-        " or of both, and writes a page with pictures: what happened, and where the time went. The page is one file that"
-        " needs no network. Needs matplotlib: pip install 'postcopy[report]'.",
+        " or of both, and writes a page with pictures: what happened, and where the time went. The page is one file"
+        " that needs no network. Needs matplotlib: pip install 'postcopy[report]'.",
         (
             ("Both sides of a migration:", "postcopy report source.jsonl dest.jsonl --output migration.html"),
             ("A demonstration:", "postcopy demo --json | postcopy report -"),
@@ -215,7 +215,15 @@ COMMANDS: Mapping[str, Command] = {
         "postcopy.testbed.bench",
         "Measures the figures of docs/performance.md. Most are ratios to the best that is possible on this host, which"
         " the same run measures; the others have fixed targets.",
-        (("Two of them:", "postcopy bench fault bulk"),),
+        (
+            ("Two of them:", "postcopy bench fault bulk"),
+            (
+                "What has changed between two runs, as a check:",
+                "postcopy bench --quick --output a.jsonl\n"
+                "postcopy bench --quick --output b.jsonl\n"
+                "postcopy bench compare a.jsonl b.jsonl --fail-above 10",
+            ),
+        ),
     ),
     "schema": Command(
         "print the schema of all JSON output",

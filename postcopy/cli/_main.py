@@ -26,7 +26,7 @@ import trio
 
 from postcopy._host import run_record
 from postcopy._stop import Stop
-from postcopy.cli._parser import load, make_parser, values
+from postcopy.cli._parser import load, make_parser, values, written
 from postcopy.errors import ConfigurationError, PostcopyError, known_error, shortage
 from postcopy.net import LOCAL, Protection, Route, read_peer_file
 from postcopy.output import LogHandler, Output, make_output
@@ -77,6 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+_MOVES = frozenset({"source", "dest", "daemon", "pager", "demo"})
+"""Whose `--json` begins with what runs where (`run`)."""
+
+
 def _command(arguments: Sequence[str], output: Output) -> int:
     args = make_parser(arguments).parse_args(arguments)
     module = load(args.command)
@@ -114,8 +118,8 @@ def _run(
             from postcopy.report import Reporter
 
             run = Reporter(given["report"], output).around(run)
-        if output.records:
-            output.emit("run", run_record(given["command"], given))
+        if output.records and given.get("command") in _MOVES:
+            output.emit("run", run_record(given["command"], written(given)))
         if "user" in given:
             from postcopy.service.privileges import become, find_user
 

@@ -309,6 +309,17 @@ def values(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if value is not None}
 
 
+def written(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given, as a user writes it: by the names of the options, a value as text."""
+    table = {option.key: option for group in options_of(given["command"]) or () for option in group}
+    found = {}
+    for key, value in given.items():
+        if (option := table.get(key)) is not None and isinstance(value, str | int | float | tuple):
+            words = [word for word in option.to_arguments(value) if word != f"--{option.name}"]
+            found[option.name] = True if option.flag else words
+    return found
+
+
 def options_of(command: str) -> tuple[Group, ...] | None:
     """The table of a command's options, where it has one."""
     return options.COMMANDS.get(command) or getattr(load(command), "OPTIONS", None)

@@ -144,7 +144,7 @@ class CtlCommand:
                     if self._is_it(machine["name"], job):
                         size = format_size(machine["memory"])
                         self._output.view.subject = f"{machine['name']}, {size}, to {job.get('peer')}"
-                        self._now |= {key: job.get(key) for key in ("status", "ram", "pending-faults", "attempts")}
+                        self._now |= {key: job.get(key) for key in ("status", "ram", "attempts", "recoveries")}
                         self._now["guest"] = machine.get("guest") or {}
             elif kind == "migration-ended" and self._is_it(data["machine"], data):
                 return dict(data)

@@ -23,6 +23,7 @@ OPTIONS = (
         Option("files", "what a command has written with --json; - is standard input. Both sides of a migration become"
                " one report", "FILE", parse_path, nargs="+", positional=True),
         path("output", f"write the page to FILE (default: {OUTPUT})", "FILE.html"),
+        path("svg", "also write the pictures of the last migration to DIR, as SVG files for documents", "DIR"),
         path("hdr", "write the latencies of the faults to FILE, as an HdrHistogram log", "FILE.hlog"),
     ),
 )  # fmt: skip
@@ -35,9 +36,11 @@ def run(args: argparse.Namespace) -> int:
     if reason := explain_missing():
         raise ConfigurationError(f"report: {reason}")
     check_new_file("--output", target)
+    directory = getattr(args, "svg", None)
+    if directory is not None and not os.path.isdir(directory):
+        raise ConfigurationError(f"--svg {directory}: no such directory; make it first")
     # Only now: a second of processor time.
-    from postcopy.report import draw
-    from postcopy.report._read import Reader
+    from postcopy.report import Reader, draw, pictures
 
     log = getattr(args, "hdr", None)
     if log is not None:
@@ -48,7 +51,12 @@ def run(args: argparse.Namespace) -> int:
             reader.read(file, "standard input" if name == "-" else name)
     if log is not None:
         write_hdr(log, intervals(reader.latencies))
-    _write(target, draw(reader).encode("utf-8", "replace"))
+    if directory is not None:
+        if not reader.migrations:
+            raise ConfigurationError("--svg: there is no migration in these lines, so there is no picture")
+        for name, picture in pictures(reader.migrations[-1]).items():
+            _write("--svg", os.path.join(directory, f"{name}.svg"), picture)
+    _write("--output", target, draw(reader))
     return 0
 
 
@@ -65,10 +73,10 @@ def _opened(name: str) -> Iterator[BinaryIO]:
         yield file
 
 
-def _write(target: str, data: bytes) -> None:
+def _write(option: str, target: str, text: str) -> None:
     try:
         with replacing(target, MODE, durable=False) as fd:
-            write_all(fd, data)
+            write_all(fd, text.encode("utf-8", "replace"))
     except OSError as error:
         why = explain_unwritable(error, os.path.dirname(target) or ".")
-        raise ResourceError(f"--output {target}: {why}", "name another file") from error
+        raise ResourceError(f"{option} {target}: {why}", "name another file") from error

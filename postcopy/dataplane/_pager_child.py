@@ -98,6 +98,16 @@ class PagerChild:
     def _forget(self, fds: list[int], block: int, words: int) -> int:
         return lib.pc_pager_forget(self._pager, block, _map(fds[0], words))
 
+    def _record_touches(self, fds: list[int]) -> int:
+        return lib.pc_pager_record_touches(self._pager, fds[0])
+
+    def _request_runs(self, fds: list[int], count: int) -> int:
+        runs: Any = ffi.new("struct pc_page_run[]", count)
+        size = ffi.sizeof(runs)
+        with mmap.mmap(fds[0], size, prot=mmap.PROT_READ) as view:
+            ffi.memmove(runs, view, size)
+        return lib.pc_pager_request_runs(self._pager, runs, count)
+
     def _adopt_shard(self, fds: list[int], features: int, busy_poll_us: int) -> int:
         fd, error = fds.pop(), self._error
         return lib.pc_pager_adopt_shard(self._pager, fd, features, busy_poll_us, error, len(error))

@@ -20,12 +20,14 @@ from postcopy._blocking import run_to_end
 from postcopy._native import ffi, lib
 from postcopy.dataplane._base import CoreDataPlane, DataPlane, ForeignMemory
 from postcopy.dataplane._events import ChannelKind, Event, EventStream, EventType
+from postcopy.dataplane.ahead import Prefetch
 from postcopy.dataplane.compression import Compression
 from postcopy.dataplane.counters import PagerStatistics, read
 from postcopy.dataplane.histogram import Histogram
 from postcopy.errors import ErrorLine, PostcopyError, check
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
+from postcopy.memory.workingset import Run
 from postcopy.uffd import How, parse_how, probe
 
 DISCARDED_AT_ONCE = 64
@@ -265,15 +267,23 @@ class Pager(CoreDataPlane, PagerCounters):
         self._check_range(block, first_page, pages)
         return self._call("requesting pages", "request_range", block, first_page, pages)
 
+    def request_runs(self, runs: Sequence[Run]) -> None:
+        """Asks for the pages of these runs that are armed, missing, and were not asked for, in their order, a window at
+        a time beside what threads wait for: a working set that the source has."""
+        self._call("requesting pages", "request_runs", page_runs(runs), len(runs))
+
+    def set_prefetch(self, policy: Prefetch) -> None:
+        """What is asked for ahead of faults from now on; at first nothing."""
+        self._call("setting the prefetch policy", "set_prefetch", policy.way, policy.pages)
+
     def prefetch_all(self) -> None:
         """Places all local pages that are armed, in the background, behind what threads wait for."""
         self._call("prefetching", "prefetch_all")
 
-    def prefetch_runs(self, runs: Sequence[tuple[int, int, int]]) -> None:
-        """Places the local pages of these runs, each ``(block, first page, pages)``, in their order and ahead of
-        `prefetch_all`: a working set. Zero pages among them are placed too, and cost no fault then."""
-        array: Any = ffi.new("struct pc_page_run[]", [(first_page, pages, block) for block, first_page, pages in runs])
-        self._call("prefetching", "prefetch_runs", array, len(runs))
+    def prefetch_runs(self, runs: Sequence[Run]) -> None:
+        """Places the local pages of these runs in their order and ahead of `prefetch_all`: a working set. Zero pages
+        among them are placed too, and cost no fault then."""
+        self._call("prefetching", "prefetch_runs", page_runs(runs), len(runs))
 
     def prefetch_stop(self) -> None:
         """Ends both; pages that are staged are placed none the less."""
@@ -331,6 +341,11 @@ class Pager(CoreDataPlane, PagerCounters):
         from here on. Closed already: no effect."""
         self._end_by = "leave"
         await self.close()
+
+
+def page_runs(runs: Sequence[Run]) -> Any:
+    """For the core."""
+    return ffi.new("struct pc_page_run[]", [(first_page, pages, block) for block, first_page, pages in runs])
 
 
 def new_metrics() -> int:

@@ -33,6 +33,7 @@ import socket
 import subprocess
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,12 +46,14 @@ from postcopy._native import ffi, lib
 from postcopy.dataplane._base import BlockInUse, ForeignMemory
 from postcopy.dataplane._events import ChannelKind, Event, EventType
 from postcopy.dataplane._pager_child import MESSAGE_BYTES
+from postcopy.dataplane.ahead import NO_PREFETCH, Prefetch
 from postcopy.dataplane.compression import Compression
-from postcopy.dataplane.pager import PagerCounters, PagerStatistics
+from postcopy.dataplane.pager import PagerCounters, PagerStatistics, page_runs
 from postcopy.dataplane.recorder import Recorder
 from postcopy.errors import BusyError, CoreError, MigrationError, PostcopyError, check
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
+from postcopy.memory.workingset import Run
 from postcopy.tls import DataChannel
 from postcopy.uffd import How, Userfaultfd, parse_how, probe
 
@@ -110,10 +113,15 @@ class _Call:
 def _map_call(what: str, name: str, block: int, bitmap: Bitmap) -> _Call:
     """One with a page map, in a memfd."""
     words = bytes(bitmap)
+    return _file_call(what, name, (block, len(words) // 8), words)
+
+
+def _file_call(what: str, name: str, arguments: tuple[int, ...], content: Any) -> _Call:
+    """One with so much beside it that it takes a memfd."""
     with open(os.memfd_create("postcopy-map", os.MFD_CLOEXEC), "w+b") as file:
-        file.write(words)
+        file.write(content)
         file.flush()
-        return _Call(what, name, (block, len(words) // 8), (file.fileno(),))
+        return _Call(what, name, arguments, (file.fileno(),))
 
 
 class _Readable:
@@ -356,6 +364,9 @@ class ProcessPager(PagerCounters):
         self._pending: deque[Event] = deque()  # events that do not come from the process
         self._replaced = trio.Event()
         self._compression = Compression(0)
+        self._prefetch = NO_PREFETCH
+        self._touches = -1  # where first touches are logged
+        self._runs: Sequence[Run] = ()
         self._disarmed = False
         self._deaths_in_a_row = 0
         self._received_at_death = 0
@@ -393,6 +404,15 @@ class ProcessPager(PagerCounters):
     def accept_compression(self, ways: Compression) -> None:
         self._give_compression(ways)
         self._compression = ways
+
+    def record_touches(self, fd: int) -> None:
+        self._check_open()
+        self._touches = os.dup(fd)
+        self._give_touches()
+
+    def set_prefetch(self, policy: Prefetch) -> None:
+        self._give_prefetch(policy)
+        self._prefetch = policy
 
     async def _forget(self, block: int, stale: Bitmap) -> None:
         """`PagerDied` when the process does: what it had received is not to be used then."""
@@ -449,6 +469,10 @@ class ProcessPager(PagerCounters):
         self._check_range(block, first_page, pages)
         self._post("requesting pages", "request_range", block, first_page, pages)
         return pages - self.received(block).part(first_page, pages).count()
+
+    def request_runs(self, runs: Sequence[Run]) -> None:
+        self._give_runs(runs)
+        self._runs = runs
 
     def statistics(self) -> PagerStatistics:
         """As `Pager.statistics`, over all processes there were."""
@@ -566,6 +590,8 @@ class ProcessPager(PagerCounters):
             os.close(shard.uffd)
         for block in self._blocks:
             os.close(block.states_fd)
+        if self._touches >= 0:
+            os.close(self._touches)
         lib.pc_metrics_free(self._counters)
 
     # ---- private
@@ -637,6 +663,17 @@ class ProcessPager(PagerCounters):
     def _give_compression(self, ways: Compression) -> None:
         self._post("accepting compression", "accept_compression", ways.value)
 
+    def _give_prefetch(self, policy: Prefetch) -> None:
+        self._post("setting the prefetch policy", "set_prefetch", policy.way, policy.pages)
+
+    def _give_touches(self) -> None:
+        self._post("recording first touches", "record_touches", fds=(self._touches,))
+
+    def _give_runs(self, runs: Sequence[Run]) -> None:
+        self._check_open()
+        packed = ffi.buffer(page_runs(runs))
+        self._process.post(_file_call("requesting pages", "request_runs", (len(runs),), packed))
+
     def _give_arming(self, *armed: int) -> None:
         self._post("registering memory with a userfaultfd", "arm", *armed)
 
@@ -658,8 +695,13 @@ class ProcessPager(PagerCounters):
                 for shard in self._shards:
                     self._give_shard(shard)
                 self._give_compression(self._compression)
+                self._give_prefetch(self._prefetch)
+                if self._touches >= 0:
+                    self._give_touches()
                 for armed in () if self._disarmed else self._armed:
                     self._give_arming(*armed)
+                if self._runs and not self._disarmed:  # what has arrived of them is asked for no second time
+                    self._give_runs(self._runs)
                 await self.confirm()
             except PagerDied:
                 continue  # counted when it is ended

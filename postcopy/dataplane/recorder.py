@@ -11,6 +11,7 @@ Resource handling: what is recorded holds its recorder, and stops it before it e
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from postcopy._native import ffi, lib
 from postcopy.dataplane.counters import PagerStatistics, PageServerStatistics
-from postcopy.errors import check
+from postcopy.errors import PostcopyError, check
 
 if TYPE_CHECKING:
     from postcopy.dataplane._base import DataPlane
@@ -37,7 +38,7 @@ _OF_PAGER = {
     "background": "background_pages",
     "zero": "zero_pages",
     "prefetched": "prefetched_pages",
-    "prefetch_hits": "prefetch_hits",
+    "hits": "prefetch_hits",
     "duplicate": "duplicate_pages",
     "received_bytes": "bytes_received",
     "sent_bytes": "bytes_sent",
@@ -52,6 +53,11 @@ _OF_PAGESERVER = {
 }
 
 
+def field_names(kind: str) -> tuple[str, ...]:
+    """Of what a column has, in order."""
+    return tuple(field.name for field in fields(PageServerStatistics if kind == "pageserver" else PagerStatistics))
+
+
 @dataclass(frozen=True)
 class Moment:
     """A mark."""
@@ -64,8 +70,16 @@ class Moment:
 class Recorder:
     """Make it, give it what is to be recorded, `mark` what happens; `stop`, `recording`, `close`."""
 
+    @classmethod
+    def open(cls) -> Recorder | None:
+        """None without memory, which ends nothing else."""
+        try:
+            return cls()
+        except PostcopyError as error:
+            log.warning("nothing is recorded over time: %s", error)
+            return None
+
     def __init__(self) -> None:
-        """`ResourceError` or `CoreError` without memory."""
         from postcopy.records.timeline import MARKS  # now, and not in the pause
 
         pointer: Any = ffi.new("struct pc_recorder **")
@@ -82,24 +96,21 @@ class Recorder:
     # ---- what is recorded
 
     def follow(self, plane: DataPlane, blocks: Sequence[tuple[str, int, int]]) -> None:
-        """A pager or page server, with the names of its blocks, their sizes and units of transfer. Where there is no
-        thread for that nothing is recorded of it."""
+        """A pager or page server, with the names of its blocks, their sizes and units of transfer."""
         self._plane = plane
         self._blocks = list(blocks)
-        try:
-            plane.be_recorded(self)
-        except Exception as error:  # noqa: BLE001  # a migration never fails of what is recorded of it
-            log.warning("nothing is recorded: %s", error)
+        plane.be_recorded(self)
 
     def take(self, kind: str, struct: Any) -> None:
         """A struct of the core to look at: of a `pager`, of `metrics`, of a `pageserver`, of a `machine` (NULL: not any
-        more)."""
+        more). Where there is no thread for that, nothing is recorded, and no migration fails of it."""
         if self._struct is None:
             return
-        check(getattr(lib, f"pc_recorder_{kind}")(self._struct, struct), "starting a recorder")
+        if (result := getattr(lib, f"pc_recorder_{kind}")(self._struct, struct)) < 0:
+            log.warning("nothing is recorded over time: starting a thread for that: %s", os.strerror(-result))
+            return
         if kind != "machine":
-            cls = PageServerStatistics if kind == "pageserver" else PagerStatistics
-            self._fields = tuple(field.name for field in fields(cls))
+            self._fields = field_names(kind)
 
     def mark(self, what: str, text: str = "", *, at_ns: int | None = None, begins: bool = False) -> None:
         """Something happens now, or has happened; `what`: as in the record `Mark`. `begins`: what follows is recorded

@@ -44,7 +44,6 @@ from postcopy.errors import (
     ProtocolError,
     ResourceError,
 )
-from postcopy.handler import _workingset as workingset
 from postcopy.handler._connect import ConnectSource
 from postcopy.handler._image import Image
 from postcopy.handler._report import vm_record
@@ -59,6 +58,7 @@ from postcopy.machines.firecracker.handshake import (
     peer_credentials,
     receive_handshake,
 )
+from postcopy.memory import workingset
 from postcopy.migration.tasks import first_of
 from postcopy.output.words import format_count
 from postcopy.records import Record

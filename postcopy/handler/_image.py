@@ -12,24 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
 from functools import cached_property
 
 from postcopy.errors import ConfigurationError
 from postcopy.memory import Memory
+from postcopy.memory.workingset import Identity
 
 SAMPLES = 256
 """Pieces of the file that are looked at to know it again."""
 SAMPLE_BYTES = 4096
-
-
-@dataclass(frozen=True)
-class Identity:
-    """By which an image is known again: on another host too, where it was copied with its time (``cp -p``)."""
-
-    size_bytes: int
-    mtime_s: int  # whole seconds, as archives keep it
-    sample: bytes  # SHA-256 of pieces of its content
 
 
 class Image:

@@ -17,11 +17,11 @@ import trio
 
 from postcopy.dataplane.pager import Event, EventType, Pager
 from postcopy.errors import ConfigurationError, PostcopyError
-from postcopy.handler import _workingset as workingset
 from postcopy.handler._image import Image
 from postcopy.lazy import PageSource
 from postcopy.lazy._bridge import Bridge
 from postcopy.lazy._source import check_layout
+from postcopy.memory import workingset
 from postcopy.units import format_size
 
 if TYPE_CHECKING:

@@ -57,10 +57,10 @@ from postcopy.errors import (
     ProtocolError,
     out_of_files,
 )
-from postcopy.handler import _workingset as workingset
 from postcopy.handler._source import Source
 from postcopy.handler._store import kind_of
 from postcopy.machines.firecracker.handshake import Credentials, Handshake
+from postcopy.memory import workingset
 
 _SO_PEERPIDFD = 77  # <asm-generic/socket.h>, Linux 6.5
 _RECORD = "postcopy-vm"
@@ -350,7 +350,7 @@ class Vm:
 
     def _begin_recording(self) -> None:
         if self._options.records:
-            self.recorder = Recorder()
+            self.recorder = Recorder.open()
             if self.taken_over:
                 self._mark("pager-died", "this process has taken over")
 

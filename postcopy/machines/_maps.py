@@ -24,6 +24,7 @@ class Area:
     inode: int  # 0: of no file
     path: str = ""  # as the kernel shows it
     flags: frozenset[str] = frozenset()  # "VmFlags", where they were asked for
+    page_bytes: int = 0  # likewise
 
     @property
     def size_bytes(self) -> int:
@@ -32,6 +33,14 @@ class Area:
     @property
     def shared(self) -> bool:
         return self.rights.endswith("s")
+
+
+def may_not(who: str) -> ResourceError:
+    """Look at a process."""
+    return ResourceError(
+        f"this user may not look at {who}",
+        "run as the user of it, or as root (as root where it has changed its user, as QEMU by -runas)",
+    )
 
 
 def areas(pid: int, who: str, *, flags: bool = False) -> list[Area]:
@@ -44,10 +53,12 @@ def areas(pid: int, who: str, *, flags: bool = False) -> list[Area]:
                     start, end, offset, major, minor = (int(match[number], 16) for number in (1, 2, 4, 5, 6))
                     device = os.makedev(major, minor)
                     found.append(Area(start, end, match[3], offset, device, int(match[7]), match[8]))
+                elif line.startswith("KernelPageSize:"):
+                    found[-1] = replace(found[-1], page_bytes=int(line.split()[1]) * 1024)
                 elif line.startswith("VmFlags:"):
                     found[-1] = replace(found[-1], flags=frozenset(line.split()[1:]))
     except PermissionError as error:
-        raise ResourceError(f"this user may not look at {who}", "run as the user of it, or as root") from error
+        raise may_not(who) from error
     except (FileNotFoundError, ProcessLookupError):
         raise MigrationError(f"{who} has ended") from None
     return found

@@ -92,6 +92,9 @@ class RemoteMemory(Memory):
             return Bitmap.full(self.size_bytes // (page_bytes or self.page_bytes))
         return super().present(page_bytes, known)
 
+    def present_more(self, known: Bitmap, page_bytes: int | None = None) -> Bitmap:
+        return self._compared(known, page_bytes or self.page_bytes)
+
     def unpopulated_bytes(self) -> int:
         """Of a process that has ended nothing. (Its page tables would say it to the page, in a time that grows with
         them.)"""

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from postcopy._blocking import run_briefly, run_sync, run_to_end
 from postcopy.machines import Machine
@@ -51,8 +50,8 @@ class Changes:
         return self._log is not None
 
     async def begin(self) -> list[Bitmap]:
-        """The pages that may hold something other than zeros."""
-        self._present, self._took_s = await run_sync(_timed, partial(self._look, [None] * len(self._page_bytes)))
+        """The pages that may hold something other than zeros; `collect` adds to these maps."""
+        self._present, self._took_s = await run_sync(_timed, self._look)
         return self._present
 
     async def collect(self) -> list[Bitmap]:
@@ -64,19 +63,17 @@ class Changes:
             changed, self._took_s = await run_briefly(_timed, self._collect)
         return changed
 
-    def _look(self, known: Sequence[Bitmap | None]) -> list[Bitmap]:
-        blocks = self._machine.blocks
+    def _look(self) -> list[Bitmap]:
         return [
-            block.memory.present(unit, bitmap)
-            for block, unit, bitmap in zip(blocks, self._page_bytes, known, strict=True)
-        ]
+            block.memory.present(unit) for block, unit in zip(self._machine.blocks, self._page_bytes, strict=True)
+        ]  # fmt: skip
 
     def _collect(self) -> list[Bitmap]:
         if not self._machine.live:
             return [Bitmap(len(bitmap)) for bitmap in self._present]
         if self._log is None:
-            before, self._present = self._present, self._look(self._present)
-            return [now.without(was) for now, was in zip(self._present, before, strict=True)]
+            known = zip(self._machine.blocks, self._present, self._page_bytes, strict=True)
+            return [block.memory.present_more(bitmap, unit) for block, bitmap, unit in known]
         return [
             self._log.collect(number).rescaled(block.memory.page_bytes, unit)
             for number, (block, unit) in enumerate(zip(self._machine.blocks, self._page_bytes, strict=True))

@@ -45,6 +45,7 @@ from postcopy.machines import BlockLayout, Extent, Machine, MachineState, Machin
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.acknowledgements import PlacedReporter
+from postcopy.migration.ahead import Ahead
 from postcopy.migration.connection import HEARTBEAT_S, MISSED_HEARTBEATS, STEP_TIMEOUT_S, Control
 from postcopy.migration.engine import Engine
 from postcopy.migration.maps import digest_of, receive_maps, send_maps
@@ -91,6 +92,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         *,
         make_machine: MakeMachine,
         make_pager: Callable[[], AnyPager],
+        make_ahead: Callable[[], Ahead] = Ahead,
         background: bool = True,
         busy_poll_us: int = 0,
         how: How | str = How.ANY,
@@ -100,9 +102,10 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         kill_when_lost: bool = False,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """`background`: whether pages are pushed, and asked for, that were not touched; without it there are no bulk
-        channels, unless the source is too old for that. `doubt_for_s`: how long a source is looked for that was lost
-        when this side had said `prepared`, and does not know what was decided."""
+        """`make_ahead`: makes, once the machine is there, what is asked for before it is touched. `background`: whether
+        pages are pushed, and asked for, that were not touched; without it there are no bulk channels, unless the source
+        is too old for that. `doubt_for_s`: how long a source is looked for that was lost when this side had said
+        `prepared`, and does not know what was decided."""
         super().__init__(
             DestinationProtocol(link.version),
             link,
@@ -118,6 +121,8 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         self._window = RecentWindow()
         self._make_machine = make_machine
         self._make_pager = make_pager
+        self._make_ahead = make_ahead
+        self._ahead = Ahead()
         self._background = background
         self._busy_poll_us = busy_poll_us
         self._how = how
@@ -373,6 +378,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
 
     async def _finish(self, control: Control[DestinationProtocol], pager: AnyPager) -> None:
         """Gathers what is missing, and says so when nothing is."""
+        self._ahead.ask(pager)
         await self._gather(pager)
         await self._disarm(pager)
         stats = self.statistics().to_wire() | {"breakdown": self.breakdown.to_wire()}
@@ -382,6 +388,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         self.total_ns = natural(acknowledgement.stats.get("total_ns"))
         self.breakdown = self.breakdown.with_wire(acknowledgement.stats.get("breakdown"))
         self._of_source = acknowledgement.stats
+        await self._ahead.record()
 
     async def _disarm(self, pager: AnyPager) -> None:
         """Nothing is missing: the machine does not depend on the pager any more."""
@@ -413,6 +420,8 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         for _ in range(0 if machine.lends else machine.shards):
             # ANY prefers one that stops the kernel's faults too; a machine that needs that has refused a host without.
             pager.add_shard(self._how, self._busy_poll_us)
+        self._ahead = self._make_ahead()
+        await self._ahead.begin(machine, pager)
         return machine, pager
 
     async def _take_machine(self, control: Control[DestinationProtocol], machine: Machine, pager: AnyPager) -> None:
@@ -595,6 +604,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             _ = self.pager_process
             machine, pager = self.machine, self._data
             self._data = None  # `statistics` has the last numbers meanwhile
+            await self._contained(partial(self._ahead.close, self.running_ns > 0))
             while self._held:
                 self._held.popitem()[1].close()
             # Again after the pager, which has freed whatever waited for a page; closing twice does no harm.

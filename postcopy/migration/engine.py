@@ -220,7 +220,7 @@ class Engine(abc.ABC, Generic[P, D]):
 
     def record(self, recorder: Recorder | None = None) -> None:
         """Before `run`: what happens is recorded over time, by this one where it has begun to."""
-        self.recorder = recorder or Recorder()
+        self.recorder = recorder or Recorder.open()
 
     def _mark(self, what: str, text: str = "", *, at_ns: int | None = None, begins: bool = False) -> None:
         if self.recorder is not None:

@@ -162,6 +162,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         self._left_pages = 0  # that the destination does not have, some perhaps counted twice,
         self._left_at: int | None = None  # when the page server had sent so many; None: this was not told yet
         self._synchronised = self._dirty_rate = 0
+        self._push_after_s = options.push_after_s
         self._policy = Policy(options.mode, options.precopy_s, options.max_downtime_s, options.precopy_rounds)
         self._policy.limit_bytes_per_s = options.max_bandwidth_bytes_per_s
 
@@ -225,6 +226,12 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
     def set_max_downtime(self, max_downtime_s: float) -> None:
         """How much may be sent while the machine is paused, see `SourceOptions`."""
         self._policy.max_downtime_s = max_downtime_s
+        self._wake()
+
+    def set_push_after(self, push_after_s: float) -> None:
+        """How long after the switchover the push of the rest is held back; 0: it begins now. One that has begun goes
+        on."""
+        self._push_after_s = push_after_s
         self._wake()
 
     def switch_over(self) -> None:
@@ -758,12 +765,22 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         self._push_the_rest()
         await self._close_changes()
         self._change()
+        while (left_s := self._held_for_s) > 0:
+            with trio.move_on_after(left_s):
+                await self._changed.wait()
+        self._push_the_rest()
+
+    @property
+    def _held_for_s(self) -> float:
+        """How long the push of the rest is still held back."""
+        return self._push_after_s - (now_ns() - self.committed_ns) / 1e9
 
     def _push_the_rest(self) -> None:
         """What has not been sent, and was not asked for; also on the connections of a recovery. No effect when that
-        has begun."""
+        has begun, or while it is held back."""
         assert self._data is not None
-        self._data.start()
+        if self._held_for_s <= 0:
+            self._data.start()
 
     def _note(self, event: Event) -> None:
         super()._note(event)

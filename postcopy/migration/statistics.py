@@ -92,6 +92,8 @@ class Statistics:
     total_bytes: int | None = None
     page_bytes: int | None = None  # of the first block
     demand_pages: int | None = None
+    prefetched_pages: int | None = None
+    prefetch_hits: int | None = None
     background_pages: int | None = None
     zero_pages: int | None = None
     duplicate_pages: int | None = None
@@ -150,8 +152,9 @@ class Statistics:
 
 
 _ON_WIRE = (
-    "transferred_bytes", "resident_bytes", "total_bytes", "page_bytes", "demand_pages", "background_pages",
-    "zero_pages", "duplicate_pages", "requests", "pending_faults", "precopy_bytes", "postcopy_bytes",
+    "transferred_bytes", "resident_bytes", "total_bytes", "page_bytes", "demand_pages", "prefetched_pages",
+    "prefetch_hits", "background_pages", "zero_pages", "duplicate_pages", "requests", "pending_faults",
+    "precopy_bytes", "postcopy_bytes",
 )  # fmt: skip
 """What is told as it was counted. The source's times go with `complete-ack`, and the rest is of one side's host."""
 

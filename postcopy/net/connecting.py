@@ -231,13 +231,19 @@ class Caller:
 
     async def _greet(self, stream: Stream, secured: _Secured, hello: Hello, token: bytes, version: int) -> None:
         """`PeerError`, `ProtocolError`."""
+        resumed = False
         try:
             if isinstance(stream, TlsStream):
                 await stream.handshake()
+                resumed = stream.peer.resumed
                 self._check_authorised(stream, "take" if hello.side == "source" else "send")
             await _say_hello(stream, hello, token, version)
-        except trio.BrokenResourceError as error:
-            raise broken(error) from error
+        except BaseException as error:
+            if resumed and self._last is secured:
+                self._last = None  # a peer of before that does not take the session says nothing: the next offers none
+            if isinstance(error, trio.BrokenResourceError):
+                raise broken(error) from error
+            raise
         if isinstance(stream, TlsStream) and (session := stream.session):
             self._last = replace(secured, session=session)
 

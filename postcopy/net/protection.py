@@ -47,7 +47,7 @@ class Protection:
         return cls(Credentials(tls, authz))
 
     async def load(self, *, listens: bool = False, connects: bool = False) -> None:
-        """Reads what these roles need, to find at the start what is wrong with it. Errors as `Credentials.load`."""
+        """Reads what these roles need, to find at the start what is wrong with it. Errors as `Credentials.context`."""
         if self.credentials is not None:
             for server, wanted in ((True, listens), (False, connects)):
                 if wanted:

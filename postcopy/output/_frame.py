@@ -124,6 +124,7 @@ class _Past:
     operations: float = 0.0  # of the guest, a second
     history: deque[float | None] = field(default_factory=lambda: deque(maxlen=_HISTORY))  # p99; None: no fault
     sampled_s: float = -math.inf
+    latency: Json = field(default_factory=dict)  # of the last moment in which there was a fault
 
     def look(self, job: Json, now_s: float) -> None:
         ram, guest = job.get("ram") or {}, job.get("guest") or {}
@@ -132,6 +133,8 @@ class _Past:
         if _moves(job) and (recent := job.get("recent")) and now_s - self.sampled_s >= _HISTORY_PERIOD_S:
             self.sampled_s = now_s
             self.history.append(recent["p99"] if recent["count"] else None)
+        if (latency := job.get("recent") or {}).get("count"):
+            self.latency = latency
 
     def _rate(self, name: str, value: int, now_s: float) -> float:
         return self.rates.setdefault(name, Rate()).of(value, now_s)
@@ -238,7 +241,7 @@ class Frames:
         """All machines, and what is known of the chosen one. `note`: what is wrong, in a line."""
         fresh, self._looked_at = now is not self._looked_at, now
         items = self._items(now, fresh)
-        self._choose([item.name for item in items])
+        self._choose(items)
         footer = Span(note, "warn") if note else Span("up, down: choose   q: leave" if keys else "", "muted")
         has_footer = bool(footer.text) and height > 2
         room = max(0, height - 2 - has_footer)
@@ -270,9 +273,11 @@ class Frames:
             self._place = max(0, min(last, self._place + steps.get(key, 0)))
             self._chosen = self._names[self._place]
 
-    def _choose(self, names: list[str]) -> None:
-        """The same one as before, where it is still there, else what is in its place."""
-        self._names = names
+    def _choose(self, items: list[_Item]) -> None:
+        """The same one as before, where it is still there, else what is in its place; at first one that migrates."""
+        names = self._names = [item.name for item in items]
+        if not self._chosen:
+            self._chosen = next((item.name for item in items if item.moving), "")
         if self._chosen in names:
             self._place = names.index(self._chosen)
         self._place = max(0, min(self._place, len(names) - 1))
@@ -334,9 +339,7 @@ class Frames:
     @staticmethod
     def _faults(now: Json, past: _Past) -> list[Span]:
         fields = []
-        latency = now.get("fault-latency-us") or {}
-        if (recent := now.get("recent") or {}).get("count"):
-            latency = recent
+        latency = past.latency or now.get("fault-latency-us") or {}
         if latency.get("count"):
             fields += [
                 Span(f"{name} {past.wide(name, format_duration(latency[key] / 1e6), _TIME_WIDTH)}")
@@ -533,8 +536,7 @@ def _of_waiting(item: _Item, past: _Past) -> Span:
 
 
 def _of_latency(item: _Item, past: _Past) -> str:
-    recent = item.job.get("recent") or {}
-    latency = recent if recent.get("count") else item.job.get("fault-latency-us") or {}
+    latency = past.latency or item.job.get("fault-latency-us") or {}
     return format_duration(latency["p99"] / 1e6) if latency.get("count") else ""
 
 

@@ -235,6 +235,8 @@ class Output:
             cost_s = time.monotonic() - at
             if live is not None:
                 await trio.sleep(max(LEAST_PERIOD_S, min(20 * cost_s, MOST_PERIOD_S)))
+            else:  # of many machines that move one changes all the time, and all of them are shown then
+                await trio.sleep(min(9 * cost_s, PERIOD_S))
             with trio.move_on_after(max(PERIOD_S if live is None else LIVE_PERIOD_S - LEAST_PERIOD_S, 20 * cost_s)):
                 await self._kick.wait()
 

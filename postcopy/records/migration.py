@@ -63,8 +63,20 @@ class Ram(Record):
     ] = None
     demand_pages: Annotated[
         int | None,
-        doc("Placed in answer to a request.", "pages", label="Demand pages", help=_PAGES,
+        doc("Placed in answer to a request for a thread that waits.", "pages", label="Demand pages", help=_PAGES,
             metric="postcopy_migration_pages_total", kind="demand"),
+    ] = None  # fmt: skip
+    prefetched_pages: Annotated[
+        int | None,
+        doc("Placed in answer to a request before any thread waited: by `--prefetch`, of a working set, or since the"
+            " push had ended.", "pages", label="Prefetched pages", help=_PAGES,
+            metric="postcopy_migration_pages_total", kind="prefetched"),
+    ] = None  # fmt: skip
+    prefetch_hits: Annotated[
+        int | None,
+        doc("Pages that were requested so and that a thread has then reached, as far as faults show it: it came to wait"
+            " for one, or faulted beyond it in the same stream.", "pages", label="Prefetch hits",
+            metric="postcopy_migration_prefetch_hits_total"),
     ] = None  # fmt: skip
     background_pages: Annotated[
         int | None,

@@ -79,7 +79,7 @@ class Series(Record):
         list[int] | None,
         doc(f"{_KIND}: placed before a fault asked for them, since they were expected to be.", "pages"),
     ] = None
-    prefetch_hits: Annotated[
+    hits: Annotated[
         list[int] | None,
         doc(f"{_KIND}: requested before a fault asked, and then reached by a thread, as far as it is known.", "pages"),
     ] = None

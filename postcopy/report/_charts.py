@@ -8,6 +8,7 @@ page shows the one that is readable. The residency map is a raster, of one colou
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -22,20 +23,23 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from numpy.typing import NDArray
 
 from postcopy.output.words import format_duration, format_speed
-from postcopy.report._model import KINDS, Array, Histogram, Mark, Migration, Timeline
+from postcopy.report._model import KINDS, Array, Histogram, Mark, Migration, Side, Timeline
 from postcopy.units import format_size
 
 WIDE, NARROW = 660, 300  # points: 880 and 400 pixels of CSS
 WIDTHS = {WIDE: "wide", NARROW: "narrow"}  # and the class that shows it
 FONT_PT = 9.0
-STEPS = 160  # of a curve of rates, at most
+STEPS = 120  # of a curve of rates, at most
 _BEFORE, _AFTER = 0.3, 0.5  # shown around the time in which pages move, as parts of that
 # What each colour of a picture is in the page; any colours will do that differ, and are nothing's own.
 COLOURS = {name: f"#a1{number:02x}b7" for number, name in enumerate((
     "fg", "muted", "grid", "bg", "precopied", "zero", "background", "prefetched", "demand", "pause", "cut", "guest",
     "bytes", "slow", "sent", "received", "placed", "total", "source", "dest"), 16)}  # fmt: skip
+Draw = Callable[[int], Figure]
+"""Draws a picture of this width, in points."""
 _RASTER = "#3f7fd0"
 _SETTINGS: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "postcopy", "text.parse_math": False, "font.size": FONT_PT,
@@ -65,6 +69,8 @@ def spans(marks: Sequence[Mark], last_ms: float) -> list[Span]:
     found: list[Span] = []
     open_at: dict[str, float] = {}
     for mark in marks:
+        if mark.what == "ended":
+            last_ms = min(last_ms, mark.at_ms)
         if mark.what in ("pause", "lost"):
             open_at.setdefault("pause" if mark.what == "pause" else "cut", mark.at_ms)
         elif (
@@ -108,10 +114,9 @@ def interesting(migration: Migration, timeline: Timeline, marks: Sequence[Mark])
     all_ms = [one.at_ms + migration.offset_ms(side) for side, one in migration.timelines]
     first, last = float(min(one[0] for one in all_ms)), float(max(one[-1] for one in all_ms))
     times = [mark.at_ms for mark in marks if mark.what in ("pause", "running", "lost", "recovered", "all-there")]
-    for name in ("received-bytes", "sent-bytes"):
-        if _moves(timeline, name):
-            share = np.nan_to_num(timeline.series[name]) / np.nanmax(timeline.series[name])
-            times += [float(at_ms[np.searchsorted(share, part)]) for part in (0.01, 0.99)]
+    if (moved := bytes_of(migration.main)) is not None:
+        share = np.maximum.accumulate(np.nan_to_num(moved)) / np.nanmax(moved)
+        times += [float(at_ms[np.searchsorted(share, part)]) for part in (0.01, 0.99)]
     if not times:
         return first, last
     begin, end = min(times), max(times)
@@ -119,13 +124,43 @@ def interesting(migration: Migration, timeline: Timeline, marks: Sequence[Mark])
     return max(first, begin - _BEFORE * around), min(last, end + _AFTER * around)
 
 
-def as_svg(draw: Callable[[int], Figure], name: str) -> str:
+def as_svg(draw: Draw, name: str) -> str:
     """Both widths, for the page."""
     parts = []
     with matplotlib.rc_context(_SETTINGS):
         for width, shown in WIDTHS.items():
             parts.append(f'<div class="{shown}">{svg_of(draw(width), f"{name}-{shown}")}</div>')
     return "".join(parts)
+
+
+def as_file(draw: Draw, colours: str, legend: Sequence[tuple[str, str]]) -> str:
+    """A picture for itself; `colours`: a style sheet of the variables; `legend`: which of them is what, above it."""
+    with matplotlib.rc_context(_SETTINGS):
+        svg = svg_of(draw(WIDE), "p")
+    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+    assert size is not None
+    # A row of the legend has as much as there is room for, by what a letter is wide on average.
+    x, row, placed = 10.0, 1, []
+    for colour, text in legend:
+        room = len(text) * FONT_PT * 0.56 + 24
+        if x + room > WIDE and x > 10:
+            x, row = 10.0, row + 1
+        placed.append((x, 14 * row, colour, html.escape(text)))
+        x += room
+    above = 14 * row + 12
+    words = [
+        f'<rect x="{x:.1f}" y="{y - above - 6}" width="8" height="8" style="fill: var(--{colour})"/>'
+        f'<text x="{x + 12:.1f}" y="{y - above + 2}" style="font-size: {FONT_PT}px; fill: var(--fg)">{text}</text>'
+        for x, y, colour, text in placed
+    ]
+    width, height = float(size[1]), float(size[2]) + above
+    head = (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+        f' width="{width * 4 / 3:.0f}" height="{height * 4 / 3:.0f}" viewBox="0 {-above} {width:g} {height:g}">\n'
+        f"<style>\n{colours}text {{ font-family: system-ui, 'DejaVu Sans', Arial, sans-serif; }}\n</style>\n"
+        f'<rect y="{-above}" width="100%" height="100%" style="fill: var(--bg)"/>\n'
+    )
+    return head + "\n".join(words) + "\n" + svg.partition(">")[2].lstrip()
 
 
 def svg_of(figure: Figure, name: str) -> str:
@@ -142,7 +177,12 @@ def svg_of(figure: Figure, name: str) -> str:
     for variable, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{variable})")
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    return re.sub(r"(\d+\.\d{2})\d+", r"\1", re.sub(r"\n\s*", "\n", svg))
+    # A tenth of a point is enough for what is drawn; what is written stays as it is.
+    return re.sub(r"<[^>]*>", lambda tag: _short(tag[0]), re.sub(r">\s*\n\s*<", ">\n<", svg))
+
+
+def _short(tag: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"(\d\.\d)\d+", r"\1", tag))
 
 
 def _figure(width: int, height: float, rows: Sequence[float] = (1,)) -> tuple[Figure, list[Axes]]:
@@ -176,14 +216,16 @@ def si(value: float) -> str:
     return f"{value:.3g}"
 
 
-def thinned(at_ms: Array, counter: Array, least_ms: float) -> tuple[Array, Array]:
-    """A counter at fewer times, so far apart at least that a rate from one to the next is one, and no noise."""
-    kept, last = [0], float(at_ms[0])
+def kept(at_ms: Array, least_ms: float) -> NDArray[np.intp]:
+    """Which of these times are so far apart at least that a rate from one to the next is one, and no noise; the first
+    and the last are."""
+    found = [0]
     for number, at in enumerate(at_ms):
-        if at - last >= least_ms:
-            kept.append(number)
-            last = float(at)
-    return at_ms[kept], counter[kept]
+        if at - at_ms[found[-1]] >= least_ms:
+            found.append(number)
+    if len(at_ms) - 1 > found[-1]:
+        found[-1 if len(found) > 1 else 1 :] = [len(at_ms) - 1]
+    return np.array(found)
 
 
 def rate(at_ms: Array, counter: Array) -> Array:
@@ -196,9 +238,7 @@ def rate(at_ms: Array, counter: Array) -> Array:
 # ---- over time
 
 
-def over_time(
-    migration: Migration, clock: Clock, marks: Sequence[Mark], found: Sequence[Span]
-) -> Callable[[int], Figure] | None:
+def over_time(migration: Migration, clock: Clock, marks: Sequence[Mark], found: Sequence[Span]) -> Draw | None:
     """Pages by kind, throughput, progress of the guest, threads that wait: those that are known, below each other."""
     timeline = migration.main.timeline
     if timeline is None or len(timeline.at_ms) < 2:
@@ -213,7 +253,7 @@ def over_time(
                 lambda axes: _arrived(axes, clock, timeline, migration, page_bytes),
             )
         )
-    moved = next((timeline.series[name] for name in ("received-bytes", "sent-bytes") if _moves(timeline, name)), None)
+    moved = bytes_of(migration.main)
     if moved is not None:
         panels.append(
             (1, "Bytes a second, on all data channels", lambda axes: _throughput(axes, clock, timeline.at_ms, moved))
@@ -247,10 +287,17 @@ def _moves(timeline: Timeline, name: str) -> bool:
     return name in timeline.series and bool(np.nanmax(timeline.series[name], initial=0))
 
 
+def bytes_of(side: Side) -> Array | None:
+    """What has gone over the data channels, in the direction in which pages go; None where nothing has."""
+    name = "sent-bytes" if side.name == "source" else "received-bytes"
+    return side.timeline.series[name] if side.timeline is not None and _moves(side.timeline, name) else None
+
+
 def _arrived(axes: Axes, clock: Clock, timeline: Timeline, migration: Migration, page_bytes: float) -> None:
     kinds = [kind for kind in KINDS if kind in timeline.pages and timeline.pages[kind][-1]]
+    chosen = kept(timeline.at_ms, clock.length_ms / (2 * STEPS))
     axes.stackplot(
-        clock(timeline.at_ms), *(timeline.pages[kind] * page_bytes for kind in kinds),
+        clock(timeline.at_ms[chosen]), *(timeline.pages[kind][chosen] * page_bytes for kind in kinds),
         colors=[COLOURS[kind] for kind in kinds], lw=0,
     )  # fmt: skip
     _plain_axis(axes, lambda value: format_size(round(value)))
@@ -270,7 +317,8 @@ def _binary(axes: Axes) -> None:
 
 
 def _throughput(axes: Axes, clock: Clock, at_ms: Array, counter: Array) -> None:
-    at_ms, counter = thinned(at_ms, counter, clock.length_ms / STEPS)
+    chosen = kept(at_ms, clock.length_ms / STEPS)
+    at_ms, counter = at_ms[chosen], counter[chosen]
     axes.stairs(rate(at_ms, counter), clock(at_ms), color=COLOURS["bytes"], lw=1.4)
     _plain_axis(axes, lambda value: format_speed(value))
     _binary(axes)
@@ -278,24 +326,24 @@ def _throughput(axes: Axes, clock: Clock, at_ms: Array, counter: Array) -> None:
 
 def _guest(axes: Axes, clock: Clock, guest: Sequence[tuple[str, Array, Array]]) -> None:
     for _, at_ms, counter in guest:
-        at_ms, counter = thinned(at_ms, counter, clock.length_ms / STEPS)
+        chosen = kept(at_ms, clock.length_ms / STEPS)
+        at_ms, counter = at_ms[chosen], counter[chosen]
         if len(at_ms) > 1:
             axes.stairs(rate(at_ms, counter), clock(at_ms), color=COLOURS["guest"], lw=1.4)
     _plain_axis(axes, ticks=3)
 
 
 def _waiting(axes: Axes, clock: Clock, timeline: Timeline) -> None:
-    axes.fill_between(
-        clock(timeline.at_ms), timeline.series["faults-waiting"], step="pre", color=COLOURS["demand"], alpha=0.75, lw=0
-    )
+    chosen = kept(timeline.at_ms, clock.length_ms / STEPS)
+    most = np.maximum.reduceat(np.nan_to_num(timeline.series["faults-waiting"]), np.append(0, chosen[:-1] + 1))
+    at_ms = clock(timeline.at_ms[chosen])
+    axes.fill_between(at_ms, most, step="pre", color=COLOURS["demand"], alpha=0.75, lw=0)
     _plain_axis(axes, ticks=3)
 
 
 def operations(migration: Migration) -> list[tuple[str, Array, Array]]:
-    """Of the guest, counted: by side, its times, and the counter then. Where both sides are known, each counts while
-    the machine is its own."""
+    """Of the guest: by side, its times, and the counter then. Each side counts while the machine is its own."""
     found = []
-    both = len(list(migration.timelines)) > 1
     for side, timeline in migration.timelines:
         if len(timeline.at_ms) < 2 or not _moves(timeline, "guest-operations"):
             continue
@@ -305,7 +353,7 @@ def operations(migration: Migration) -> list[tuple[str, Array, Array]]:
             known = np.flatnonzero(counted > 0)
             begin = int(known[0]) if len(known) else 0
             at_ms, counted = at_ms[begin:], counted[begin:]
-        elif turn is not None and both:
+        elif turn is not None:
             keep = int(np.searchsorted(at_ms, turn.at_ms, side="right"))
             at_ms, counted = at_ms[:keep], counted[:keep]
         good = ~np.isnan(counted)
@@ -342,22 +390,17 @@ def _name_marks(figure: Figure, axes: Sequence[Axes], clock: Clock, marks: Seque
                 taken[row].append((begin, begin + room))
                 placed.append((begin, word, row, mark.what))
                 break
-        for each in axes:
-            each.axvline(
-                clock(mark.at_ms),
-                color=COLOURS["cut" if mark.what == "lost" else "muted"],
-                lw=0.7,
-                ls=(0, (2, 2)),
-                zorder=0.6,
-            )
+        for each in axes if mark.what not in ("pause", "lost") else ():  # those have lines already
+            each.axvline(clock(mark.at_ms), color=COLOURS["muted"], lw=0.7, ls=(0, (2, 2)), zorder=0.6)
     for begin, word, row, what in placed:
         figure.text(
             begin / width, 1 - (8 + 12 * row) / height, word, fontsize=FONT_PT - 0.5, va="center",
-            color=COLOURS[{"pause": "pause", "lost": "cut"}.get(what, "muted")], fontweight="bold" if what in ("pause", "lost") else "normal",
+            color=COLOURS[{"pause": "pause", "lost": "cut"}.get(what, "muted")],
+            fontweight="bold" if what in ("pause", "lost") else "normal",
         )  # fmt: skip
 
 
-def residency(timeline: Timeline, clock: Clock, found: Sequence[Span]) -> Callable[[int], Figure] | None:
+def residency(timeline: Timeline, clock: Clock, found: Sequence[Span]) -> Draw | None:
     """Which part of the memory was there, over time, and the faults that were sampled."""
     levels = timeline.residency
     if levels is None or len(timeline.at_ms) < 2:
@@ -421,8 +464,8 @@ def _dots(axes: Axes, x: Array, y: Array, colour: str, size: float) -> None:
 # ---- how long
 
 
-def latency(stages: dict[str, Histogram]) -> Callable[[int], Figure] | None:
-    """Percentiles on an axis of nines, times on a logarithmic one: what few of them waited is as wide as what most did."""
+def latency(stages: dict[str, Histogram]) -> Draw | None:
+    """Percentiles on an axis of nines, times on a logarithmic one: the few that waited long are as wide as the rest."""
     total = stages.get("total")
     if total is None or total.count < 2:
         return None
@@ -470,7 +513,7 @@ def latency(stages: dict[str, Histogram]) -> Callable[[int], Figure] | None:
 # ---- the pause
 
 
-def pause(parts: Sequence[tuple[str, str, float, float]]) -> Callable[[int], Figure]:
+def pause(parts: Sequence[tuple[str, str, float, float]]) -> Draw:
     """Its stages below each other, each from where it began: (side, label, begin, length) in microseconds."""
 
     def draw(width: int) -> Figure:

@@ -8,7 +8,7 @@ values, a text so many characters; what is not like that is left out, and `Probl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -186,7 +186,7 @@ class Migration:
         return next((text for side in (self.dest, self.source) if side is not None and (text := side.text(key))), "")
 
     @property
-    def timelines(self) -> Iterable[tuple[Side, Timeline]]:
+    def timelines(self) -> list[tuple[Side, Timeline]]:
         return [(side, side.timeline) for side in self.sides.values() if side.timeline is not None]
 
     def offset_ms(self, side: Side) -> float:

@@ -31,7 +31,7 @@ from postcopy.wire import one_line
 Run = Callable[[Stop], Awaitable[bool]]
 MOST_MIGRATIONS = 16
 RENDER_S = 60.0
-_NICENESS = 10
+_NICENESS = 5
 _ENDS: Final = frozenset({"migration-ended", "vm-ended", "result"})
 _KEPT: Final = _ENDS | {"timeline"}
 
@@ -55,7 +55,7 @@ class Reporter:
         self._run = b""
         self._lines: dict[tuple[str, ...], dict[str, bytes]] = {}  # of a migration, and of its side, by event
         self._due = trio.Event()
-        self._drawn = False  # what is known is in the file
+        self._known = self._in_file = 0  # how many lines were taken, and how many of them the page was made of
         output.listeners.append(self.take)
 
     def take(self, event: str, fields: Json) -> None:
@@ -71,7 +71,7 @@ class Reporter:
             migrations = list(dict.fromkeys(about for about, _ in self._lines))
             for old in migrations[:-MOST_MIGRATIONS]:
                 self._lines = {key: lines for key, lines in self._lines.items() if key[0] != old}
-            self._drawn = False
+            self._known += 1
             if event in _ENDS:
                 self._due.set()
 
@@ -90,9 +90,9 @@ class Reporter:
                     nursery.cancel_scope.cancel()
             finally:
                 # (when it was asked to end at once this is cancelled, too)
-                if self._lines and not self._drawn:
+                if self._in_file < self._known:
                     await self._draw()
-                if self._drawn:
+                if self._in_file:
                     self._output.say(f"postcopy: report: {self._path}")
             return done
 
@@ -105,8 +105,7 @@ class Reporter:
             await self._draw()
 
     async def _draw(self) -> None:
-        """`_drawn` says whether it is in the file what is known now."""
-        self._drawn = True  # unless something is heard meanwhile
+        known = self._known  # there may be more when it is done
         data = self._run + b"".join(line for lines in self._lines.values() for line in lines.values())
         command = python("-m", "postcopy", "report", "-", "--output", self._path)
         reason = f"not done after {RENDER_S:g} s"
@@ -115,8 +114,9 @@ class Reporter:
                 reason = await _child(command, data)
         except OSError as error:
             reason = error.strerror or str(error)
-        if reason:
-            self._drawn = False
+        if not reason:
+            self._in_file = known
+        else:
             log.warning("--report %s was not drawn: %s", self._path, one_line(reason, 300))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from postcopy.output.words import format_count, format_duration, format_speed
-from postcopy.report._charts import rate
+from postcopy.report._charts import bytes_of
 from postcopy.report._model import Array, Histogram, Mark, Migration, Side, object_of, text_of
 from postcopy.units import format_size
 
@@ -97,7 +97,7 @@ def waits(migration: Migration) -> dict[str, Histogram]:
 
 
 def latency_of(migration: Migration) -> dict[str, float]:
-    """``count``, and in microseconds ``p50``, ``p99``, ``p99.9`` and ``max`` of demand faults; empty where none is known."""
+    """Of demand faults: ``count``, and ``p50``, ``p99``, ``p99.9`` and ``max`` in microseconds; empty: not known."""
     names = ("count", "p50", "p99", "p99.9", "max")
     known = {name: migration.number("fault-latency-us", name) for name in names}
     if (total := waits(migration).get("total")) is not None:
@@ -120,7 +120,7 @@ def guest_of(migration: Migration, guest: Sequence[tuple[str, Array, Array]]) ->
     marks = marks_of(migration)
     pause = next((mark for mark in marks if mark.what == "pause"), None)
     running = next((mark for mark in marks if mark.what == "running"), None)
-    if pause is None or running is None or not guest:
+    if pause is None or running is None or len(guest) < 2:
         return None
     at_ms = np.concatenate([at[:-1] for _, at, _ in guest])
     lengths = np.concatenate([np.diff(at) for _, at, _ in guest])
@@ -176,9 +176,11 @@ def lead(migration: Migration, guest: Guest | None) -> Iterator[str]:
         before = not downtime and not any(mark.what == "commit" for mark in marks_of(migration))
         where = " before the machine was the destination's" if before and "source" in migration.sides else ""
         if status in ("failed", "cancelled", "postcopy-failed"):
-            yield f"The migration {'was cancelled' if status == 'cancelled' else 'failed'}{where}{f': {error}' if error else ''}."
+            what = "was cancelled" if status == "cancelled" else "failed"
+            yield f"The migration {what}{where}{f': {error}' if error else ''}."
         elif migration.main.name != "pager":
-            yield f"The migration has not ended as far as is known here; its last status was {status}{f': {error}' if error else ''}."
+            why = f": {error}" if error else ""
+            yield f"The migration has not ended as far as is known here; its last status was {status}{why}."
     if downtime:
         yield f"The machine stood still for {ms(downtime)}" + (
             f", and {memory} had arrived after {ms(total)}." if total else "."
@@ -193,7 +195,8 @@ def lead(migration: Migration, guest: Guest | None) -> Iterator[str]:
             yield f"{words}, for {us(latency['max'])}."
         elif {"p50", "p99", "max"} <= latency.keys():
             slow = f", 99 % within {us(latency['p99'])}" if count >= 100 else ""
-            yield f"{words}; half of them were served within {us(latency['p50'])}{slow}, the slowest after {us(latency['max'])}."
+            half, most = us(latency["p50"]), us(latency["max"])
+            yield f"{words}; half of them were served within {half}{slow}, the slowest after {most}."
     elif latency and migration.dest is not None and status in GOOD:
         yield "No access had to wait for a page."
     if (recovered := migration.number("recoveries", "count")) and (
@@ -288,16 +291,13 @@ def phases(migration: Migration) -> list[tuple[str, str, float, str]]:
 
 def speed(migration: Migration) -> str:
     """Mean throughput, of the time in which anything moved."""
-    timeline = migration.main.timeline
-    for name in ("received-bytes", "sent-bytes"):
-        if timeline is not None and name in timeline.series and len(timeline.at_ms) > 1:
-            moved = rate(timeline.at_ms, timeline.series[name])
-            lengths = np.diff(timeline.at_ms)
-            busy = moved > 0
-            if busy.any():
-                mean = float((moved * lengths)[busy].sum() / lengths[busy].sum())
-                return f"{format_speed(mean)} on average while anything moved"
-    return ""
+    timeline, moved = migration.main.timeline, bytes_of(migration.main)
+    if timeline is None or moved is None or len(timeline.at_ms) < 2:
+        return ""
+    lengths, steps = np.diff(timeline.at_ms), np.maximum(np.diff(moved), 0)
+    busy = steps > 0
+    mean = float(steps[busy].sum() / max(lengths[busy].sum(), 1e-3) * 1e3)
+    return f"{unbroken(format_speed(mean))} on average while anything moved." if mean else ""
 
 
 def sides_of(migration: Migration) -> list[Side]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from postcopy.dataplane.ahead import NO_PREFETCH, Prefetch
 from postcopy.machines.kinds import MachineOptions
 from postcopy.migration.connection import HEARTBEAT_S
 from postcopy.migration.source import SourceOptions
@@ -30,7 +31,7 @@ class ArrivalOptions:
     net: str | None = None  # tap:NAME or IFACE=TAP,...: where network devices are attached
     busy_poll_us: int = 0
     pager_process: bool = False  # the pager in a process of its own
-    prefetch: str = "none"  # what is asked for before it is touched
+    prefetch: Prefetch = NO_PREFETCH  # what is asked for before it is touched
     working_set: str | None = None  # path, of what is asked for first; for a daemon of a directory
     record_working_set: str | None = None  # the same, where to write what was waited for
     kill_when_lost: bool = False

@@ -95,12 +95,12 @@ class ControlHandler:
     async def _set(self, arguments: Json) -> Settings:
         given = given_by_key(SETTINGS, arguments)
         if "machine" in arguments:
-            if others := given.keys() - {"precopy_s", "max_downtime_s"}:
+            if others := given.keys() - {"precopy_s", "max_downtime_s", "push_after_s"}:
                 name = next(option.name for option in SETTINGS if option.key in others)
                 raise ControlError("BadArguments", f"{name} is of the process: leave --machine out")
             owned = find(self._service.machines, arguments["machine"])
             try:
-                owned.set_precopy(given)
+                owned.set_sending(given)
             except MigrationError as error:
                 raise ControlError("NotNow", str(error)) from error
             return settings(self._service, owned.sending)

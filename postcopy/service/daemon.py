@@ -115,6 +115,7 @@ class Daemon(Service):
         """Until `stop`. True: that is how it succeeds."""
         self.stop = stop
         config, done = self._config, False
+        self.check_sets()
         if config.kind is None:  # whose machine makes the file
             self.check_arrival()
         _raise_descriptor_limit()

@@ -51,6 +51,7 @@ class Destination(Service):
     async def run(self, stop: Stop) -> bool:
         self.stop = stop
         self.check_arrival()
+        self.check_sets()
         if self._config.dump is not None:
             check_new_file("--dump", self._config.dump)
         if self.salvage_to is not None:

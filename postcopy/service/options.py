@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 from postcopy._files import absolute, explain_bad_name
-from postcopy.dataplane.ahead import check_prefetch
+from postcopy.dataplane.ahead import Prefetch
 from postcopy.errors import ConfigurationError
 from postcopy.machines.firecracker.opened import parse_allowed
 from postcopy.machines.kinds import BACKINGS, KINDS, is_live, parse_pairs
@@ -471,7 +471,7 @@ SENDING = (*ONE_WAY, MAX_BANDWIDTH, RELEASE_RAM)
 PREFETCH = Option("prefetch", "ask for pages before the machine touches them: the PAGES behind each fault, or half of"
                   " them on either side of it (8 where no number is given); or, adaptive, along the strides that faults"
                   " show",
-                  "none|forward[:PAGES]|both[:PAGES]|adaptive", check_prefetch)
+                  "none|forward[:PAGES]|both[:PAGES]|adaptive", Prefetch.parse)
 SET_FILE = path("working-set", "ask for these pages first, in their order, which --record-working-set has written")
 RECORD_SET = path("record-working-set", "write which pages the machine waits for, and in what order, to FILE when the"
                   " last page is here")

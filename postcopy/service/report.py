@@ -194,6 +194,8 @@ def ram(statistics: Statistics) -> Ram:
         transferred=statistics.transferred_bytes,
         page_size=statistics.page_bytes,
         demand_pages=statistics.demand_pages,
+        prefetched_pages=statistics.prefetched_pages,
+        prefetch_hits=statistics.prefetch_hits,
         background_pages=statistics.background_pages,
         zero_pages=statistics.zero_pages,
         duplicate_pages=statistics.duplicate_pages,

@@ -150,7 +150,10 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "set": Command(
         "change settings of the running process, or of one migration",
-        (replace(_MACHINE, help="change precopy or max-downtime of this machine's migration only"), *SETTINGS),
+        (
+            replace(_MACHINE, help="change precopy, max-downtime or push-after of this machine's migration only"),
+            *SETTINGS,
+        ),
         example="postcopy ctl set --max-bandwidth 100MiB/s",
     ),
     "reclaim": Command(

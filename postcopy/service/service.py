@@ -33,7 +33,7 @@ from typing import Any, ClassVar
 
 import trio
 
-from postcopy._files import absolute, explain_unwritable
+from postcopy._files import absolute, check_new_file, explain_unwritable
 from postcopy._stop import INSIST_S, Stop
 from postcopy.dataplane.pager import Pager
 from postcopy.errors import (
@@ -46,8 +46,10 @@ from postcopy.errors import (
 )
 from postcopy.machines import BlockLayout, Machine, MachineState
 from postcopy.machines.kinds import HostOptions, create_destination
+from postcopy.memory import workingset
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration import salvage
+from postcopy.migration.ahead import Ahead
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.precopy import Mode
 from postcopy.migration.source import SourceMigration, SourceOptions
@@ -141,12 +143,15 @@ class Owned:
         early = self.sending is not None and self.sending.mode is not Mode.POSTCOPY
         return job.state in (State.COMMITTED, State.POSTCOPY) or (early and job.ready_ns > 0 and not job.committed_ns)
 
-    def set_precopy(self, given: Json) -> None:
-        """What can be changed of the precopy of the migration under way, `given` by the fields' names.
-        `MigrationError` where it has none (any more)."""
+    def set_sending(self, given: Json) -> None:
+        """What can be changed of how the migration under way sends, `given` by the fields' names. `MigrationError`
+        where it does not (any more)."""
         job = self.undecided
         if not isinstance(job, SourceMigration) or self.sending is None:
             raise MigrationError(f"{self.name} is not on its way from here: it is its source that sends in rounds")
+        if "push_after_s" in given:
+            job.set_push_after(given["push_after_s"])
+            self.sending = replace(self.sending, push_after_s=given["push_after_s"])
         changed = {name: given[name] for name in ("max_downtime_s", "precopy_s") if name in given}
         if "max_downtime_s" in changed and not job.mode.has_rounds:
             raise MigrationError(
@@ -353,7 +358,7 @@ class Service(abc.ABC):
                         max_bandwidth_bytes_per_s=self.options.max_bandwidth_bytes_per_s,
                     )
                 with contextlib.suppress(MigrationError):  # it comes, has no precopy, or is past it
-                    owned.set_precopy(given)
+                    owned.set_sending(given)
         self.share_bandwidth()
 
     # ---- the end
@@ -383,6 +388,8 @@ class Service(abc.ABC):
         """From `stop` on gives up the migrations by which nothing is lost, in one step with the question whether they
         are decided; the others only when that is insisted on. Says what it waits for. Until cancelled."""
         await self.stop.wait()
+        if self.pushes:  # what is waited for is not held back
+            self.set_options({"push_after_s": 0.0})
         while True:
             needed = self.needed()
             if self.stop.insisted and needed and not self.abandoned:
@@ -419,6 +426,24 @@ class Service(abc.ABC):
                 return
             why = explain_unwritable(error, directory) if isinstance(error, FileNotFoundError) else error.strerror
             raise ConfigurationError(f"--disk {disk}: {why}; it must be the file that the source uses") from error
+
+    def check_sets(self) -> None:
+        """`ConfigurationError` for working sets that cannot be read, or written."""
+        arrival = self.arrival
+        for option, path in (("working-set", arrival.working_set), ("record-working-set", arrival.record_working_set)):
+            if path is not None and self.names_machines and not os.path.isdir(path):
+                raise ConfigurationError(
+                    f"--{option} {path}: it must be a directory that exists, in which each machine NAME has its NAME.ws"
+                )
+        if self.names_machines:
+            return
+        if arrival.working_set is not None:
+            try:
+                workingset.check(arrival.working_set)
+            except workingset.DamagedError as error:
+                raise ConfigurationError(f"{error}; record it again") from error
+        if arrival.record_working_set is not None:
+            check_new_file("--record-working-set", arrival.record_working_set)
 
     # ---- listening
 
@@ -539,6 +564,7 @@ class Service(abc.ABC):
             kill_when_lost=self.arrival.kill_when_lost,
             make_machine=partial(self.make_arriving, owned),
             make_pager=_process_pager if self.arrival.pager_process else Pager,
+            make_ahead=lambda: self.make_ahead(owned),
             on_change=self.changed,
         )
         owned.announced = ""
@@ -570,6 +596,15 @@ class Service(abc.ABC):
                 " leave it out"
             )
         return machine
+
+    def make_ahead(self, owned: Owned) -> Ahead:
+        """What is asked for of an arriving machine before it is touched."""
+
+        def file(path: str | None) -> str | None:
+            return os.path.join(path, f"{owned.name}.ws") if path is not None and self.names_machines else path
+
+        arrival = self.arrival
+        return Ahead(arrival.prefetch, file(arrival.working_set), file(arrival.record_working_set))
 
     def name_arriving(self, owned: Owned, kind: str, config: Mapping[str, Any]) -> str:
         """`ConfigurationError` for a machine that cannot be taken."""

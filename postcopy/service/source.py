@@ -162,8 +162,9 @@ class Source(Service):
             self.output.say(f"source: the machine goes on from {origin.path}, in the state{since} it was in")
         await machine.resume()
         if self.output.records and self._latest is None and machine.live:
-            self._lead = Recorder()
-            machine.be_recorded(self._lead)
+            self._lead = Recorder.open()
+            if self._lead is not None:
+                machine.be_recorded(self._lead)
         await machine.wait_ready()
         if machine.live:
             self._starts_at_s = trio.current_time() + self._config.migrate_after_s

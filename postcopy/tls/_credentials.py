@@ -12,8 +12,10 @@ made at the same time share a look: it waits for a worker thread, on a busy host
 A private key must belong to this user or to root, and nobody else may read it, but for a group that root lets. No file
 may be one that everybody can write: who writes ``ca-cert.pem`` says who is let in.
 
-The directory may be on a file system that hangs. A connection waits for it `READ_TIMEOUT_S` and goes on with what was
-read last; one thread at most is left behind in the kernel, and as long as it is there nobody waits.
+The directory may be on a file system that is slow, or hangs. Where something was read before, a connection waits for
+it `LOOK_TIMEOUT_S`, less than a peer waits for a handshake, and goes on with that: what such a look finds is for the
+next connection. One that takes more than `READ_TIMEOUT_S` is said to hang. One thread at most is left behind in the
+kernel, and as long as it is there nobody waits.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import stat
 import time
 from collections.abc import Sequence
 
+import outcome
 import trio
 
 from postcopy._blocking import no_thread
@@ -38,63 +41,54 @@ ROLES = {True: "server", False: "client"}  # by whether it listens
 HOW_TO_ISSUE = "`postcopy tls new-ca CA` and `postcopy tls issue CA --host NAME --out DIR` make what is needed"
 MAX_FILE_BYTES = 1 << 20  # the certificates that a distribution trusts are a fourth of it
 READ_TIMEOUT_S = 5.0
+LOOK_TIMEOUT_S = 0.25
 
 log = logging.getLogger(__name__)
 
 Identity = tuple[tuple[int, ...], ...]
+_Found = tuple[Context, Identity]
 
 
 class Credentials:
     """Trio thread only."""
 
     def __init__(self, directory: str | os.PathLike[str], authz: Sequence[str] = ()) -> None:
-        """Nothing is read yet: see `load`."""
+        """Nothing is read yet. `ConfigurationError` for a pattern of `authz` that makes no sense."""
         if reason := explain_bad_name(os.fspath(directory)):
             raise ConfigurationError(f"tls: {reason}")
         self.directory = absolute(os.fspath(directory))
         self.authorisation = Authorisation(authz)
-        self._read: dict[bool, tuple[Context, Identity]] = {}  # by role
+        self._read: dict[bool, _Found] = {}  # by role
         self._problems: dict[bool, str] = {}  # that were logged
         self._looks = 0  # at the files, that have begun
         self._looked: dict[bool, int] = {}  # by role: the number of the last one that is done
         self._reading = trio.Lock()
         self._thread = trio.CapacityLimiter(1)
-        self._hangs = False
-
-    @classmethod
-    async def load(
-        cls, directory: str | os.PathLike[str], *, listens: bool, connects: bool, authz: Sequence[str] = ()
-    ) -> Credentials:
-        """Reads what these roles need; another one is read when it is taken. `ConfigurationError` for files that are
-        not there or cannot be used, and for a pattern of `authz` that makes no sense; `ResourceError` for a host
-        without OpenSSL, and for a file system that does not answer."""
-        credentials = cls(directory, authz)
-        for server, wanted in ((True, listens), (False, connects)):
-            if wanted:
-                async with credentials._reading:
-                    await credentials._renewed(server)
-        return credentials
+        self._late: dict[bool, list[outcome.Maybe[_Found | None]]] = {}  # by role: of a look that took too long
+        self._began_s = 0.0  # the last look
+        self._hangs = False  # that took too long, and is not over
 
     def not_after_s(self, *, server: bool) -> int | None:
         """When the certificate of this role ends, in seconds since 1970; None for a role that has not been taken."""
         return self._read[server][0].not_after_s if server in self._read else None
 
     async def reload(self) -> None:
-        """Reads again what is in use, as after SIGHUP. Errors as `load` when that cannot be used: connections are then
-        made with what was read before."""
+        """Reads again what is in use, as after SIGHUP. Errors as `context` when that cannot be used: connections are
+        then made with what was read before."""
         for server in list(self._read):
             async with self._reading:
-                await self._renewed(server)
+                await self._renewed(server, READ_TIMEOUT_S)
 
     async def context(self, *, server: bool) -> Context:
-        """For the next connection; `server`: of the side that listens. Errors as `load`, but none where there are
-        certificates that were good before."""
+        """For the next connection; `server`: of the side that listens. `ConfigurationError` for files that are not
+        there or cannot be used; `ResourceError` for a host without OpenSSL, and for a file system that does not answer.
+        None of them where there are certificates that were good before."""
         asked = self._looks
         async with self._reading:
             if server not in self._read or self._looked.get(server, 0) <= asked:  # none has begun since
                 look = self._looks = self._looks + 1
                 try:
-                    await self._renewed(server)
+                    await self._renewed(server, LOOK_TIMEOUT_S if server in self._read else READ_TIMEOUT_S)
                     self._problems.pop(server, None)
                 except PostcopyError as error:
                     if server not in self._read:
@@ -107,21 +101,15 @@ class Credentials:
 
     async def accept(self, stream: trio.SocketStream) -> TlsStream:
         """A connection that was accepted, with its handshake done. `TlsError`, `trio.BrokenResourceError`; those of
-        `load`. Unless it succeeds the stream is the caller's to close. Cancellable; wants a deadline."""
+        `context`. Unless it succeeds the stream is the caller's to close. Cancellable; wants a deadline."""
         tls = TlsStream(stream.socket, await self.context(server=True))
         await tls.handshake()
         return tls
 
-    async def connect(self, stream: trio.SocketStream, name: str, session: bytes = b"") -> TlsStream:
-        """The same for a connection that was made: `name` is what the peer's certificate must have."""
-        tls = TlsStream(stream.socket, await self.context(server=False), name, session)
-        await tls.handshake()
-        return tls
-
-    async def _renewed(self, server: bool) -> None:
-        """With `_reading`."""
+    async def _renewed(self, server: bool, wait_s: float) -> None:
+        """With `_reading`. Waits for the files so long at most."""
         context, known = self._read.get(server, (None, None))
-        fresh = await self._read_again(server, known)
+        fresh = await self._read_again(server, known, wait_s)
         if fresh is not None:
             self._read[server] = fresh
             if fresh[0].not_after_s <= time.time():
@@ -129,22 +117,36 @@ class Credentials:
             if context is not None:
                 log.info("%s: the certificates for the %s were read again", self.directory, ROLES[server])
 
-    async def _read_again(self, server: bool, known: Identity | None) -> tuple[Context, Identity] | None:
-        # Not on a thread of a migration, which has few, and needs them: what hangs here must end no machine.
-        if not self._hangs or self._thread.available_tokens:
+    async def _read_again(self, server: bool, known: Identity | None, wait_s: float) -> _Found | None:
+        """None: they are those that are known, as far as was found out in this time."""
+        if idle := bool(self._thread.available_tokens):
             self._hangs = False
-            with trio.move_on_after(READ_TIMEOUT_S):
+        if idle or (known is None and not self._hangs):
+            late = self._late.pop(server, None)  # of a look that nobody has waited for
+            if late and (found := late[0].unwrap()) is not None:
+                return found
+            answer: list[outcome.Maybe[_Found | None]] = []
+            self._late[server], self._began_s = answer, trio.current_time()
+            with trio.move_on_after(wait_s):
                 try:
-                    return await trio.to_thread.run_sync(
-                        _read, self.directory, server, known, limiter=self._thread, abandon_on_cancel=True
+                    # Not on a thread of a migration, which has few: what hangs here must end no machine.
+                    await trio.to_thread.run_sync(
+                        lambda: answer.append(outcome.capture(_read, self.directory, server, known)),
+                        limiter=self._thread,
+                        abandon_on_cancel=True,
                     )
                 except (RuntimeError, MemoryError) as error:
+                    del self._late[server]
                     raise no_thread("reading certificates") from error
-            self._hangs = True
+                del self._late[server]
+                return answer[0].unwrap()
+        if known is not None and not self._hangs and trio.current_time() - self._began_s < READ_TIMEOUT_S:
+            return None
+        self._hangs = True
         raise ResourceError(f"{self.directory}: its file system has not answered within {READ_TIMEOUT_S:g} s")
 
 
-def _read(directory: str, server: bool, known: Identity | None) -> tuple[Context, Identity] | None:
+def _read(directory: str, server: bool, known: Identity | None) -> _Found | None:
     """In a worker thread. None where the files are those that are known."""
     role = ROLES[server]
     paths = [os.path.join(directory, name) for name in (CA, f"{role}-cert.pem", f"{role}-key.pem")]

@@ -51,6 +51,8 @@ class UffdFeature(enum.IntFlag, boundary=enum.KEEP):
     POISON = 1 << 14
     WP_ASYNC = 1 << 15
     MOVE = 1 << 16
+    RWP = 1 << 17
+    RWP_ASYNC = 1 << 18
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ class UffdIoctl(enum.IntFlag, boundary=enum.KEEP):
     WRITEPROTECT = 1 << lib.PC_UFFD_IOCTL_WRITEPROTECT
     CONTINUE = 1 << lib.PC_UFFD_IOCTL_CONTINUE
     POISON = 1 << lib.PC_UFFD_IOCTL_POISON
+    RWPROTECT = 1 << lib.PC_UFFD_IOCTL_RWPROTECT
 
 
 class FaultFlag(enum.IntFlag, boundary=enum.KEEP):
@@ -70,6 +71,7 @@ class FaultFlag(enum.IntFlag, boundary=enum.KEEP):
     WRITE = lib.PC_UFFD_FAULT_WRITE
     WP = lib.PC_UFFD_FAULT_WP
     MINOR = lib.PC_UFFD_FAULT_MINOR
+    RWP = lib.PC_UFFD_FAULT_RWP
 
 
 class Outcome(enum.Enum):

@@ -50,5 +50,5 @@ def test_a_small_cut(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
 @pytest.mark.needs("uffd-user")
 async def test_a_demo_that_ends_with_an_error_gives_its_words() -> None:
-    with pytest.raises(MigrationError, match="^--max-downtime: seconds from"):
-        await _migrate.migrate(["--max-downtime", "nonsense"], lambda _: None)
+    with pytest.raises(MigrationError, match=r"^--max-downtime: seconds from"):
+        await _migrate.migrate(["--max-downtime", "nonsense"], 60.0, lambda _: None)

@@ -89,6 +89,7 @@ ELSEWHERE = {  # page: the tests that do what it says; that its commands and opt
     "docs/conformance.md": "tests/integration/test_conformance.py",
     "docs/containers.md": "tests/containers/test_containers.py",
     "docs/faultpaths.md": "tests/integration/test_faultpaths.py",
+    "docs/kernels.md": "tests/unit/testbed/test_faultpaths.py",
     "docs/firecracker.md": "tests/integration/test_firecracker_page.py",
     "docs/qemu.md": "tests/integration/test_qemu_page.py",
     "docs/programs.md": "tests/integration/test_program.py",

@@ -33,6 +33,15 @@ SHORT = ["--only", "user.load,copy.write_pipe,copy.read_pipe", "--mode", "missin
 GONE_S = 20.0
 
 
+def report_of(stdout: str) -> Any:
+    """Behind the line that says what ran where."""
+    began, found = stdout.splitlines()
+    run, report = parse_line(began), json.loads(found)
+    assert (run["event"], run["command"]) == ("run", "faultpaths")
+    assert run["host"]["kernel"] == report["system"]["kernel"]
+    return report
+
+
 def descendants(pid: int) -> list[int]:
     found = []
     for child in _runner.children_of(pid):
@@ -54,9 +63,7 @@ def test_a_short_run(run_in_child: Callable[..., Any], tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     done = run_in_child([*FAULTPATHS, *SHORT, "--measure", "signal,kill", "--json", "--html", str(page)])
     assert done.returncode == 0, done.stdout + done.stderr
-    began, found = done.stdout.splitlines()
-    assert parse_line(began)["command"] == "faultpaths"
-    report = json.loads(found)
+    report = report_of(done.stdout)
     assert report["good"] is True
     cells = {(cell["operation"], cell["backing"]): cell for cell in report["cells"]}
     assert len(cells) == 6
@@ -89,7 +96,7 @@ def test_a_wrong_expectation_is_reported_as_changed(run_in_child: Callable[..., 
 @pytest.mark.needs("uffd")
 def test_every_operation_in_mode_missing_is_as_expected_or_has_a_reason(run_in_child: Callable[..., Any]) -> None:
     done = run_in_child([*FAULTPATHS, "--mode", "missing", "--measure", "none", "--json"], deadline_s=110.0)
-    report = json.loads(done.stdout.splitlines()[1])
+    report = report_of(done.stdout)
     bad = [cell for cell in report["cells"] if cell["verdict"] in (Verdict.CHANGED, Verdict.NOT_EXPECTED)]
     assert done.returncode == 0, bad
     assert all(cell["reason"] for cell in report["cells"])
@@ -147,6 +154,10 @@ def test_the_list(run_in_child: Callable[..., Any]) -> None:
         ("--expectations /nonexistent", "cannot read '/nonexistent': No such file"),
         ("--timeout 0", "seconds from 0.1 to 600, as 2.5 or 200ms, not '0'"),
         ("compare a.json", "faultpaths compare needs B.json"),
+        ("merge /nonexistent", "cannot read '/nonexistent': No such file"),
+        ("merge --output /nonexistent/all.jsonl", "--output /nonexistent/all.jsonl: directory /nonexistent"),
+        ("merge --json --markdown", "choose one"),
+        ("--remote --backing guest-memfd", "no page of a guest_memfd is handed over"),
         ("contrast", "unknown command 'contrast'"),
     ],
 )
@@ -231,7 +242,7 @@ def test_pages_of_another_host_through_a_cut(run_in_child: Callable[..., Any]) -
     )
     done = run_in_child([*FAULTPATHS, "--remote", "--only", only, "--json"], deadline_s=60.0)
     assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads(done.stdout.splitlines()[1])
+    report = report_of(done.stdout)
     assert len(report["cells"]) == 2 * len(only.split(","))  # anonymous memory and memfd
     waited = [cell for cell in report["cells"] if cell["outcome"] == "blocked"]
     assert {cell["operation"] for cell in waited} == {

@@ -54,7 +54,7 @@ class TestBothSides:
         assert status["side"] == "source"
         assert status["settings"] == {
             "max-bandwidth": 64 << 10, "bulk-channels": 2, "recover-for": "forever",
-            "mode": "postcopy", "precopy": 0.0, "max-downtime": 0.3,
+            "mode": "postcopy", "precopy": 0.0, "max-downtime": 0.3, "push-after": 0.0,
         }  # fmt: skip
         job = status["machines"][0]["migration"]
         assert (job["status"], job["direction"]) == ("postcopy-active", "outgoing")

@@ -95,7 +95,7 @@ def test_faultpaths_without_any_right(package: list[str], spawn_child: Callable[
     child = spawn_child([*package, "-m", "postcopy", "faultpaths", "--only", "user.load,copy.write_pipe", "--json"])
     done = child.wait(100)
     assert done.returncode == 0, done.stdout + done.stderr
-    cells = {(cell["operation"], cell["mode"]): cell for cell in json.loads(done.stdout)["cells"]}
+    cells = {(cell["operation"], cell["mode"]): cell for cell in json.loads(done.stdout.splitlines()[1])["cells"]}
     assert cells["user.load", "user-only"]["outcome"] == "blocked"
     assert cells["copy.write_pipe", "user-only"]["error"] == "EFAULT"
     if found["how"] == "USER_ONLY":

@@ -32,12 +32,24 @@ def browser() -> Iterator[Browser]:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """By what they are about."""
     directory = tmp_path_factory.mktemp("pages")
-    failed = source() | {"status": "failed", "error": "192.0.2.1:7777: connection refused", "downtime-ms": 0.0, "total-ms": 0.0}
+    failed = source() | {
+        "status": "failed",
+        "error": "192.0.2.1:7777: connection refused",
+        "downtime-ms": 0.0,
+        "total-ms": 0.0,
+    }
     hostile = dest() | {"machine": "<script>document.title='run'</script>" * 3, "error": "w" * 400, "status": "failed"}
-    hostile["recording"]["marks"] = [{"moment-ms": 1000 + 5 * n, "what": "round", "text": f"{n} {'x' * 200}"} for n in range(200)]
+    hostile["recording"]["marks"] = [
+        {"moment-ms": 1000 + 5 * n, "what": "round", "text": f"{n} {'x' * 200}"} for n in range(200)
+    ]
     hostile["recording"]["blocks"] = [{"name": "n" * 200, "bytes": 1 << 28, "page-size": 4096}] * 40
     found = {}
-    for name, lines in (("both", both()), ("failed", text(run("source"), failed)), ("hostile", text(hostile)), ("nothing", text(run("dest")))):
+    for name, lines in (
+        ("both", both()),
+        ("failed", text(run("source"), failed)),
+        ("hostile", text(hostile)),
+        ("nothing", text(run("dest"))),
+    ):
         lines_file, found[name] = directory / f"{name}.jsonl", directory / f"{name}.html"
         lines_file.write_bytes(lines)
         assert main(["report", str(lines_file), "--output", str(found[name])]) == 0
@@ -86,12 +98,27 @@ def test_a_report_can_be_read(width: int, scheme: str, browser: Browser, pages: 
     assert seen["title"] == "postcopy: Migration of vm1 (rv64, 256 MiB)"
     words = " ".join(one["text"] for one in texts)
     for expected in (
-        "Migration of vm1 (rv64, 256 MiB)", "The machine stood still for", "Downtime", "4.20 ms", "2,113",
+        "Migration of vm1 (rv64, 256 MiB)",
+        "The machine stood still for",
+        "Downtime",
+        "4.20 ms",
+        "2,113",
         # in the pictures
-        "Memory that has arrived, by kind", "Bytes a second, on all data channels", "Operations of the guest, a second",
-        "Threads that wait for a page", "256 MiB", "pause", "cut", "all there", "s since the migration began",
-        "the destination prepares: 2.90 ms", "the first vCPU runs: 240 µs", "Place in the memory", "Took at most", "99.9 %",
-    ):  # fmt: skip
+        "Memory that has arrived, by kind",
+        "Bytes a second, on all data channels",
+        "Operations of the guest, a second",
+        "Threads that wait for a page",
+        "256 MiB",
+        "pause",
+        "cut",
+        "all there",
+        "s since the migration began",
+        "the destination prepares: 2.90 ms",
+        "the first vCPU runs: 240 µs",
+        "Place in the memory",
+        "Took at most",
+        "99.9 %",
+    ):
         assert expected in words, expected
     assert seen["requested"] == {pages["both"].as_uri(), "data:"}
     assert not seen["complaints"]

@@ -29,10 +29,11 @@ DEMO = ("demo", *MACHINE, "--run-for", "0.2")
 _CONTROLS = re.compile(r"\x1b\[[?0-9;]*[A-Za-z]|\r")
 _PICTURE = re.compile(r"\x1b\[\?7l(.*?)\x1b\[\?7h", re.DOTALL)
 SHELL = """
-import fcntl, os, signal, sys, termios
+import ctypes, fcntl, os, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 signal.signal(signal.SIGTTOU, signal.SIG_IGN)
 if not (job := os.fork()):
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a test that fails leaves nothing behind
     os.setpgid(0, 0)
     os.tcsetpgrp(0, os.getpid())
     signal.signal(signal.SIGTTOU, signal.SIG_DFL)
@@ -274,6 +275,18 @@ def test_a_terminal_is_given_back_while_it_is_not_needed(
     assert one.screen.as_it_was
     assert shown not in one.screen.text
     assert one.mode == before
+
+
+def test_a_pager_has_a_view_too(terminal: Callable[..., Terminal], tmp_path: Path) -> None:
+    """Its keeper is the job of the shell, and it is another process."""
+    image = tmp_path / "vm.mem"
+    image.write_bytes(bytes(1 << 20))
+    one = terminal("pager", "--socket", str(tmp_path / "vm.sock"), "--image", str(image), shell=True)
+    one.wait_for_picture(lambda picture: "pager  0 virtual machines" in "".join(picture))
+    one.type(b"\x03")
+    assert one.end()[0] == 0
+    assert one.screen.as_it_was
+    assert "0 virtual machines" not in one.screen.text
 
 
 @pytest.fixture

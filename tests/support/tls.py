@@ -15,6 +15,9 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
+import trio
+
+from postcopy.tls import Credentials, TlsStream
 from postcopy.tls._authority import issue, new_authority
 
 RECORD_HEAD_BYTES = 5
@@ -33,6 +36,13 @@ def records(stream: bytes) -> list[tuple[int, int]]:
         found.append((kind, size))
         at += RECORD_HEAD_BYTES + size
     return found
+
+
+async def connect(credentials: Credentials, stream: trio.SocketStream, name: str, session: bytes = b"") -> TlsStream:
+    """As the side that connects, which expects that name in the peer's certificate."""
+    tls = TlsStream(stream.socket, await credentials.context(server=False), name, session)
+    await tls.handshake()
+    return tls
 
 
 # ---- a cable that is cut

@@ -137,8 +137,9 @@ class TestCommand:
         said = [json.dumps({key: value for key, value in line.items() if key != "elapsed-ms"}) for line in lines]
         last: dict[str, str] = {}
         for line, content in zip(lines, said, strict=True):  # no progress says what the last one of that side has said
-            assert last.get(line["side"]) != content
-            last[line["side"]] = content
+            side = str(line.get("side"))
+            assert last.get(side) != content
+            last[side] = content
         ids = {line["migration-id"] for line in lines if "migration-id" in line}
         assert len(ids) == 1
 

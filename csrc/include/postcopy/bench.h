@@ -20,6 +20,8 @@ extern "C" {
  * took that was not shorter than hit_ns (shorter: the page was there). Returns how many. */
 int64_t pc_bench_touch(const void *base, uint64_t page_bytes, uint64_t pages, uint64_t count, uint64_t seed,
                        uint64_t hit_ns, struct pc_histogram *faults);
+/* Starts a thread for each of so many pages, which reads a byte of it and ends: so many threads wait. 0 or -errno. */
+int pc_bench_wait(void *base, uint64_t page_bytes, uint64_t pages);
 void pc_bench_fill(void *base, uint64_t bytes, uint64_t seed); /* incompressible content */
 /* The floor: 8 byte page number in, page out, until the peer closes. */
 int pc_bench_floor_serve(int fd, const void *base, uint64_t page_bytes, uint64_t pages, int spin);

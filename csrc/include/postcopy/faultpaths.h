@@ -28,9 +28,18 @@ enum pc_fp_mode {
     PC_FP_USER_ONLY, /* missing, the userfaultfd opened with UFFD_USER_MODE_ONLY */
     PC_FP_SIGBUS,    /* missing, with the SIGBUS feature: no event, a signal or an error */
     PC_FP_POISON,    /* missing; answered with UFFDIO_POISON */
+    PC_FP_RWP,       /* the page is there and protected against reads and writes; answered by lifting the protection */
+    PC_FP_RWP_ASYNC, /* the same with RWP_ASYNC: no event, the kernel lifts it */
     PC_FP_MODES
 };
-enum pc_fp_backing { PC_FP_ANON, PC_FP_MEMFD, PC_FP_MEMFD_PRIVATE, PC_FP_HUGETLB, PC_FP_BACKINGS };
+enum pc_fp_backing {
+    PC_FP_ANON,
+    PC_FP_MEMFD,
+    PC_FP_MEMFD_PRIVATE,
+    PC_FP_HUGETLB,
+    PC_FP_GUEST_MEMFD, /* KVM's guest_memfd, as the process that has made it maps it: shared, not executable */
+    PC_FP_BACKINGS
+};
 enum pc_fp_outcome {
     PC_FP_UNAVAILABLE, /* not here: `text` says why (no KVM, ENOSYS, EPERM, no pool, no O_DIRECT, mode not for this backing) */
     PC_FP_BLOCKED,     /* an event came, the operation waited, went on when the page was given, and succeeded, content right */
@@ -84,7 +93,7 @@ struct pc_fp_spec {
     char direct_dir[256]; /* directory of files for O_DIRECT; empty: the current one */
     /* -1: the child serves its own fault. Else a connected Unix SOCK_SEQPACKET: it sends one struct pc_fp_hand_over with
      * SCM_RIGHTS {uffd, and the memfd where there is one}, waits for one byte, then runs the operation. PC_FP_MISSING only,
-     * without `measure`; in the result `events` stays 0, for they go elsewhere, and who waits is found by looking at all threads
+     * without `measure`, and not of a guest_memfd; in the result `events` stays 0, for they go elsewhere, and who waits is found by looking at all threads
      * once a millisecond. Stays the caller's. */
     int hand_over_fd;
 };

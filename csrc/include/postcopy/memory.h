@@ -47,6 +47,8 @@ int pc_memory_discard_pages(const struct pc_memory *memory, const uint64_t *word
  * memfd, PAGEMAP_SCAN or /proc/self/pagemap on anonymous memory. Pages whose bit is set already are not looked at: to ask again
  * costs what was absent. Blocks on I/O. */
 int pc_memory_present(const struct pc_memory *memory, uint64_t *present_words);
+/* The same of a memfd, and sets in `more` what it has added to `present`; it looks at no page again that is known, and at no hole twice. */
+int pc_memory_present_more(const struct pc_memory *memory, uint64_t *present, uint64_t *more);
 int pc_file_present(int fd, uint64_t size_bytes, uint64_t page_bytes, uint64_t *present_words);
 /* Writes the memory to fd at file_offset, leaving a hole for every page that is all zero; reading never populates.
  * Every page must be resident or absent for good: a missing page would block this thread. Blocks on I/O. */

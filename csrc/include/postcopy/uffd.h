@@ -22,7 +22,7 @@ enum pc_uffd_how {
     PC_UFFD_SYSCALL = 2,  /* userfaultfd(2), all faults */
     PC_UFFD_USER_ONLY = 3 /* userfaultfd(2) with UFFD_USER_MODE_ONLY: faults raised by the kernel get EFAULT */
 };
-enum pc_uffd_mode { PC_UFFD_MISSING = 1, PC_UFFD_WP = 2, PC_UFFD_MINOR = 4 };
+enum pc_uffd_mode { PC_UFFD_MISSING = 1, PC_UFFD_WP = 2, PC_UFFD_MINOR = 4, PC_UFFD_RWP = 8 };
 enum pc_uffd_ioctl {
     PC_UFFD_IOCTL_REGISTER = 0,
     PC_UFFD_IOCTL_UNREGISTER = 1,
@@ -32,7 +32,8 @@ enum pc_uffd_ioctl {
     PC_UFFD_IOCTL_MOVE = 5,
     PC_UFFD_IOCTL_WRITEPROTECT = 6,
     PC_UFFD_IOCTL_CONTINUE = 7,
-    PC_UFFD_IOCTL_POISON = 8
+    PC_UFFD_IOCTL_POISON = 8,
+    PC_UFFD_IOCTL_RWPROTECT = 9
 };
 enum pc_uffd_fill_mode { /* `mode` of the functions that fill; which one takes which is in ioctl_userfaultfd(2) */
     PC_UFFD_DONTWAKE = 1,
@@ -47,7 +48,7 @@ enum pc_uffd_event_type {
     PC_UFFD_EVENT_REMOVE = 0x15,
     PC_UFFD_EVENT_UNMAP = 0x16
 };
-enum pc_uffd_fault_flags { PC_UFFD_FAULT_WRITE = 1, PC_UFFD_FAULT_WP = 2, PC_UFFD_FAULT_MINOR = 4 };
+enum pc_uffd_fault_flags { PC_UFFD_FAULT_WRITE = 1, PC_UFFD_FAULT_WP = 2, PC_UFFD_FAULT_MINOR = 4, PC_UFFD_FAULT_RWP = 8 };
 struct pc_uffd_event {
     uint64_t address; /* pagefault: of the page, or exact with EXACT_ADDRESS; remap: from; remove, unmap: start */
     uint64_t end;     /* remove, unmap: end; remap: the new address */
@@ -83,6 +84,8 @@ int pc_uffd_poison(int uffd, uint64_t address, uint64_t bytes, uint64_t mode, ui
 int pc_uffd_move(int uffd, uint64_t address, uint64_t source, uint64_t bytes, uint64_t mode, uint64_t *done_bytes);
 /* All of it or nothing: the kernel tells no partial count. mode: PC_UFFD_PROTECT, or 0 to lift the protection. */
 int pc_uffd_writeprotect(int uffd, uint64_t address, uint64_t bytes, uint64_t mode);
+/* The same against reads too, of pages that are there, in a range registered with PC_UFFD_RWP. Linux 7.3. */
+int pc_uffd_rwprotect(int uffd, uint64_t address, uint64_t bytes, uint64_t mode);
 /* Reads as many events as are there, at most `capacity`, with one system call; never waits. How many (0: none now), or -errno.
  * A fork event's descriptor becomes the caller's. */
 int pc_uffd_read(int uffd, struct pc_uffd_event *events, uint32_t capacity);

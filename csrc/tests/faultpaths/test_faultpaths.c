@@ -27,8 +27,8 @@ static void need_userfaultfd(void)
 
 static const char *const outcomes[] = {"unavailable", "blocked", "passed", "refused", "signalled",
                                        "retried",     "wrong",   "hung",   "crashed"};
-static const char *const modes[] = {"missing", "minor", "wp", "wp-async", "user-only", "sigbus", "poison"};
-static const char *const backings[] = {"anon", "memfd", "memfd-private", "hugetlb"};
+static const char *const modes[] = {"missing", "minor", "wp", "wp-async", "user-only", "sigbus", "poison", "rwp", "rwp-async"};
+static const char *const backings[] = {"anon", "memfd", "memfd-private", "hugetlb", "guest-memfd"};
 
 static struct pc_fp_spec spec_of(uint32_t operation, int mode, int backing)
 {
@@ -109,6 +109,12 @@ static void check_promise(const struct pc_faultpath *path, int mode, const struc
     case PC_FP_WP:
         EXPECT(path, result->outcome == (writes ? PC_FP_BLOCKED : PC_FP_PASSED));
         EXPECT(path, !writes || (result->event_flags & PC_UFFD_FAULT_WP && result->written));
+        break;
+    case PC_FP_RWP:
+        EXPECT(path, result->outcome == PC_FP_BLOCKED && result->event_flags & PC_UFFD_FAULT_RWP);
+        break;
+    case PC_FP_RWP_ASYNC:
+        EXPECT(path, result->outcome == PC_FP_PASSED && !result->events);
         break;
     case PC_FP_WP_ASYNC:
         EXPECT(path, result->outcome == PC_FP_PASSED && !result->events);
@@ -198,6 +204,22 @@ CASE(USER_ONLY, ANON)
 CASE(USER_ONLY, MEMFD)
 CASE(SIGBUS, ANON)
 CASE(SIGBUS, MEMFD)
+/* Which of these there are is for newer kernels to say: what is not is told as such, and nothing else is tried. */
+#define CASE_OF(mode, backing)                                                                                          \
+    static void mode##_on_##backing(void)                                                                               \
+    {                                                                                                                   \
+        struct pc_fp_result first = run_named("user.load", spec_of(0, PC_FP_##mode, PC_FP_##backing));                  \
+                                                                                                                        \
+        if (first.outcome == PC_FP_UNAVAILABLE && first.text[0])                                                        \
+            SKIP("new-kernel", "%s", first.text);                                                                       \
+        all_of(PC_FP_##mode, PC_FP_##backing);                                                                          \
+    }
+CASE_OF(RWP, ANON)
+CASE_OF(RWP, MEMFD)
+CASE_OF(RWP, HUGETLB)
+CASE_OF(RWP_ASYNC, ANON)
+CASE_OF(MISSING, GUEST_MEMFD)
+CASE_OF(MINOR, GUEST_MEMFD)
 CASE(POISON, ANON)
 CASE(POISON, MEMFD)
 
@@ -264,6 +286,9 @@ static void a_spec_that_cannot_be_is_refused(void)
     spec.timeout_ms = 0;
     CHECK_EQ(pc_faultpath_run(&spec, &result), -EINVAL);
     spec = spec_of(0, PC_FP_WP, PC_FP_ANON);
+    spec.hand_over_fd = 0;
+    CHECK_EQ(pc_faultpath_run(&spec, &result), -EINVAL);
+    spec = spec_of(0, PC_FP_MISSING, PC_FP_GUEST_MEMFD);
     spec.hand_over_fd = 0;
     CHECK_EQ(pc_faultpath_run(&spec, &result), -EINVAL);
     check_no_process();
@@ -692,6 +717,12 @@ int main(int argc, char **argv)
     RUN_FOR(USER_ONLY_on_MEMFD, 100);
     RUN_FOR(SIGBUS_on_ANON, 100);
     RUN_FOR(SIGBUS_on_MEMFD, 100);
+    RUN_FOR(RWP_on_ANON, 100);
+    RUN_FOR(RWP_on_MEMFD, 100);
+    RUN_FOR(RWP_on_HUGETLB, 100);
+    RUN_FOR(RWP_ASYNC_on_ANON, 100);
+    RUN_FOR(MISSING_on_GUEST_MEMFD, 100);
+    RUN_FOR(MINOR_on_GUEST_MEMFD, 100);
     RUN_FOR(POISON_on_ANON, 100);
     RUN_FOR(POISON_on_MEMFD, 100);
     return test_end();

@@ -73,7 +73,7 @@ static uint64_t digest(const struct pc_memory *memory)
 static void present_and_resident(int kind, uint64_t pages)
 {
     struct pc_memory memory = make(kind, pages);
-    uint64_t words[PAGES / 64 + 1] = {0}, expected[PAGES / 64 + 1] = {0};
+    uint64_t words[PAGES / 64 + 1] = {0}, expected[PAGES / 64 + 1] = {0}, known[PAGES / 64 + 1] = {0};
 
     CHECK_EQ(resident(&memory), 0);
     CHECK_EQ(pc_memory_present(&memory, words), 0);
@@ -88,6 +88,15 @@ static void present_and_resident(int kind, uint64_t pages)
         }
         CHECK_EQ(pc_memory_present(&memory, words), 0);
         CHECK(!memcmp(words, expected, sizeof(words)));
+        for (int more_times = 0; kind == PC_MEMORY_MEMFD && more_times < 2; more_times++) { /* the second time nothing has come since */
+            uint64_t more[PAGES / 64 + 1] = {0}, new = pc_bitmap_count(expected, pages) - pc_bitmap_count(known, pages);
+
+            CHECK_EQ(pc_memory_present_more(&memory, known, more), 0);
+            CHECK(!memcmp(known, expected, sizeof(known)));
+            CHECK_EQ(pc_bitmap_count(more, pages), new);
+            pc_bitmap_clear_those(more, expected, pages);
+            CHECK_EQ(pc_bitmap_count(more, pages), 0);
+        }
         CHECK_EQ(resident(&memory), pc_bitmap_count(expected, pages) * memory.page_bytes);
         (void)digest(&memory);
         CHECK_EQ(resident(&memory), pc_bitmap_count(expected, pages) * memory.page_bytes);

@@ -343,6 +343,7 @@ static void runs(void)
     CHECK_EQ(script.unanswered[7].block, 1);
     answer_kept(&script);
     touch_one(&toucher, &script.rig, 0, 250);
+    join_toucher(&toucher);
     touch_one(&toucher, &script.rig, 1, 52);
     join_toucher(&toucher);
     CHECK_EQ(pager_stats(&script.rig).demand_pages, 0);

@@ -12,7 +12,6 @@ import errno
 import itertools
 import os
 import platform
-import re
 import secrets
 import stat
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from postcopy._fd import FdHolder
 from postcopy._native import lib
 from postcopy.errors import CoreError, MigrationError, PostcopyError, ResourceError
+from postcopy.machines._maps import areas
 from postcopy.machines.firecracker.handshake import Region
 from postcopy.units import format_size
 
@@ -29,7 +29,6 @@ _GIB = 1 << 30
 _RSDP = (0xE0000, b"RSD PTR ")  # what Firecracker puts into the first region: the ACPI tables' pointer, from 1.8 on,
 _MP_TABLE = (0x9FC00, b"_MP_")  # and the MultiProcessor table, before
 
-_AREA = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (....) \S+ \S+ (\d+) *(.*)")
 _HUGE_PAGES = "/anon_hugepage"  # the name of memory of huge pages, which is in no file
 
 
@@ -72,41 +71,21 @@ def region_sizes(version: tuple[int, int], memory_bytes: int) -> list[int]:
 def guest_areas(pid: int) -> list[Area]:
     """The mappings that may be guest memory, from low to high: Firecracker maps nothing else without reserving swap
     space. Takes as long as its page tables are large."""
-    return list(_joined(_areas(_lines(pid))))
+    return list(_joined(_guest_areas(pid)))
 
 
-def _lines(pid: int) -> Iterator[str]:
-    try:
-        with open(f"/proc/{pid}/smaps") as file:
-            yield from file
-    except (FileNotFoundError, ProcessLookupError):
-        raise MigrationError(f"Firecracker (process {pid}) has ended") from None
-    except PermissionError as error:
-        raise ResourceError(
-            f"this user may not look at Firecracker (process {pid})", "run as the user of that Firecracker, or as root"
-        ) from error
+def _guest_areas(pid: int) -> Iterator[Area]:
+    for one in areas(pid, f"Firecracker (process {pid})", flags=True):
+        if one.rights == "rw-p" and "nr" in one.flags:
+            of_file = one.inode and not one.path.startswith(_HUGE_PAGES)
+            absent = one.flags & {"um", "ui"} | ({"file"} if of_file else set())
+            yield Area(one.start, one.end, one.page_bytes, absent, "uw" in one.flags)
 
 
-def _areas(lines: Iterable[str]) -> Iterator[Area]:
-    start = end = page_bytes = 0
-    rights, of_file = "", False
-    for line in lines:
-        if match := _AREA.match(line):
-            start, end, rights = int(match[1], 16), int(match[2], 16), match[3]
-            of_file = match[4] != "0" and not match[5].startswith(_HUGE_PAGES)
-        elif line.startswith("KernelPageSize:"):
-            page_bytes = int(line.split()[1]) * 1024
-        elif line.startswith("VmFlags:"):
-            flags = set(line.split()[1:])
-            if rights == "rw-p" and "nr" in flags:
-                absent = flags & {"um", "ui"} | ({"file"} if of_file else set())
-                yield Area(start, end, page_bytes, frozenset(absent), "uw" in flags)
-
-
-def _joined(areas: Iterable[Area]) -> Iterator[Area]:
+def _joined(found: Iterable[Area]) -> Iterator[Area]:
     """The kernel makes one mapping of two that are adjacent and alike, and cuts one in two where they are not."""
     last: Area | None = None
-    for area in areas:
+    for area in found:
         if last is not None and (last.end, last.page_bytes) == (area.start, area.page_bytes):
             absent, protected = last.absent | area.absent, last.protected or area.protected
             area = Area(last.start, area.end, area.page_bytes, absent, protected)

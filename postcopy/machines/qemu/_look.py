@@ -26,8 +26,8 @@ from msgspec import Meta
 from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
 from postcopy._native import lib
-from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ResourceError
-from postcopy.machines._maps import Area, areas
+from postcopy.errors import ConfigurationError, MigrationError, PostcopyError
+from postcopy.machines._maps import Area, areas, may_not
 from postcopy.machines._memory_files import boot_id
 from postcopy.machines._peer import Process, one_line
 from postcopy.machines.preload.client import is_in_memory
@@ -429,13 +429,6 @@ def _shared_files(pid: int) -> Iterator[Area]:
         yield last
 
 
-def _may_not(pid: int) -> ResourceError:
-    return ResourceError(
-        f"this user may not look at QEMU (process {pid})",
-        "run as the user of that QEMU, or as root (as root where QEMU was started with -runas)",
-    )
-
-
 def _is_of(pid: int, mapping: Area, wanted: _Wanted) -> bool:
     """Whether a mapping is that of a backend."""
     if wanted.kind != FILE_BACKEND:
@@ -472,7 +465,7 @@ def _open_file(pid: int, identity: FileIdentity, flags: int) -> int:
                 if _is_file(os.fstat(file.fd), identity):
                     return os.open(f"/proc/self/fd/{file.fd}", flags | os.O_CLOEXEC | os.O_NONBLOCK)
     except PermissionError as error:
-        raise _may_not(pid) from error
+        raise may_not(f"QEMU (process {pid})") from error
     except (FileNotFoundError, ProcessLookupError):
         raise MigrationError(f"QEMU (process {pid}) has ended") from None
     except OSError as error:

@@ -110,6 +110,7 @@ class QemuMachine(ProcessMachine):
         self._asked = False  # it may have been told to migrate
         self._saves = False  # it may have been told to go on
         self._saved: bytes | None = None
+        self._looked_at = False  # its guest was stopped for a look, and may still be
 
     @classmethod
     def create(cls, qmp: str, preload: str | None = None) -> QemuMachine:
@@ -302,6 +303,8 @@ class QemuMachine(ProcessMachine):
 
     async def before_pause(self, early: TellEarly | None = None) -> None:
         """Has QEMU migrate, until it has stopped the guest and waits for us."""
+        if self._looked_at:
+            await self._run_after_look()
         if self._state is MachineState.PAUSED:
             return
         await self._check_is_as_found()
@@ -437,10 +440,12 @@ class QemuMachine(ProcessMachine):
 
     async def resume(self) -> None:
         """Only what was paused here."""
-        if self._state is MachineState.PAUSED:
-            await self._set_running()
-        else:
+        if self._state is not MachineState.PAUSED:
             await trio.lowlevel.checkpoint()
+        elif self._looked_at:
+            await self._run_after_look()
+        else:
+            await self._set_running()
 
     async def _set_running(self) -> None:
         """Whatever has become of the pause, the guest runs. `MigrationError` when that cannot be, with the reason."""
@@ -551,6 +556,8 @@ class QemuMachine(ProcessMachine):
     @contextlib.asynccontextmanager
     async def settled(self) -> AsyncIterator[None]:
         """With disks that write to pages which were pinned before, the guest is stopped: that waits for all of them."""
+        if self._looked_at:
+            await self._run_after_look()
         pins = (await look_at_disks(await self._mended()))[1] if self._state is MachineState.RUNNING else ()
         if not pins:
             yield
@@ -561,14 +568,24 @@ class QemuMachine(ProcessMachine):
             yield
         finally:
             with trio.CancelScope(shield=True):
-                try:
-                    # One that is not as it was stopped here, another client has moved.
-                    await self._run(_STOPPED_FOR_A_LOOK, trio.current_time() + GO_ON_TIMEOUT_S)
-                except QemuError as error:
-                    raise MigrationError(
-                        f"the guest of {self._name} was stopped for a look at its memory, and may still be; tell it to"
-                        f" run (cont): {error}"
-                    ) from error
+                await self._run_after_look()
+
+    async def _run_after_look(self) -> None:
+        """The guest runs, or `resume` tries it again. One that is not as it was stopped here, others have moved."""
+        try:
+            await self._run(_STOPPED_FOR_A_LOOK, trio.current_time() + GO_ON_TIMEOUT_S)
+        except PostcopyError as error:
+            self._state, self._looked_at = MachineState.PAUSED, True
+            self._tell()
+            if isinstance(error, QemuError):
+                raise MigrationError(
+                    f"the guest of {self._name} was stopped for a look at its memory, and may still be; tell it to"
+                    f" run (cont): {error}"
+                ) from error
+            raise
+        if self._looked_at:
+            self._looked_at = False
+            self._runs()
 
     # ---- the end
 

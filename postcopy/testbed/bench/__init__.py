@@ -9,6 +9,7 @@ is reported is the median over the rounds of the ratio within a round, so that a
 - ``scale``: a fault with 1 to 10,000 others pending; a look at the counters, and the choice of the next run to push, of
   64 MiB to 1 TiB; one memory with 1 to 8 userfaultfds; as curves.
 - ``pager-process``: the same fault with the pager in a process of its own, against one in threads.
+- ``recording``: the same fault while it is recorded over time (`--json`), against one that is not.
 - ``bulk-delay``: p99 of such a fault while everything else is pushed at full speed, against the idle p99.
 - ``bulk``: incompressible memory pushed over loopback, against the least C program that receives and places as many
   bytes over as many connections, and against one iperf3 stream.
@@ -23,6 +24,8 @@ is reported is the median over the rounds of the ratio within a round, so that a
 - ``recovery-map``: what a destination of 1 TiB, half of it there, has to say when it comes back, against 10 MB and 1 s.
 - ``tls``: a fault, and the bulk push on one connection a processor, with TLS against without; from a cut network's
   return to the first page with TLS, against 500 ms; round trips that TLS adds to a recovery.
+- ``prefetch``: a page that is touched with `--prefetch adaptive` and no push, against none: in random order, where that
+  is to cost nothing, and in sequential and strided order, over loopback and with a long round trip.
 - ``contention``: mmap and munmap of one thread while others wait for a page, against none waiting: is a lock held?
 - ``userfaultfd``: a fault served by the Python binding under Trio against the smallest C handler; events per read.
 - ``dirty``: operations of a guest that writes, with its dirty log read every 100 ms, against those without; and what
@@ -79,8 +82,10 @@ __all__ = ["FIGURES", "add_arguments", "run"]
 
 FIGURES = {
     "fault": "_fault",
+    "prefetch": "_prefetch",
     "scale": "_scale",
     "pager-process": "_fault",
+    "recording": "_fault",
     "bulk-delay": "_fault",
     "bulk": "_bulk",
     "compress": "_compress",

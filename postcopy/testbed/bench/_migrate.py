@@ -13,7 +13,6 @@ import argparse
 import io
 import json
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -74,12 +73,17 @@ WORKLOADS = {
 BEFORE_S = 1.0  # that the machine runs before it moves
 WINDOW_S = 1.0  # at least: how long pure demand goes on without a push
 AFTER_S = 1.0  # and, at least, after the last page may have come
-DEADLINE_S = 120.0  # of one migration
+DEADLINE_S = 120.0  # of one migration, or
+DEADLINE_PUSHES = 20  # so many times what the push takes, where that is more
+END_S = 30.0  # for a demo that has missed it, with its processes
 PROCESSORS = "processors"
-"""A value beside the columns: how many were busy, on average, from the start of the demo to its end."""
+"""A value beside the columns: how many were busy, with whatever ran here, on average from the start of the demo to its
+end."""
 UNITS = {PROCESSORS: PROCESSORS} | {column.name: column.unit for column in COLUMNS}
 SATURATED = 0.85
 """So many of the processors are busy on average: at times all of them are."""
+ROUNDS = 1
+"""Unless another number was asked for."""
 CONDITIONS = "processors busy"
 """The measurement that is about all cells."""
 
@@ -96,14 +100,25 @@ class Plan:
     delay: float = 0.0  # seconds
 
     @property
+    def push_s(self) -> float:
+        """What the push of all memory takes at least."""
+        return self.memory / self.bandwidth if self.bandwidth else 0.0
+
+    @property
     def window_s(self) -> float:
-        """How long pure demand goes on without a push: half as long again as the push of all memory would take."""
-        return max(WINDOW_S, 1.5 * self.memory / self.bandwidth if self.bandwidth else 0.0)
+        """How long pure demand goes on without a push: half as long again as that would take."""
+        return max(WINDOW_S, 1.5 * self.push_s)
+
+    @property
+    def deadline_s(self) -> float:
+        """Of one migration."""
+        return max(DEADLINE_S, DEADLINE_PUSHES * self.push_s)
 
     def arguments(self, policy: str, workload: str, seed: int, working_set: str) -> list[str]:
         """Of `postcopy demo`. `working_set`: the file that pure demand writes."""
-        chosen = [*POLICIES[policy]]
+        chosen, run_for_s = [*POLICIES[policy]], self.window_s + AFTER_S
         if policy == DEMAND:
+            run_for_s += self.push_s
             chosen += ["--push-after", f"{self.window_s:g}", "--record-working-set", working_set]
         elif policy == LEARNED:
             chosen += ["--working-set", working_set]
@@ -113,7 +128,8 @@ class Plan:
         return [
             "--machine", self.kind, "--memory", format_exact_size(self.memory), "--vcpus", "1", "--bulk-channels", "1",
             "--workload", WORKLOADS[workload], "--seed", str(seed),
-            "--migrate-after", f"{BEFORE_S:g}", "--run-for", f"{self.window_s + AFTER_S:g}", *chosen,
+            "--migrate-after", f"{BEFORE_S:g}", "--run-for", f"{run_for_s:g}",
+            "--deadline", f"{self.deadline_s:g}", *chosen,
         ]  # fmt: skip
 
 
@@ -147,14 +163,16 @@ class Cell:
         )
 
 
-async def migrate(arguments: Sequence[str], recorded: Callable[[Json], None]) -> dict[str, float | None]:
+async def migrate(
+    arguments: Sequence[str], deadline_s: float, recorded: Callable[[Json], None]
+) -> dict[str, float | None]:
     """One migration that was verified; `MigrationError` otherwise. `recorded` gets the line `timeline` of each side."""
-    used_s, begin_s = _processor_s(), time.monotonic()
-    with trio.move_on_after(DEADLINE_S) as late:
+    busy_s, begin_s = _busy_s(), time.monotonic()
+    with trio.move_on_after(deadline_s + END_S) as late:
         command = python("-m", "postcopy", "demo", "--json", *arguments)
         done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
     if late.cancelled_caught:
-        raise MigrationError(f"not done within {DEADLINE_S:g} s")
+        raise MigrationError(f"the demo did not end within {deadline_s + END_S:g} s")
     result, recordings = read(done.stdout.splitlines(), recorded)
     if result is None or done.returncode or not result.verified:
         said = [line for line in done.stderr.decode("utf-8", "replace").splitlines() if "error: " in line]
@@ -164,7 +182,7 @@ async def migrate(arguments: Sequence[str], recorded: Callable[[Json], None]) ->
     if not {"source", "dest"} <= recordings.keys():
         raise MigrationError("a side has not said what it recorded")
     found = values(result, recordings["source"], recordings["dest"])
-    return found | {PROCESSORS: (_processor_s() - used_s) / (time.monotonic() - begin_s)}
+    return found | {PROCESSORS: (_busy_s() - busy_s) / (time.monotonic() - begin_s)}
 
 
 def read(lines: Iterable[bytes], recorded: Callable[[Json], None]) -> tuple[DemoResult | None, dict[str, Recording]]:
@@ -184,9 +202,13 @@ def read(lines: Iterable[bytes], recorded: Callable[[Json], None]) -> tuple[Demo
     return result, recordings
 
 
-def _processor_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+def _busy_s() -> float:
+    """Processor time, of whatever runs on this host, on the processors that this process may use. See proc(5)."""
+    mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    with open("/proc/stat") as file:
+        rows = [line.split() for line in file if line.startswith("cpu")]
+    spent = ((int(row[number]) for number in (1, 2, 3, 6, 7, 8)) for row in rows if row[0] in mine)
+    return sum(map(sum, spent)) / os.sysconf("SC_CLK_TCK")
 
 
 # ---- all of them
@@ -200,12 +222,12 @@ async def compare(plan: Plan, rounds: int, said: Callable[[str], None], recorded
         for number in range(rounds):
             for workload in plan.workloads:
                 file = os.path.join(directory, f"{workload}-{number}")
-                if LEARNED in plan.policies and DEMAND not in plan.policies:
-                    await _one(plan, Cell(DEMAND, workload), number, file, said, lambda _: None)
+                baseline = cells.get((workload, DEMAND), Cell(DEMAND, workload))
+                if LEARNED in plan.policies and DEMAND not in plan.policies:  # it shows what there is to learn
+                    await _one(plan, baseline, number, file, said, lambda _: None)
                 for policy in sorted(plan.policies, key=list(POLICIES).index):
                     await _one(plan, cells[workload, policy], number, file, said, recorded)
-                baseline = cells.get((workload, DEMAND))
-                if baseline is not None:
+                if baseline.rounds:
                     _add_prevented([cells[workload, policy] for policy in plan.policies], baseline)
     return list(cells.values())
 
@@ -219,7 +241,8 @@ async def _one(
         recorded(line | {"machine": f"{cell.workload}, {cell.policy}, round {number + 1}"})
 
     try:
-        cell.rounds.append(await migrate(plan.arguments(cell.policy, cell.workload, number + 1, file), with_name))
+        arguments = plan.arguments(cell.policy, cell.workload, number + 1, file)
+        cell.rounds.append(await migrate(arguments, plan.deadline_s, with_name))
         outcome = "verified"
     except MigrationError as error:
         cell.rounds.append({})
@@ -253,7 +276,7 @@ def conditions(plan: Plan, cells: Sequence[Cell]) -> Measurement:
         f" {plan.window_s:g} s. The guest, both sides and the network between them share {count}"
     )
     if busy:
-        said += f", of which {min(busy):.1f} to {max(busy):.1f} were busy on average"
+        said += f", of which {min(busy):.1f} to {max(busy):.1f} were busy in a cell, on average"
     if busy and max(busy) > SATURATED * cpus:
         said += ": latencies, dips and times back to 90 % hold waits for a processor too"
     return Measurement(
@@ -272,10 +295,10 @@ def sections(measurements: Sequence[Measurement]) -> list[Section]:
         workload, comma, policy = measurement.name.partition(", ")
         if not comma:
             continue
-        values = {
+        given = {
             name: [each for each in value.rounds if each is not None] for name, value in measurement.values.items()
         }
-        known = {name: statistics.median(rounds) for name, rounds in values.items() if rounds}
+        known = {name: statistics.median(rounds) for name, rounds in given.items() if rounds}
         texts = [column.show(known[column.name]) if column.name in known else "-" for column in COLUMNS]
         if "dip" in known and "back" not in known:
             texts[[column.name for column in COLUMNS].index("back")] = "later"
@@ -308,9 +331,9 @@ def add_arguments_migrate(group: argparse._ArgumentGroup) -> None:
     default = Plan()
     # fmt: off
     group.add_argument("--policies", type=_names(POLICIES), default=default.policies, metavar="LIST",
-                       help=f"of {', '.join(POLICIES)}; all by default")
+                       help=f"of {', '.join(POLICIES)} (default: all)")
     group.add_argument("--workloads", type=_names(WORKLOADS), default=default.workloads, metavar="LIST",
-                       help=f"of {', '.join(WORKLOADS)}; all by default")
+                       help=f"of {', '.join(WORKLOADS)} (default: all)")
     group.add_argument("--machine", dest="kind", choices=("rv64", "kvm"), default=default.kind,
                        help=f"its kind (default: {default.kind})")
     group.add_argument("--memory", type=argument(parse_size), default=default.memory, metavar="SIZE",
@@ -332,6 +355,8 @@ def _names(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
 
 
 async def measure_migrate(rounds: int, args: argparse.Namespace) -> list[Measurement]:
+    if args.rounds is None:
+        rounds = ROUNDS  # a round of all is as long as many rounds of others
     plan = Plan(args.policies, args.workloads, args.kind, args.memory, args.bandwidth, args.delay)
     if plan.kind == "kvm" and (why := explain_no_kvm()) is not None:
         raise why

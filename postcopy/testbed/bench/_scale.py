@@ -1,229 +1,374 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Costs that must not grow: of a fault with the number of those that wait, of a look at the counters and of the choice
-of the next run to push with the memory. And what it gives to serve one memory by several userfaultfds.
+"""``scale``: how costs grow along six dimensions, each cost as a curve with a fitted exponent.
 
-Waiting faults are real threads, of which the source answers none; a large memory is simulated by its bitmaps.
+A dimension has points; a round measures all its costs at each point, in processes of their own (`_scale_parts`,
+`_scale_moves`). A cost need not have a value at each point: whole machines end where the host does, parts of the engine
+go on with sparse memory. What is fitted are the medians of the rounds. docs/scale.md says what comes of it.
+
+The time is bounded: each dimension has an equal part of `BUDGET_S`, with what those before it have left, and as many
+rounds as fit into that. On a host on which the first does not fit every second point is missing.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import socket
+import argparse
 import statistics
-import sys
-import threading
-import time
-from functools import partial
+import textwrap
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from math import log
 from typing import Any
 
-import msgspec
 import trio
 
-from postcopy._native import ffi, lib
-from postcopy.dataplane.histogram import Histogram
-from postcopy.dataplane.pager import Pager, Stage
-from postcopy.dataplane.pageserver import PageServer
-from postcopy.errors import MigrationError, check
-from postcopy.memory import Memory
-from postcopy.records.results import Curve, Measurement
+from postcopy.errors import MigrationError, PostcopyError, known_error
+from postcopy.records.results import Curve, Measurement, Value
 from postcopy.testbed._processes import run_json
-from postcopy.testbed.bench._common import DEADLINE_S, pair, ratio, worker
-from postcopy.testbed.bench._worker import HIT_NS, SEED, Job
-from postcopy.uffd import How, UffdFeature, Userfaultfd, probe
+from postcopy.testbed.bench import _scale_moves as moves
+from postcopy.testbed.bench._bulk import Take, open_sides
+from postcopy.testbed.bench._common import medians, pair, worker
+from postcopy.testbed.bench._scale_fit import fit, last_exponent
 from postcopy.units import format_size
 
-PENDING = (1, 100, 10_000)
-ANSWERED = 1000
-MEMORIES = (64 << 20, 1 << 30, 64 << 30, 1 << 40)
-CALLS = 2000
-CLAIMS, CLAIM_PAGE_BYTES = 4096, 4096
-STRIPES = (1, 2, 4, 8)
-TOUCHERS = 8
+BUDGET_S = 165.0
+"""Of all dimensions that are asked for, together."""
+PART_DEADLINE_S = 60.0
+GIB = 1 << 30
 STRIPED_BYTES = 64 << 20
-_HEADER_BYTES = int(lib.PC_FRAME_HEADER_BYTES)
+PUSHED_BYTES = (64 << 20, 1 << 30)
+"""Memory that is full of content, from one size to another; so much is there twice."""
+MOVED_BYTES = 256 << 30
+"""The largest sparse machine that moves as a whole; a larger one has no more to do than parts of the engine show."""
+_BARS = "▁▂▃▄▅▆▇█"
 
 
-async def measure_scale(rounds: int) -> list[Measurement]:
-    """Each as a curve."""
-
-    async def part(what: str, size: int) -> Any:
-        return await run_json(worker("_scale", what, str(size)), f"the measurement of {what}", DEADLINE_S)
-
-    waiting = [{size: await part("pending", size) for size in PENDING} for _ in range(rounds)]
-    sent, wakes = [[{str(size): both[size][what] for size in PENDING} for both in waiting] for what in ("sent", "wake")]
-    counters, claims = [
-        [{format_size(size): float(await part(what, size)) for size in MEMORIES} for _ in range(rounds)]
-        for what in ("counters", "claim")
-    ]
-    striped = [{str(stripes): await _striped_us(stripes) for stripes in STRIPES} for _ in range(rounds)]
-    most = format_size(MEMORIES[-1])
-    waiters = Curve(over="threads that wait", x_unit="1", at={str(size): float(size) for size in PENDING})
-    sizes = {format_size(size): float(size) for size in MEMORIES}
-    memory = Curve(over="memory, simulated on bitmaps", x_unit="bytes", at=sizes)
-    shards = Curve(over="userfaultfds of one memory", x_unit="1", at={str(each): float(each) for each in STRIPES})
-    return [
-        ratio(
-            f"from a fault's event to its request, {PENDING[-1]} pending / 1", sent, str(PENDING[-1]), "1", 1.5,
-            curve=waiters,
-        ),
-        ratio(
-            f"the kernel's wake-up for one page, {PENDING[-1]} pending / 1", wakes, str(PENDING[-1]), "1", None,
-            curve=waiters, note="UFFDIO_WAKE looks at all that wait on a userfaultfd",
-        ),
-        ratio(
-            f"reading the counters, {most} / {format_size(MEMORIES[0])}", counters, most, format_size(MEMORIES[0]), 1.5,
-            curve=memory,
-        ),
-        ratio(
-            f"claiming a run, {most} / {format_size(MEMORIES[0])}", claims, most, format_size(MEMORIES[0]), 1.5,
-            curve=memory, unit="ns",
-            note=f"the next page to push, of {CLAIMS} that are left, spread over all of the memory",
-        ),
-        ratio(
-            f"a fault in shared memory, {STRIPES[-1]} userfaultfds / 1", striped, str(STRIPES[-1]), "1", None,
-            curve=shards,
-            note=f"{TOUCHERS} threads that fault in one memory; elapsed time by the number of faults",
-        ),
-    ]  # fmt: skip
+Measure = Callable[[float], Awaitable[dict[str, float]]]
 
 
-async def _striped_us(stripes: int) -> float:
-    result = await pair("striped", STRIPED_BYTES, bulk_channels=stripes - 1, pin=True, module="_scale")
-    return float(result["us"])
+@dataclass(frozen=True)
+class Cost:
+    """What grows, or should not."""
+
+    what: str
+    unit: str
+    goal: float | None = None  # of the exponent; None: nothing of ours decides it
+    note: str = ""
 
 
-# ---- the processes
+@dataclass(frozen=True)
+class Dimension:
+    """What is varied."""
+
+    over: str
+    unit: str  # of x
+    points: tuple[float, ...]
+    measure: Measure
+    """At one point; by the names of `costs`."""
+    costs: dict[str, Cost]
+    x_of: str = ""  # the cost that is x itself, where that can only be measured
+    label: Callable[[float], str] = "{:g}".format
 
 
-def main(what: str, size: str = "") -> None:
-    """Prints one number, or takes a part in a `pair` when `what` is its `Job`."""
-    if what == "pending":
-        print(json.dumps(trio.run(_pending, int(size))), flush=True)
-        os._exit(0)  # with all those that wait
-    if what == "counters":
-        print(_counters_us(int(size)))
-        return
-    if what == "claim":
-        print(check(lib.pc_bench_claim(int(size) // CLAIM_PAGE_BYTES, CLAIMS), "claiming runs"))
-        return
-    job = msgspec.json.decode(what, type=Job)
-    if job.cpus:
-        os.sched_setaffinity(0, job.cpus)
-    trio.run(_striped_source if job.role.endswith("source") else _striped_dest, job)
+# ---- what is measured at a point
 
 
-def _counters_us(size_bytes: int) -> float:
-    """Of a pager that never arms the memory: only its maps are there."""
-    pager = ffi.new("struct pc_pager **")
-    check(lib.pc_pager_new(-1, pager), "making a pager")
-    memory = ffi.new("struct pc_memory *", {"base": ffi.cast("void *", 1 << 46), "size_bytes": size_bytes, "fd": -1})
-    memory.page_bytes = lib.pc_page_bytes()
-    memory.kind = lib.PC_MEMORY_ANON
-    check(lib.pc_pager_add_block(pager[0], memory, -1), "adding memory")
-    stats = ffi.new("struct pc_pager_stats *")
-    return _each_us(lambda: lib.pc_pager_stats(pager[0], stats))
+async def _part(what: str, size: int) -> dict[str, float]:
+    return dict(await run_json(worker("_scale_parts", what, str(size)), f"the measurement of {what}", PART_DEADLINE_S))
 
 
-def _each_us(call: Any) -> float:
-    """What one call takes: the median of many, each of ten."""
-    times_ns = []
-    for _ in range(CALLS // 10):
-        begin_ns = time.perf_counter_ns()
-        for _ in range(10):
-            call()
-        times_ns.append(time.perf_counter_ns() - begin_ns)
-    return statistics.median(times_ns) / 10 / 1e3
-
-
-async def _pending(pending: int) -> dict[str, float]:
-    """What the fault thread takes to request a page, and the kernel to wake who waits for it, of all who wait."""
-
-    page_bytes = int(lib.pc_page_bytes())
-    threading.stack_size(64 << 10)
-    ours, theirs = socket.socketpair()
-    memory = Memory.create("anon", (pending + ANSWERED) * page_bytes)
-    pager = Pager()
-    pager.add_block(memory)
-    api = probe()
-    features = UffdFeature(lib.pc_pager_features(int(api.features)))
-    uffd = Userfaultfd.open(api.how, features)
-    pager.adopt_shard(os.dup(uffd.fileno()), int(features))
-    pager.arm(0, 0, 0, memory.pages)
-    pager.attach_urgent(0, theirs.detach())
-    await pager.confirm()
-    threading.Thread(target=_answer, args=(ours, pending, page_bytes), daemon=True).start()
-    for page in range(pending):
-        threading.Thread(target=memory.read, args=(page * page_bytes, 1), daemon=True).start()
-    with trio.fail_after(DEADLINE_S / 2):
-        while pager.statistics().pending_faults < pending:  # noqa: ASYNC110 -- nothing tells of it
-            await trio.sleep(0.01)
-    for page in range(pending, pending + ANSWERED):
-        await trio.to_thread.run_sync(memory.read, page * page_bytes, 1)
-    wake_us = _each_us(
-        lambda: lib.pc_uffd_wake(uffd.fileno(), memory.address + (memory.pages - 1) * page_bytes, page_bytes)
-    )
-    return {"sent": pager.latency(Stage.SENT).percentile(50) / 1e3, "wake": wake_us}
-
-
-def _answer(connection: socket.socket, first_page: int, page_bytes: int) -> None:
-    """As a source that has nothing but the pages from `first_page` on."""
-    frame, text = ffi.new("struct pc_frame *"), ffi.new("char[]", 200)
-    header, content = ffi.new("uint8_t[]", _HEADER_BYTES), b"\x5a" * page_bytes
-    crc = lib.pc_crc32c(0, content, page_bytes)
-    with connection.makefile("rb") as requests:
-        while len(request := requests.read(_HEADER_BYTES)) == _HEADER_BYTES:
-            check(lib.pc_frame_decode(request, frame, text, len(text)), "reading a request")
-            if frame.first_page < first_page:
-                continue
-            frame.type, frame.flags = lib.PC_FRAME_PAGES, lib.PC_FRAME_DEMAND
-            frame.payload_bytes, frame.payload_crc = page_bytes, crc
-            lib.pc_frame_encode(frame, header)
-            connection.sendall(bytes(ffi.buffer(header)) + content)
-
-
-def _ready() -> None:
-    print("ready", flush=True)
-    sys.stdin.readline()
-
-
-async def _striped_source(job: Job) -> None:
-    memory = Memory.create("memfd", job.size_bytes)
-    lib.pc_bench_fill(memory.struct.base, job.size_bytes, SEED)
-    async with PageServer() as server:
-        server.add_block(memory)
-        for number, fd in enumerate((job.urgent_fd, *job.bulk_fds)):
-            server.attach_urgent(number, fd)
-        _ready()
-        server.start()
-        await trio.to_thread.run_sync(sys.stdin.read)
-
-
-async def _striped_dest(job: Job) -> None:
-    memory = Memory.create("memfd", job.size_bytes)
-    pager = Pager()
-    pager.add_block(memory)
-    fds = (job.urgent_fd, *job.bulk_fds)
-    pages = memory.pages // len(fds)
-    for number, fd in enumerate(fds):
-        pager.arm(pager.add_shard(How.ANY), 0, number * pages, pages)
-        pager.attach_urgent(number, fd)
-    await pager.confirm()
-    _ready()
-    begin_s = time.perf_counter()
-    faults: list[int] = []
-
-    async def touch(seed: int) -> None:
-        call = partial(
-            lib.pc_bench_touch, memory.struct.base, memory.page_bytes, memory.pages, memory.pages // TOUCHERS // 2,
-            seed, HIT_NS, Histogram().struct,
+async def _memory(x: float) -> dict[str, float]:
+    size_bytes = int(x * GIB)
+    found = await _part("memory", size_bytes)
+    if PUSHED_BYTES[0] <= size_bytes <= PUSHED_BYTES[1]:
+        async with open_sides(size_bytes, 2) as sides:
+            await sides.take(Take("engine"))  # the pages of both sides are there
+            floor, engine = [await sides.take(Take(kind)) for kind in ("floor", "engine")]
+        found |= {
+            "push": size_bytes / engine["bytes-per-s"] * 1e3,
+            "push-floor": size_bytes / floor["bytes-per-s"] * 1e3,
+        }
+        found["push-over-floor"] = found["push"] / found["push-floor"]
+    if size_bytes <= MOVED_BYTES:
+        found |= await moves.move(
+            *moves.WORK, *moves.USED, "--memory", f"{size_bytes >> 20}MiB", "--vcpus", "1", sparse=True
         )  # fmt: skip
-        faults.append(check(await trio.to_thread.run_sync(call), "touching memory"))
+        found.pop("blocktime", None)
+    return found
 
-    async with trio.open_nursery() as nursery:
-        for seed in range(TOUCHERS):
-            nursery.start_soon(touch, SEED + seed)
-    if not sum(faults):
-        raise MigrationError("no thread has waited for a page")
-    print(json.dumps({"us": (time.perf_counter() - begin_s) * 1e6 / sum(faults)}), flush=True)
-    os._exit(0)
+
+async def _userfaultfds(x: float) -> dict[str, float]:
+    count = int(x)
+    return await pair("striped", STRIPED_BYTES, bulk_channels=count - 1, pin=True, module="_scale_parts")
+
+
+async def _vcpus(x: float) -> dict[str, float]:
+    return await moves.move(*moves.WORK, "--memory", "128MiB", "--vcpus", str(int(x)))
+
+
+async def _pending(x: float) -> dict[str, float]:
+    return await _part("pending", int(x))
+
+
+async def _machines(x: float) -> dict[str, float]:
+    return await moves.machines(int(x))
+
+
+async def _delay(x: float) -> dict[str, float]:
+    return await moves.delayed(x / 2e3)
+
+
+# ---- the dimensions
+
+FLAT, LINEAR = 0.1, 1.1
+"""Goals of exponents: what must not grow, and what must not grow faster than x; each with room for noise."""
+SUBLINEAR = 0.75
+_WAKE = "the kernel looks at all that wait on a userfaultfd when a page is placed"
+DIMENSIONS = {
+    "memory": Dimension(
+        "memory", "GiB", (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 16, 256, 1024),
+        _memory,
+        {
+            "switchover": Cost("switchover (32 MiB of it used)", "ms", SUBLINEAR),
+            "look": Cost("in the pause: the look for what has changed", "ms", SUBLINEAR),
+            "fault-p50": Cost("fault p50 beside the push (32 MiB used)", "us", FLAT),
+            "fault-p99": Cost("fault p99 beside the push", "us", FLAT),
+            "setup": Cost("before the pause: from the offer to ready", "ms", SUBLINEAR),
+            "total": Cost("total from the pause (32 MiB used)", "ms", SUBLINEAR),
+            "resident": Cost("peak memory of the destination beside the machine's", "MiB", SUBLINEAR),
+            "push": Cost("push of a memory full of content", "ms", LINEAR),
+            "push-floor": Cost("the same by the smallest program", "ms"),
+            "push-over-floor": Cost("push over floor", "1", FLAT),
+            "map": Cost("the map of what there is", "ms", LINEAR),
+            "arm": Cost("adding and arming the memory", "ms", LINEAR),
+            "zeros": Cost("marking what is zero", "ms", LINEAR),
+            "maps": Cost("maps of the destination", "MiB", LINEAR),
+            "counters": Cost("reading the counters", "us", FLAT),
+            "claim": Cost("claiming a run to push", "ns", SUBLINEAR, "claims: of 4096 pages that are left"),
+            "recovery-size": Cost("map of a recovery, half received", "kB", LINEAR),
+            "recovery-map": Cost("making, taking and applying it", "ms", LINEAR),
+        },
+        label=lambda x: format_size(int(x * GIB)),
+    ),
+    "userfaultfds": Dimension(
+        "userfaultfds of one memory", "1", (1, 2, 4, 8, 16, 32, 64), _userfaultfds,
+        {
+            "one-fault": Cost("fault p50 of one thread", "us", FLAT),
+            "many-faults": Cost("8 threads that fault: elapsed time a fault", "us", FLAT),
+            "many-p50": Cost("8 threads that fault: p50", "us", FLAT),
+            "many-p99": Cost("8 threads that fault: p99", "us", 0.3),
+            "start": Cost("making and arming all", "ms", LINEAR),
+            "fd-memory": Cost("memory of all", "KiB", LINEAR),
+            "fd-counters": Cost("reading the counters", "us", LINEAR),
+            "received": Cost("copying the received map", "us", FLAT),
+        },
+    ),
+    "vcpus": Dimension(
+        "vCPUs of one machine", "1", (1, 2, 3, 4, 6, 8), _vcpus,
+        {
+            "switchover": Cost("switchover", "ms", SUBLINEAR),
+            "setup": Cost("before the pause: from the offer to ready", "ms", SUBLINEAR),
+            "fault-p50": Cost("fault p50 beside the push", "us", SUBLINEAR),
+            "fault-p99": Cost("fault p99 beside the push", "us", LINEAR,
+                              "fault p99: more threads than processors wait for each other"),
+            "blocktime": Cost("a vCPU waits for pages, in all", "ms"),
+            "total": Cost("total from the pause", "ms", SUBLINEAR),
+            "resident": Cost("peak memory of the destination beside the machine's", "MiB", 0.3),
+        },
+    ),
+    "pending": Dimension(
+        "threads that wait on one userfaultfd", "1", (1, 10, 100, 1000, 10_000), _pending,
+        {
+            "sent": Cost("from a fault's event to its request", "us", 0.2),
+            "placed": Cost("from its page to the thread's wake-up", "us", None, _WAKE),
+            "wake": Cost("the kernel's wake-up for one page", "us", None, _WAKE),
+            "pending-counters": Cost("reading the counters", "us", FLAT),
+            "requested-again": Cost("after a lost connection: all requested again", "ms", LINEAR),
+            "all-answered": Cost("all answered at once", "ms", None, _WAKE),
+        },
+    ),
+    "machines": Dimension(
+        "machines of one daemon", "1", (1, 2, 4, 8, 16, 32, 64), _machines,
+        {
+            "all-start": Cost("starting all", "ms", LINEAR),
+            "daemon-memory": Cost("memory of all, beside their own", "KiB", LINEAR),
+            "idle": Cost("processor time while nothing happens", "%", LINEAR),
+            "status": Cost("answer to status", "ms", LINEAR),
+            "all-moved": Cost(f"all move to another daemon, {moves.AT_ONCE} at once", "ms", LINEAR),
+            "move-cpu": Cost("processor time of both daemons for that", "ms", LINEAR),
+            "each-switchover": Cost("switchover of each of them, median", "ms", SUBLINEAR),
+        },
+    ),
+    "delay": Dimension(
+        "round trip, measured", "ms", (0, 1, 3, 5, 10, 25, 50), _delay,
+        {
+            "fault-p50": Cost("fault p50", "ms", LINEAR),
+            "fault-p99": Cost("fault p99", "ms", LINEAR),
+            "switchover": Cost("switchover", "ms", LINEAR),
+            "setup": Cost("before the pause: from the offer to ready", "ms", LINEAR),
+            "first-page": Cost("from a reset of all connections to the next page", "ms", LINEAR),
+        },
+        x_of="echo", label=lambda x: f"{x:g} ms" if x else "none",
+    ),
+}  # fmt: skip
+
+
+def add_arguments_scale(group: Any) -> None:
+    group.add_argument(
+        "--dimension", action="append", choices=list(DIMENSIONS), metavar="NAME",
+        help=f"measure this one only, of {', '.join(DIMENSIONS)}; may be repeated (default: all)",
+    )  # fmt: skip
+
+
+async def measure_scale(rounds: int, args: argparse.Namespace) -> list[Measurement]:
+    """All costs of the dimensions asked for. A point that fails is left out of its curve."""
+    names = list(dict.fromkeys(args.dimension or DIMENSIONS))
+    found: list[Measurement] = []
+    began_s = trio.current_time()
+    for number, name in enumerate(names):
+        ends_s = began_s + BUDGET_S * (number + 1) / len(names)
+        found += await measure_dimension(name, DIMENSIONS[name], rounds, ends_s)
+    return found
+
+
+Points = dict[float, dict[str, float]]
+
+
+async def measure_dimension(name: str, dimension: Dimension, rounds: int, ends_s: float) -> list[Measurement]:
+    """`ends_s`: by Trio's clock. A round that would not be done by then is not begun, and one that is not is left out;
+    but of the first all points count that were done."""
+    order = (
+        *dimension.points[::-2],
+        *dimension.points[-2::-2],
+    )  # where the time ends first, there are some of all sizes
+    done: list[Points] = []
+    problems: dict[str, str] = {}
+    longest_s = 0.0
+    while len(done) < rounds and (not done or trio.current_time() + longest_s <= ends_s):
+        began_s, points = trio.current_time(), Points()
+        with trio.move_on_at(ends_s) as in_time:
+            for x in order:
+                try:
+                    points[x] = await _contained(dimension.measure, x)
+                except MigrationError as error:
+                    problems[dimension.label(x)] = str(error)
+        if in_time.cancelled_caught:
+            if not done:
+                done.append(points)
+                late = [dimension.label(x) for x in dimension.points if x not in points]
+                problems |= {label: "there was no time left" for label in late if label not in problems}
+            break
+        done.append(points)
+        longest_s = max(longest_s, trio.current_time() - began_s)
+    if not any(done):
+        raise MigrationError(f"{name}: no point could be measured: {next(iter(problems.values()))}")
+    labels = {
+        problem: [label for label, other in problems.items() if other == problem] for problem in problems.values()
+    }
+    note = "; ".join(f"left out: {', '.join(left)}: {problem}" for problem, left in labels.items())
+    return [
+        curve
+        for key, cost in dimension.costs.items()
+        if (curve := _curve(name, dimension, key, cost, done, note)) is not None
+    ]
+
+
+async def _contained(measure: Measure, x: float) -> dict[str, float]:
+    """`MigrationError` for whatever went wrong with its processes."""
+    try:
+        return await measure(x)
+    except trio.TooSlowError:
+        raise MigrationError("it was not done in time") from None
+    except PostcopyError as error:
+        raise MigrationError(str(error)) from None
+    except BaseExceptionGroup as group:
+        if group.subgroup(KeyboardInterrupt) is not None:
+            raise
+        raise MigrationError(str(known_error(group))) from None
+
+
+def _curve(name: str, dimension: Dimension, key: str, cost: Cost, done: list[Points], note: str) -> Measurement | None:
+    """None where no point has the cost."""
+    values: dict[str, list[float | None]] = {}
+    at: dict[str, float] = {}
+    for x in dimension.points:
+        rounds = [points.get(x, {}).get(key) for points in done]
+        if None in rounds:
+            continue
+        values[dimension.label(x)] = rounds
+        at[dimension.label(x)] = (
+            statistics.median(points[x][dimension.x_of] for points in done) if dimension.x_of else x
+        )
+    if not values:
+        return None
+    measurement = Measurement(
+        figure="scale",
+        name=f"{name}: {cost.what}",
+        values={label: Value(unit=cost.unit, rounds=rounds, better="less") for label, rounds in values.items()},
+        curve=Curve(over=dimension.over, x_unit=dimension.unit, at=at),
+        note="; ".join(filter(None, (cost.note, note))) or None,
+    )
+    assert measurement.curve is not None
+    found = fit(list(at.values()), list(medians(measurement).values()))
+    if found is not None:
+        measurement.curve.fit = found
+        measurement.result, measurement.better = found.exponent, "less"
+        measurement.goal = cost.goal
+        # Missed only where the points cannot be those of a cost that keeps to it.
+        measurement.reached = None if cost.goal is None else found.low <= cost.goal
+    return measurement
+
+
+# ---- for people
+
+
+def text_scale(measurements: Sequence[Measurement], width: int) -> str:
+    """A table for each dimension: a line or two for each cost."""
+    lines: list[str] = []
+    for name in dict.fromkeys(measurement.name.partition(": ")[0] for measurement in measurements):
+        own = [measurement for measurement in measurements if measurement.name.startswith(f"{name}: ")]
+        labels = list(dict.fromkeys(label for measurement in own for label in measurement.values))
+        rounds = len(next(iter(own[0].values.values())).rounds)
+        assert own[0].curve is not None
+        lines += ["", f"{name}: {own[0].curve.over}, {', '.join(labels)}; rounds: {rounds}"]
+        for measurement in own:
+            lines += _line(measurement, width)
+        notes = dict.fromkeys(measurement.note for measurement in own if measurement.note)
+        for note in notes:
+            lines += textwrap.wrap(note, width, initial_indent="  ", subsequent_indent="  ")
+    legend = (
+        "Exponent: cost = constant * x ^ exponent, with its 95 % confidence interval; at the end: between the last two"
+        " points; then the straight line (memory: x in GiB). The curve is on logarithmic axes:"
+        f" {_BARS[0]} is the first value, {_BARS[-1]} as many times that as x has grown. A goal is missed where the"
+        " whole interval is above it."
+    )
+    return "\n".join([*lines, "", *textwrap.wrap(legend, width)])
+
+
+def _line(measurement: Measurement, width: int) -> list[str]:
+    curve = measurement.curve
+    assert curve is not None
+    what, found = measurement.name.partition(": ")[2], medians(measurement)
+    unit = next(iter(measurement.values.values())).unit
+    ys, xs = list(found.values()), [curve.at[label] for label in found]
+    name = f"{what}{'' if unit == '1' else f', {unit}'}"
+    values = " ".join(f"{y:.3g}" for y in ys)
+    lines = textwrap.wrap(f"  {name:<52} {sparkline(xs, ys)}  {values}", width, subsequent_indent=" " * 55)
+    if (grown := curve.fit) is not None:
+        goal = ""
+        if measurement.goal is not None:
+            goal = f"; goal {measurement.goal:g}: {'reached' if measurement.reached else 'NOT REACHED'}"
+        lines += textwrap.wrap(
+            f"exponent {grown.exponent:.2f} ({grown.low:.2f} .. {grown.high:.2f}), at the end"
+            f" {last_exponent(xs, ys):.2f}; {grown.base:.3g} + {grown.slope:.3g} x{goal}",
+            width, initial_indent=" " * 6, subsequent_indent=" " * 6,
+        )  # fmt: skip
+    return lines
+
+
+def sparkline(xs: Sequence[float], ys: Sequence[float]) -> str:
+    """On logarithmic axes: the lowest bar is the first value, the highest one as many times it as x has grown."""
+    if min(*xs, *ys) <= 0:
+        return "?" * len(ys)
+    span = log(max(xs) / xs[0]) or 1.0
+    heights = [log(y / ys[0]) / span for y in ys]
+    return "".join(_BARS[min(len(_BARS) - 1, max(0, round(height * (len(_BARS) - 1))))] for height in heights)

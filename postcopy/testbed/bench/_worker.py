@@ -24,6 +24,7 @@ from postcopy.dataplane.histogram import Histogram
 from postcopy.dataplane.pager import EventType, Pager
 from postcopy.dataplane.pager_process import ProcessPager
 from postcopy.dataplane.pageserver import PageServer
+from postcopy.dataplane.recorder import Recorder
 from postcopy.errors import check
 from postcopy.memory import Memory
 from postcopy.records import as_json
@@ -47,6 +48,7 @@ class Job(msgspec.Struct, frozen=True):
     touches: int = 0
     busy_poll_us: int = 0  # the floor polls without end where this is not 0
     pager_process: bool = False  # engine-dest: the pager apart from the thread that touches
+    recorded: bool = False  # engine-dest: over time, as for --json
     cpus: tuple[int, ...] = ()  # the host's processors; any where empty
     tls: str = ""  # engine-*: the directory of the certificates for ADDRESS
 
@@ -56,7 +58,7 @@ async def channel(fd: int, tls: str, *, listens: bool) -> tuple[int, Any]:
     certificates. The other end does the same meanwhile."""
     if not tls:
         return fd, None
-    credentials = await Credentials.load(tls, listens=listens, connects=not listens)
+    credentials = Credentials(tls)
     connected = trio.socket.from_stdlib_socket(socket.socket(fileno=fd))
     stream = TlsStream(connected, await credentials.context(server=listens), "" if listens else ADDRESS)
     await stream.handshake()
@@ -75,21 +77,27 @@ def _filled(job: Job) -> Memory:
 
 
 def percentiles_us(histogram: Histogram, *percentiles: float) -> dict[str, float]:
-    """And the maximum."""
-    return {f"p{p:g}": histogram.percentile(p) / 1e3 for p in percentiles} | {"max": histogram.max_ns / 1e3}
+    """And the maximum; and the median between the edges of its bucket, which are 2 to 3 % apart."""
+    found = {f"p{p:g}": histogram.percentile(p) / 1e3 for p in percentiles}
+    return found | {"max": histogram.max_ns / 1e3, "median": _median_ns(histogram) / 1e3}
+
+
+def _median_ns(histogram: Histogram) -> float:
+    seen, rank = 0, histogram.count / 2
+    for edge_ns, count in histogram.buckets():
+        if seen + count >= rank:
+            width_ns = max(1, 1 << edge_ns.bit_length() - 6)
+            return edge_ns - width_ns * (1 - (rank - seen) / count)
+        seen += count
+    return 0.0
 
 
 def distribution(histogram: Histogram) -> Distribution:
-    """All of it. (The buckets: csrc/core/histogram.c.)"""
-    steps, counts = 32, ffi.unpack(histogram.struct.buckets, len(histogram.struct.buckets))
-    edges = {}
-    for bucket, count in enumerate(counts):
-        if count:
-            shift = max(0, bucket // steps - 1)
-            edges[((bucket if bucket < steps else steps + bucket % steps) + 1 << shift) - 1] = count
+    """All of it."""
+    buckets = list(histogram.buckets())
     return Distribution(
-        count=sum(edges.values()), sum_ns=histogram.sum_ns, max_ns=histogram.max_ns,
-        bucket_edges_ns=[*edges], bucket_counts=[*edges.values()],
+        count=histogram.count, sum_ns=histogram.sum_ns, max_ns=histogram.max_ns,
+        bucket_edges_ns=[edge for edge, _ in buckets], bucket_counts=[count for _, count in buckets],
     )  # fmt: skip
 
 
@@ -160,6 +168,9 @@ async def _engine_dest(job: Job) -> dict[str, Any]:
         pager.add_block(memory)
         pager.add_shard(How.ANY, job.busy_poll_us)
         pager.arm(0, 0, 0, memory.pages)
+        if job.recorded:
+            recorder = Recorder()
+            recorder.follow(pager, [("memory", job.size_bytes, memory.page_bytes)])
         fd, tls = await channel(job.urgent_fd, job.tls, listens=True)
         pager.attach_urgent(0, fd, tls=tls)
         for index, bulk_fd in enumerate(job.bulk_fds):

@@ -105,7 +105,9 @@ def _rows(result: DemoResult) -> Iterator[tuple[str, str]]:
         yield "memory", f"{format_size(ram.total or 0)}, {format_size(ram.transferred or 0)} transferred"
         again = f" ({ram.duplicate_pages} twice)" if ram.duplicate_pages else ""
         background = f"{ram.background_pages} in background{again}"
-        yield "pages", f"{ram.demand_pages} on demand, {background}, {ram.zero_pages} zero"
+        hits = f" ({ram.prefetch_hits} hits known)" if ram.prefetch_hits else ""
+        ahead = f"{ram.prefetched_pages} ahead{hits}, " if ram.prefetched_pages else ""
+        yield "pages", f"{ram.demand_pages} on demand, {ahead}{background}, {ram.zero_pages} zero"
         if ram.iteration:
             after = f"{format_size(ram.postcopy_bytes)} after it" if ram.postcopy_bytes else "nothing after it"
             rounds = format_count(ram.iteration, "round")

@@ -94,6 +94,15 @@ class Expectation(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab
             text += f", fault of {'/'.join(self.thread)} thread"
         return text
 
+    @property
+    def brief(self) -> str:
+        """The same as a result is told: ``blocked D``, ``refused EFAULT``."""
+        parts = []
+        for outcome in self.outcome:
+            more = self.state if outcome is Outcome.BLOCKED else self._more(outcome)
+            parts.append(f"{outcome} {'/'.join(more)}".strip())
+        return " or ".join(parts)
+
     def _more(self, outcome: Outcome) -> tuple[str, ...]:
         return {Outcome.REFUSED: self.error, Outcome.SIGNALLED: self.signal}.get(outcome, ())
 
@@ -104,7 +113,13 @@ class Expectation(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab
             and any(fnmatchcase(cell.operation, pattern) for pattern in self.operation)
             and any(fnmatchcase(cell.mode, pattern) for pattern in self.mode)
             and any(fnmatchcase(cell.backing, pattern) for pattern in self.backing)
-            and all(_compare(system.version, how, version) for how, version in _versions(self.kernel))
+            and self.holds_on(system)
+        )
+
+    def holds_on(self, system: System) -> bool:
+        """Whether it is about any cell of that kernel."""
+        return (
+            all(_compare(system.version, how, version) for how, version in _versions(self.kernel))
             and (not self.kvm or system.kvm in self.kvm)
             and (not self.file_system or any(fnmatchcase(system.file_system, pattern) for pattern in self.file_system))
             and all(system.option(name) in values for name, values in self.config.items())
@@ -168,6 +183,10 @@ class Expectations:
         matching = [rule for rule in reversed(self.rules) if rule.matches(operation, cell, system)]
         return max(matching, key=lambda rule: rule.specificity(cell), default=None)
 
+    def on(self, system: System) -> Expectations:
+        """Those about that kernel; for who asks for many cells of it."""
+        return Expectations(self.name, tuple(rule for rule in self.rules if rule.holds_on(system)))
+
     def waits(self, operation: Operation, cell: Cell, system: System) -> bool:
         """Whether the operation may wait for its page, as far as is known."""
         rule = self.find(operation, cell, system)
@@ -186,6 +205,11 @@ class Expectations:
         verdict = Verdict.CHANGED if difference else Verdict.AS_EXPECTED
         return Judged(cell, result, verdict, expected, reason, difference, uncovered)
 
+    def begins_at(self) -> list[tuple[int, ...]]:
+        """The versions of the kernel at which an expectation begins to hold."""
+        found = {version for rule in self.rules for how, version in _versions(rule.kernel) if how == ">="}
+        return sorted(found)
+
     def as_json(self) -> Json:
         return {"file": self.name, "rules": len(self.rules)}
 
@@ -201,7 +225,7 @@ def is_uncovered(operation: Operation, cell: Cell, result: Result) -> bool:
         return False
     if result.outcome is Outcome.PASSED:
         return cell.mode is Mode.MISSING
-    return cell.mode in (Mode.MISSING, Mode.MINOR, Mode.WP)
+    return cell.mode in (Mode.MISSING, Mode.MINOR, Mode.WP, Mode.RWP)
 
 
 # ---- the file

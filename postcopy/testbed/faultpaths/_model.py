@@ -27,6 +27,8 @@ class Mode(StrEnum):
     USER_ONLY = "user-only"
     SIGBUS = "sigbus"
     POISON = "poison"
+    RWP = "rwp"
+    RWP_ASYNC = "rwp-async"
 
 
 class Backing(StrEnum):
@@ -36,6 +38,7 @@ class Backing(StrEnum):
     MEMFD = "memfd"
     MEMFD_PRIVATE = "memfd-private"
     HUGETLB = "hugetlb"
+    GUEST_MEMFD = "guest-memfd"
 
 
 class Outcome(StrEnum):
@@ -261,6 +264,8 @@ class Run:
     expectations: Json = field(default_factory=dict)
     remote: Json | None = None
     """With `--remote`: what the path to the other host did."""
+    run: Json | None = None
+    """Where and when (`postcopy.records.results.Run`); None in a report of a version that did not tell."""
 
     @property
     def good(self) -> bool:

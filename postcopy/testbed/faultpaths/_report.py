@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 from collections import Counter
 from typing import IO, Any
 
@@ -50,21 +50,22 @@ def _cell_json(item: Judged) -> Json:
     }
 
 
-def from_json(value: Any) -> Run:
-    """What `to_json` made. `ConfigurationError` when it is something else."""
+def from_json(value: Any, run: Json | None = None) -> Run:
+    """What `to_json` made, `run` being the line before it. `ConfigurationError` when it is something else."""
     if not isinstance(value, dict):
         raise ConfigurationError(f"{_kind_of(value)}: {NOT_OURS}")
     try:
         if value["schema"] != SCHEMA:
             raise ConfigurationError(f"a report of schema {value['schema']!r}, and this version reads {SCHEMA}")
         return Run(
-            value["system"],
+            msgspec.convert(value["system"], dict[str, str | int | float | bool | None]),
             msgspec.convert(value["operations"], tuple[Operation, ...]),
             tuple(_judged(item) for item in value["cells"]),
             float(value["seconds"]),
             msgspec.convert(value["left-out"], tuple[Cell, ...]),
             value["expectations"],
             value.get("remote"),
+            run,
         )
     except (KeyError, TypeError, ValueError, AttributeError, msgspec.ValidationError) as error:
         what = f"without {error}" if isinstance(error, KeyError) else f"in which {error}"
@@ -94,27 +95,45 @@ def _judged(item: Json) -> Judged:
 
 
 def read_report(path: str) -> Run:
-    """A file that `--json` wrote: a line `run`, which older ones lack, and the report. `ConfigurationError` with its
-    name when it cannot be read."""
+    """A file that `--json` wrote. `ConfigurationError` with its name when it cannot be read."""
+    values = json_values(path)
+    run = (
+        values.pop(0) if isinstance(values[0], dict) and values[0].get("event") == "run" and len(values) == 2 else None
+    )
+    if len(values) > 1:
+        raise ConfigurationError(f"{path!r} has several JSON values, one behind the other: {NOT_OURS}")
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-        value, end = json.JSONDecoder().raw_decode(text.lstrip())
-        rest = text.lstrip()[end:]
-        return from_json(
-            json.loads(rest) if isinstance(value, dict) and value.get("event") == "run" else json.loads(text)
-        )
-    except OSError as error:
-        raise ConfigurationError(f"cannot read {path!r}: {error.strerror}") from None
-    except ValueError as error:
-        what = "is not JSON"
-        if os.path.getsize(path) == 0:
-            what = "is empty"
-        elif isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
-            what = "has several JSON values, one behind the other"
-        raise ConfigurationError(f"{path!r} {what}: {NOT_OURS}") from None
+        return from_json(values[0], run)
     except ConfigurationError as error:
         raise ConfigurationError(f"{path!r} is {error}") from None
+
+
+MAX_FILE_BYTES = 64 << 20
+_SPACE = re.compile(r"\s*")
+
+
+def json_values(path: str) -> list[Any]:
+    """Of a file: at least one. `ConfigurationError` with its name when it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {path!r}: {error.strerror}") from None
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigurationError(f"{path!r} has more than {MAX_FILE_BYTES >> 20} MiB: {NOT_OURS}")
+    if not content.strip():
+        raise ConfigurationError(f"{path!r} is empty: {NOT_OURS}")
+    values, at = [], 0
+    decoder = json.JSONDecoder()
+    try:
+        text = content.decode().strip()
+        while at < len(text):
+            value, at = decoder.raw_decode(text, at)
+            values.append(value)
+            at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
+    except (ValueError, RecursionError):
+        raise ConfigurationError(f"{path!r} is not JSON: {NOT_OURS}") from None
+    return values
 
 
 def describe_system(system: Json) -> str:
@@ -127,10 +146,21 @@ def describe_system(system: Json) -> str:
     return ", ".join(filter(None, parts))
 
 
+def _about(run: Run) -> list[str]:
+    """What a reader must know before the tables."""
+    lines = [columns(run)]
+    if run.expectations.get("read-from-source"):
+        lines.append(
+            "what is expected of this kernel was read from the kernel's source: we have no report of its version"
+        )
+    return lines
+
+
 def print_text(run: Run, file: IO[str]) -> None:
     console = report.make_console(file)
     report.print_line(console, describe_system(run.system))
-    report.print_line(console, columns(run), "dim")
+    for line in _about(run):
+        report.print_line(console, line, "dim")
     for section in sections(run):
         console.print()
         report.print_section(console, section)
@@ -140,7 +170,9 @@ def print_text(run: Run, file: IO[str]) -> None:
 
 
 def to_markdown(run: Run) -> str:
-    lines = [f"{describe_system(run.system)}: {summary(run)}.", "", f"{report.plain(columns(run))}.".capitalize(), ""]
+    lines = [f"{describe_system(run.system)}: {summary(run)}.", ""]
+    for line in _about(run):
+        lines += [f"{report.plain(line[0].upper() + line[1:])}.", ""]
     for section in sections(run):
         lines += report.section_as_markdown(section)
     return "\n".join([*lines, report.plain(LEGEND) + ".", ""])
@@ -149,7 +181,7 @@ def to_markdown(run: Run) -> str:
 def to_html(run: Run) -> str:
     return report.to_html(
         f"Which kernel paths block on a missing page: {describe_system(run.system)}",
-        [("good" if run.good else "bad", summary(run)), ("note", columns(run))],
+        [("good" if run.good else "bad", summary(run)), *(("note", line) for line in _about(run))],
         sections(run),
         f"{LEGEND}.",
     )

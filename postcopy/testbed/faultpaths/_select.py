@@ -22,6 +22,10 @@ DEFAULT_CELLS: tuple[tuple[Mode, tuple[Backing, ...]], ...] = (
     (Mode.SIGBUS, (Backing.ANON,)),
     (Mode.POISON, (Backing.ANON,)),
     (Mode.WP_ASYNC, (Backing.ANON,)),
+    (Mode.RWP, (Backing.ANON, Backing.MEMFD)),
+    (Mode.RWP_ASYNC, (Backing.ANON,)),
+    (Mode.MISSING, (Backing.GUEST_MEMFD,)),
+    (Mode.MINOR, (Backing.GUEST_MEMFD,)),
 )
 """Without `--mode`, `--backing` and `--all`; of each operation what makes sense for it."""
 
@@ -85,7 +89,7 @@ def measured(
     able = [
         cell
         for cell in cells
-        if cell.mode in (Mode.MISSING, Mode.MINOR, Mode.WP) and waits(by_name[cell.operation], cell)
+        if cell.mode in (Mode.MISSING, Mode.MINOR, Mode.WP, Mode.RWP) and waits(by_name[cell.operation], cell)
     ]
     if measure is not None:
         return dict.fromkeys(able, tuple(measure)) if measure else {}

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from postcopy.testbed._linux import cpu_virtualization
 from postcopy.testbed.faultpaths._model import Json
-from postcopy.testbed.probe._host import cpu_virtualization
 
 
 def version_of(release: str) -> tuple[int, ...]:

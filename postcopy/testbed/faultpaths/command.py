@@ -15,12 +15,21 @@ from rich.console import Console
 from rich.status import Status
 
 from postcopy._files import check_new_file, replacing, write_all
-from postcopy._host import run_line
+from postcopy._host import run_record
 from postcopy.errors import ConfigurationError
+from postcopy.records import VERSION
 from postcopy.testbed import _processes
-from postcopy.testbed._report import emit_json, make_console, print_line, print_section
+from postcopy.testbed._report import (
+    emit_json,
+    make_console,
+    plain,
+    print_line,
+    print_section,
+    section_as_markdown,
+    to_html,
+)
 from postcopy.testbed.chaos import ChaosPlan
-from postcopy.testbed.faultpaths import _compare, _expect, _report, _select, _system
+from postcopy.testbed.faultpaths import _compare, _expect, _merge, _report, _select, _system
 from postcopy.testbed.faultpaths._model import Backing, Cell, Json, Measure, Mode, Operation, Result, Run
 from postcopy.testbed.faultpaths._sections import operation_list
 from postcopy.testbed.faultpaths._supervise import DEFAULT_TIMEOUT_S, Progress, Runner, run_cells
@@ -62,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout", type=argument(parse_seconds, 0.1, 600), default=DEFAULT_TIMEOUT_S, metavar="SECONDS",
         help="after which a child is killed and its cell called hung",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="two JSON lines: run, and all results")
+    parser.add_argument("--json", action="store_true", help="two lines: what ran where, and one JSON object")
     parser.add_argument("--markdown", action="store_true", help="tables for a document")
     parser.add_argument("--html", default=None, metavar="FILE", help="also write one self-contained page there")
     parser.add_argument(
@@ -78,6 +87,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compare.add_argument("after", metavar="B.json", help="report of another")
     # No default: it would overwrite what stands before the word compare.
     compare.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON object")
+    text = "show what kernels do, by reports of --json and by those that come with postcopy"
+    example = ("", "postcopy faultpaths merge here.json there.json --output all.jsonl")
+    merge = actions.add_parser("merge", help=text, description=f"{text.capitalize()}.", examples=[example])
+    merge.add_argument("files", nargs="*", metavar="FILE", help="a report, or a file that --output has written")
+    merge.add_argument("--output", default=None, metavar="FILE", help="write all reports there, reduced to outcomes")
+    merge.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON object")
+    merge.add_argument("--markdown", action="store_true", default=argparse.SUPPRESS, help="tables for a document")
+    merge.add_argument(
+        "--html", default=argparse.SUPPRESS, metavar="FILE", help="also write one self-contained page there"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,6 +105,8 @@ def run(args: argparse.Namespace) -> int:
         return _run_compare(args.before, args.after, args.json)
     if args.json and args.markdown:
         raise ConfigurationError("--json and --markdown: choose one; --html goes with either")
+    if args.action == "merge":
+        return _run_merge(args)
     from postcopy.testbed.faultpaths import _core  # not for compare: it works without the core
 
     operations = _core.operations()
@@ -125,6 +146,12 @@ def run(args: argparse.Namespace) -> int:
         async with Runner(timeout_s=args.timeout, direct_dir=direct_dir) as runner:
             return *await run_cells(runner, cells, measures, budget_s=budget_s, progress=progress), None
 
+    if plan is not None and any(cell.backing is Backing.GUEST_MEMFD for cell in cells):
+        raise ConfigurationError("--remote: no page of a guest_memfd is handed over; choose another --backing")
+    # All that is written as JSON begins with what ran where.
+    record = {"schema": VERSION, "event": "run", "elapsed-ms": 0.0} | run_record("faultpaths", vars(args))
+    if args.json:
+        emit_json(record)
     began_s = time.monotonic()
     with _progress(len(cells)) as progress:
         results, left_out, remote = _processes.run(work, progress)
@@ -135,8 +162,9 @@ def run(args: argparse.Namespace) -> int:
         tuple(expectations.judge(by_name[cell.operation], cell, result, system) for cell, result in results.items()),
         time.monotonic() - began_s,
         tuple(left_out),
-        expectations.as_json(),
+        expectations.as_json() | {"read-from-source": not _merge.is_seen(system)},
         remote,
+        record,
     )
     _write(found, args)
     return 0 if found.good else 1
@@ -185,18 +213,21 @@ def _chosen(text: str, kind: type[T], option: str) -> list[T]:
 
 def _write(found: Run, args: argparse.Namespace) -> None:
     if args.html is not None:
-        try:
-            with replacing(args.html, 0o644) as fd:
-                write_all(fd, _report.to_html(found).encode())
-        except OSError as error:
-            raise ConfigurationError(f"--html: cannot write {args.html!r}: {error.strerror}") from None
+        _write_file("--html", args.html, _report.to_html(found))
     if args.json:
-        print(run_line("faultpaths", vars(args)))
         emit_json(_report.to_json(found))
     elif args.markdown:
         sys.stdout.write(_report.to_markdown(found))
     else:
         _report.print_text(found, sys.stdout)
+
+
+def _write_file(option: str, path: str, text: str) -> None:
+    try:
+        with replacing(path, 0o644) as fd:
+            write_all(fd, text.encode())
+    except OSError as error:
+        raise ConfigurationError(f"{option}: cannot write {path!r}: {error.strerror}") from None
 
 
 def _list(operations: list[Operation], as_json: bool) -> int:
@@ -239,3 +270,36 @@ def _run_compare(before_path: str, after_path: str, as_json: bool) -> int:
     else:
         write()
     return 1 if changes else 0
+
+
+def _run_merge(args: argparse.Namespace) -> int:
+    """0 when no two reports of one kernel contradict each other, 1 otherwise."""
+    from postcopy.testbed.faultpaths import _core
+
+    for option, path in (("--output", args.output), ("--html", args.html)):
+        if path is not None:
+            check_new_file(option, path)
+    reports = _merge.merged([*_merge.community(), *(report for path in args.files for report in _merge.read(path))])
+    found = _merge.matrix(reports, _core.operations(), _expect.load(args.expectations))
+    tables, title = _merge.sections(found), "What kernels do with a page that is withheld"
+    if args.output is not None:
+        _write_file("--output", args.output, "".join(f"{_merge.line_of(report)}\n" for report in reports))
+    if args.html is not None:
+        lead = [("bad" if found.conflicts else "good", found.summary), *(("note", report.words) for report in reports)]
+        _write_file("--html", args.html, to_html(title, lead, tables, _merge.LEGEND))
+    if args.json:
+        emit_json(found.as_json())
+    elif args.markdown:
+        lines = [f"{found.summary}.", "", *(f"- {plain(report.words)}" for report in reports), ""]
+        sys.stdout.write("\n".join([*lines, *(line for table in tables for line in section_as_markdown(table))]))
+    else:
+        console = make_console(sys.stdout)
+        for report in reports:
+            print_line(console, report.words)
+        for table in tables:
+            console.print()
+            print_section(console, table)
+        console.print()
+        print_line(console, _merge.LEGEND, "dim")
+        print_line(console, found.summary, "bold red" if found.conflicts else "bold")
+    return 1 if found.conflicts else 0

@@ -82,16 +82,6 @@ def system() -> System:
     )  # fmt: skip
 
 
-def cpu_virtualization() -> bool | None:
-    """Whether the processor says that it can run guests; None where it does not say."""
-    if platform.machine() not in ("x86_64", "i686"):
-        return None
-    for line in read("/proc/cpuinfo").splitlines():
-        if line.startswith("flags"):
-            return not {"vmx", "svm"}.isdisjoint(line.split())
-    return None
-
-
 # ---- remedies: what the reader of the probe can do, by the errno that a trial met (0: none)
 
 DENIED = (errno.EPERM, errno.EACCES)
@@ -159,6 +149,10 @@ def _kvm_module() -> str:
 
 def kvm_remedy(number: int) -> str:
     return f"{device_remedy('/dev/kvm', number)}; or use --machine rv64"
+
+
+def guest_memfd_remedy(number: int) -> str:
+    return "Linux 7.1 or newer with CONFIG_KVM_GUEST_MEMFD=y, and /dev/kvm"
 
 
 def uffd_remedy(number: int = 0) -> str:

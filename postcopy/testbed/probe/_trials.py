@@ -254,6 +254,18 @@ def _move() -> Facts:
     return {}
 
 
+def _fault_path(mode: str, backing: str) -> Facts:
+    """What `postcopy faultpaths` tries: a load of such a page waited, and went on with the right content."""
+    from postcopy.testbed.faultpaths import _core
+    from postcopy.testbed.faultpaths._model import Backing, Cell, Mode, Order, Outcome
+
+    cell = Cell("user.load", Mode(mode), Backing(backing))
+    result = _core.run(Order(cell, timeout_ms=round(EVENT_DEADLINE_S * 1e3)))
+    if result.outcome is not Outcome.BLOCKED:
+        raise Lacking(result.text or f"a load of such a page: {result.brief}")
+    return {}
+
+
 # ---- dirty tracking
 
 
@@ -296,7 +308,7 @@ def _kvm() -> Facts:
     with open("/dev/kvm", "r+b", buffering=0) as device:
         version = fcntl.ioctl(device, KVM_GET_API_VERSION)
         os.close(fcntl.ioctl(device, KVM_CREATE_VM, 0))
-    return {"api-version": version, "vm-made": True, "hardware": _host.cpu_virtualization()}
+    return {"api-version": version, "vm-made": True, "hardware": _linux.cpu_virtualization()}
 
 
 # ---- the network and the rest of the kernel
@@ -455,6 +467,10 @@ _MODES: dict[str, tuple[Callable[[str], Facts], str]] = {
 TRIALS: dict[str, Trial] = {
     **{f"{kind}-{mode}": _served(kind, mode, *what) for kind in ("anon", "memfd", "hugetlb")
        for mode, what in _MODES.items()},
+    **{f"{kind}-rwp": Trial(partial(_fault_path, "rwp", kind), "not used yet (pages that were not accessed)",
+                            _newer("7.3"), "a page was served") for kind in ("anon", "memfd", "hugetlb")},
+    **{f"guest-memfd-{mode}": Trial(partial(_fault_path, mode, "guest-memfd"), "not used yet (KVM's own memory files)",
+                                    _host.guest_memfd_remedy, "a page was served") for mode in ("missing", "minor")},
     "kernel-faults": Trial(_kernel_faults, "--machine kvm; O_DIRECT into memory", _host.uffd_remedy,
                            "a fault of write(2) was served"),
     "uffd-poison": Trial(_poison, "pages that can never come", _newer("6.6"), "a poisoned page gives EFAULT"),

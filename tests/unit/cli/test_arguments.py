@@ -89,7 +89,7 @@ MISTYPED = [
     ("daemon --machine image", "--machine: kvm, rv64, firecracker, qemu or program, not 'image'"),
     ("lab link h1 delay -5ms", "lab link has no use for '-5ms' (see `postcopy lab link --help`)"),
     ("lab up mine", "lab up has no use for 'mine'; did you mean --name mine?"),
-    ("faultpaths pin", "unknown command 'pin'; there is only compare"),
+    ("faultpaths pin", "unknown command 'pin'; there are compare, merge"),
     ("chaos --listen :0", "chaos needs --to"),
     ("merge", "merge needs DIR"),
     ("lab exec", "lab exec needs HOST"),

@@ -19,6 +19,7 @@ import pytest
 from postcopy.cli import make_parser
 from postcopy.cli._commands import COMMANDS
 from postcopy.cli._parser import Parser, defaults_of, options_of, values
+from postcopy.dataplane.ahead import Prefetch, Way
 from postcopy.errors import ConfigurationError
 from postcopy.machines.kinds import MachineOptions
 from postcopy.migration.source import SourceOptions
@@ -87,7 +88,7 @@ WRITTEN: dict[str, tuple[str, Any]] = {
     "qemu": (f"{sys.executable} -m 'a b'", (sys.executable, "-m", "a b")),
     "qmp": ("vm1.qmp", "vm1.qmp"),
     "program": ("/opt/bin/postcopy", "/opt/bin/postcopy"),
-    "prefetch": ("both:16", "both:16"),
+    "prefetch": ("both:16", Prefetch(Way.BOTH, 16)),
     "push-after": ("1.5", 1.5),
     "readers": ("3", 3),
     "record-for": ("2.5", 2.5),
@@ -322,7 +323,7 @@ def demo(*arguments: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def test_the_demo_passes_on_what_a_side_has() -> None:
     """All that was said, to each side that has such an option; but how the demo itself writes its log."""
-    own = {"chaos", "lab", "tls", "insecure", "deadline", "image", "machine", "json", "log-json"}
+    own = {"chaos", "report", "lab", "tls", "insecure", "deadline", "image", "machine", "json", "log-json"}
     given = [option for option in all_options("demo") if option.name not in own]
     written = to_arguments(
         table("demo"), {option.key: True if option.flag else option.parse(WRITTEN[option.name][0]) for option in given}

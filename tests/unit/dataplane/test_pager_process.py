@@ -12,7 +12,9 @@ import os
 import resource
 import signal
 import socket
+import struct
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +23,14 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from tls import connect
 
 from postcopy._blocking import END_TIMEOUT_S
 from postcopy._native import ffi, lib
 from postcopy.dataplane import pager_process
 from postcopy.dataplane._events import ChannelKind, EventType
+from postcopy.dataplane.ahead import Prefetch
+from postcopy.dataplane.pager import new_touches, read_touches
 from postcopy.dataplane.pager_process import PagerDied, ProcessPager
 from postcopy.errors import ErrorLine, MigrationError, PostcopyError
 from postcopy.lazy._bridge import pack_frame
@@ -178,6 +183,45 @@ async def forgetful() -> None:
         await pager.close()
 
 
+async def ahead() -> None:
+    """The next process knows what is to be asked for ahead of faults, and logs first touches where the last one did."""
+    with Memory.create("memfd", 300 * PAGE) as memory:
+        touches = new_touches(300)
+        pager = ProcessPager()
+        pager.add_block(memory)
+        pager.add_shard()
+        pager.set_prefetch(Prefetch.parse("forward:2"))
+        pager.record_touches(touches)
+        pager.arm(0, 0, 0, memory.pages)
+        pager.request_runs([(0, 40, 2), (0, 7, 1)])
+        await pager.confirm()
+        os.kill(pager.pid, signal.SIGKILL)
+        await died(pager)
+        await pager.disconnect()
+        assert pager.deaths == 1
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            here = socket.create_connection(listener.getsockname())
+            there, _ = listener.accept()
+        with there:
+            pager.attach_urgent(0, here.detach())
+            await pager.confirm()
+            assert await trio.to_thread.run_sync(_requested, there, 3) == [40, 41, 7]
+            reader = threading.Thread(target=memory.read, args=(100 * PAGE, 1), daemon=True)
+            reader.start()
+            assert await trio.to_thread.run_sync(_requested, there, 3) == [100, 101, 102]
+            assert read_touches(touches) == [(0, 100)]
+        os._exit(0)  # the reader waits
+
+
+def _requested(source: socket.socket, count: int) -> list[int]:
+    """The pages of so many requests (docs/protocol.md)."""
+    data = b""
+    while len(data) < count * lib.PC_FRAME_HEADER_BYTES:
+        data += source.recv(4096)
+    assert len(data) == count * lib.PC_FRAME_HEADER_BYTES
+    return [struct.unpack_from("<Q", data, at)[0] for at in range(8, len(data), lib.PC_FRAME_HEADER_BYTES)]
+
+
 async def no_descriptors() -> None:
     """Once it is set up it needs no further descriptor: neither to be followed, nor to lose its channels."""
     pager_process.PING_PERIOD_S = 0.2
@@ -229,7 +273,9 @@ async def under_tls() -> None:
         where = Path(name)
         new_authority(where / "ca")
         issue(where / "ca", ["host-a"], where / "host")
-        credentials = await Credentials.load(where / "host", listens=True, connects=True)
+        credentials = Credentials(where / "host")
+        for server in (True, False):
+            await credentials.context(server=server)
     ours, theirs = (trio.SocketStream(trio.socket.from_stdlib_socket(end)) for end in socket.socketpair())
     ends: list[TlsStream] = []
 
@@ -240,7 +286,7 @@ async def under_tls() -> None:
         pager = await armed(memory)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(accept)
-            fd, tls = detach(await credentials.connect(ours, "host-a")).detach()
+            fd, tls = detach(await connect(credentials, ours, "host-a")).detach()
         [source] = ends
         pager.attach_urgent(0, fd, tls=tls)
         await pager.confirm()
@@ -377,6 +423,7 @@ async def elsewhere(where: str) -> None:
         disconnected,
         overtaken,
         forgetful,
+        ahead,
         no_descriptors,
         unattached,
         pytest.param(under_tls, marks=pytest.mark.needs("tls")),

@@ -28,7 +28,6 @@ from postcopy._stop import Stop
 from postcopy.dataplane.pager import ChannelKind, Event, EventType, Pager
 from postcopy.errors import ConfigurationError, CoreError, PostcopyError, ProtocolError, ResourceError
 from postcopy.handler import About, Handler, _handler, _vm, serve
-from postcopy.handler import _workingset as workingset
 from postcopy.handler._connect import ConnectSource, _KnownImage, _LentPager
 from postcopy.handler._handler import check
 from postcopy.handler._image import Image
@@ -38,6 +37,7 @@ from postcopy.handler._store import LocalStore
 from postcopy.handler._vm import Descriptors
 from postcopy.lazy._source import SourceBlock
 from postcopy.machines.firecracker.handshake import Credentials
+from postcopy.memory import workingset
 from postcopy.net import LOCAL, Protection, Route, parse_address
 from postcopy.output._view import View
 from postcopy.records import Json, Record, as_json

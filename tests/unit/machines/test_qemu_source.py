@@ -604,8 +604,23 @@ async def test_it_is_said_when_it_may_still_be_stopped(tmp_path: Path, monkeypat
             with pytest.raises(MigrationError, match=r"cannot go on .*closed its monitor"):
                 async with machine.settled():
                     fake.order(Orders(says=PINS, drops=["query-status"]))
+        assert machine.statistics().state is MachineState.PAUSED
         fake.order(Orders(says=PINS))
-        await machine._run(frozenset({"paused"}), trio.current_time() + BOUND_S)
+        await machine.resume()  # as the engine does when the migration has failed
+        assert await status(machine) == "running"
+        assert machine.statistics().state is MachineState.RUNNING
+        assert fake.was_told() == ["stop", "cont"]
+        await machine.resume()  # once
+        assert fake.was_told() == ["stop", "cont"]
+        with monkeypatch.context() as patch:
+            patch.setattr(source, "GO_ON_TIMEOUT_S", 0.1)
+            with pytest.raises(MigrationError, match="cannot go on"):
+                async with machine.settled():
+                    fake.order(Orders(says=PINS, drops=["query-status"]))
+        fake.order(Orders(says=PINS))
+        async with machine.settled():  # of another migration: it runs, and is stopped again
+            assert await status(machine) == "paused"
+        assert fake.was_told() == ["stop", "cont", "stop", "cont", "stop", "cont"]
         with pytest.raises(MigrationError, match=r"may still be; tell it to run \(cont\)"):
             async with machine.settled():
                 fake.order(Orders(says=PINS, dies=["query-status"]))
@@ -617,6 +632,8 @@ async def test_it_stays_stopped_where_another_client_has_moved_it(tmp_path: Path
         with pytest.raises(MigrationError, match=r"it is postmigrate; .*only if it does not run elsewhere"):
             async with machine.settled():
                 fake.order(Orders(says=PINS | {"query-status": {"status": "postmigrate"}}))
+        with pytest.raises(MigrationError, match="it is postmigrate"):
+            await machine.resume()
         assert fake.was_told() == ["stop"]
 
 

@@ -95,6 +95,22 @@ def test_asked_again_it_tells_what_was_added(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("unit", [PAGE, 2 * PAGE])
+def test_what_was_added_is_told_and_known_from_then_on(kind: str, unit: int) -> None:
+    random_ = random.Random(7)
+    with Memory.create(kind, 4096 * PAGE) as memory:
+        known = memory.present(unit)
+        for count in (300, 1, 0, 200, 1):
+            before = known.copy()
+            for number in [*random_.sample(range(4096), count), *[4095] * (count == 1)]:
+                memory.write(number * PAGE, b"x")
+            more = memory.present_more(known, unit)
+            assert known == memory.present(unit)
+            assert more == known.without(before)
+            assert not memory.present_more(known, unit).count()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_load_and_dump_give_the_same_file_and_the_same_holes(kind: str, tmp_path: Path) -> None:
     source, copy = tmp_path / "source", tmp_path / "copy"
     write_image(source, {0: page(1), 7: page(2), 8: bytes(PAGE), 40: page(3)}, 256 * PAGE)

@@ -159,6 +159,9 @@ class FakeEngine:
         self.channel = FakeEvents()
         self.log: list[str] = []
 
+    def bins(self) -> bytes:
+        return b""
+
     def attach_urgent(self, shard: int, fd: int, busy_poll_us: int = 0, *, tls: Any = None) -> None:
         self.fds["urgent", shard] = DataChannel(FdHolder(fd), tls)
 

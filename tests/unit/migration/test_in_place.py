@@ -231,7 +231,7 @@ async def under_tls(
     """As `in_a_hurry`, its peer, and what is between them."""
     new_authority(tmp_path / "ca")
     issue(tmp_path / "ca", ["host-a"], tmp_path / "host")
-    credentials = await Credentials.load(tmp_path / "host", listens=True, connects=True)
+    credentials = Credentials(tmp_path / "host")
     wire = Wire()
     client, server = [
         TlsStream(trio.socket.from_stdlib_socket(end), await credentials.context(server=listens), name)

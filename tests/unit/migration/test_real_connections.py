@@ -144,7 +144,7 @@ async def test_lost_and_found_under_tls(calls: str, tmp_path: Path) -> None:
     used from then on."""
     new_authority(tmp_path / "ca")
     issue(tmp_path / "ca", ["old", "127.0.0.1"], tmp_path / "host")
-    protection = Protection(await Credentials.load(tmp_path / "host", listens=True, connects=True))
+    protection = Protection(Credentials(tmp_path / "host"))
     async with hosts(calls, protection) as pair:
         both = (pair.source, pair.dest)
         assert [(side.identity, side.certificate and side.certificate.resumed) for side in both] == [("old", False)] * 2

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import trio
+from tls import connect
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from postcopy import net as c
@@ -45,7 +46,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def protection(directory: Path, *authz: str) -> c.Protection:
-    return c.Protection(await Credentials.load(directory, listens=True, connects=True, authz=authz))
+    return c.Protection(Credentials(directory, authz))
 
 
 @asynccontextmanager
@@ -152,7 +153,7 @@ async def test_a_peer_that_is_refused_and_stays(
     certificates: Path, caplog: pytest.LogCaptureFixture, mock_clock: MockClock
 ) -> None:
     """What was wrong with it is logged, not that it took too long."""
-    stranger = await Credentials.load(certificates / "stranger", listens=False, connects=True)
+    stranger = Credentials(certificates / "stranger")
     async with listening(await protection(certificates / "host-a")) as acceptor:
         plain = await trio.open_tcp_stream(acceptor.addresses[0].host, acceptor.addresses[0].port)
         stream = TlsStream(plain.socket, await stranger.context(server=False), "127.0.0.1")
@@ -350,6 +351,32 @@ async def test_a_recovery_resumes_every_connection(certificates: Path, tmp_path:
             await one.control.aclose()
 
 
+async def test_a_session_that_the_peer_does_not_take_is_offered_once(certificates: Path) -> None:
+    """A server of before ends such a connection without a word where the client's certificate has ended meanwhile."""
+    ours, theirs = await protection(certificates / "host-a"), await protection(certificates / "host-b")
+    assert theirs.credentials is not None
+    accept, resumed = theirs.credentials.accept, []
+
+    async def accept_none_resumed(plain: trio.SocketStream) -> TlsStream:
+        stream = await accept(plain)
+        resumed.append(stream.peer.resumed)
+        if stream.peer.resumed:
+            plain.socket.shutdown(trio.socket.SHUT_RDWR)
+            raise trio.BrokenResourceError("a session is of no use here")
+        return stream
+
+    async with listening(theirs) as acceptor:
+        caller, hello = connecting.Caller(ours), p.Hello("control", "dest", 0, b"", 0)
+        stream, _ = await caller.connect(acceptor.addresses[0], hello)
+        theirs.credentials.accept = accept_none_resumed  # type: ignore[method-assign,assignment]
+        with pytest.raises(PeerError):
+            await caller.connect(acceptor.addresses[0], hello)
+        again, _ = await caller.connect(acceptor.addresses[0], hello)
+        assert resumed == [True, False]
+        for one in (stream, again):
+            await one.aclose()
+
+
 async def test_a_peer_that_may_no_longer_is_refused_when_it_comes_back(certificates: Path) -> None:
     """Its session would still be good."""
     ours, theirs = await protection(certificates / "host-a"), await protection(certificates / "host-b")
@@ -480,7 +507,7 @@ async def test_a_host_that_has_too_many_loses_those_that_it_needs_later(
         first = next(iter(acceptor._half_open))
         for count in range(1, 7):
             plain.append(await trio.open_tcp_stream(address.host, address.port))
-            await ours.credentials.connect(plain[-1], "127.0.0.1")
+            await connect(ours.credentials, plain[-1], "127.0.0.1")
             while len(acceptor._silent) < min(count, 3):  # noqa: ASYNC110  (a table)
                 await trio.sleep(0.01)
         while acceptor.bad_handshakes < 3:  # noqa: ASYNC110  (a counter)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import html
 import io
+import itertools
 import json
 import math
 import re
@@ -55,8 +56,6 @@ def page_of(data: bytes) -> str:
 
 class _Words(HTMLParser):
     """What a reader sees, without the pictures; and that elements end in the order in which they began."""
-
-    VOID = {"meta", "br", "i"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,8 +108,15 @@ def test_both_sides_tell_one_story() -> None:
     assert "2,113 accesses had to wait for a page; half of them were served within" in seen
     assert "The connection was lost once, and the migration went on (after 350 ms)." in seen
     assert "it was back at 90 %" in seen
-    for heading in ("Where the time went", "Over time", "The pause", "What of the memory was there, and when",
-                    "How long a missing page took", "What happened, and when", "Machine, options, versions"):  # fmt: skip
+    for heading in (
+        "Where the time went",
+        "Over time",
+        "The pause",
+        "What of the memory was there, and when",
+        "How long a missing page took",
+        "What happened, and when",
+        "Machine, options, versions",
+    ):
         assert f"<h2>{heading}</h2>" in page
     assert pictures(page) == 4
     assert "not among these lines" not in seen
@@ -166,7 +172,7 @@ def test_parts_of_the_pause_follow_each_other() -> None:
     parts = pause_parts(only(both()))
     ours = [part for part in parts if part.side == "source"]
     assert [part.name for part in ours] == ["stop", "dirty", "state", "send", "prepared", "commit"]
-    for one, other in zip(ours, ours[1:], strict=False):
+    for one, other in itertools.pairwise(ours):
         assert one.begin_us + one.length_us == pytest.approx(other.begin_us)
     prepared = next(part for part in ours if part.name == "prepared")
     for part in parts:
@@ -264,8 +270,14 @@ def _image() -> Json:
 def _result() -> Json:
     line = dest()
     del line["recording"]
-    return line | {"event": "result", "downtime-ms": 4.2, "verified": None, "verification": [], "overhead-bytes": 1 << 20,
-                   "fault-latency-us": {"count": 20, "p50": 60.0, "p99": 200.0, "p99.9": 300.0, "max": 310.0}}  # fmt: skip
+    return line | {
+        "event": "result",
+        "downtime-ms": 4.2,
+        "verified": None,
+        "verification": [],
+        "overhead-bytes": 1 << 20,
+        "fault-latency-us": {"count": 20, "p50": 60.0, "p99": 200.0, "p99.9": 300.0, "max": 310.0},
+    }
 
 
 def _vm() -> Json:
@@ -277,20 +289,52 @@ def _vm() -> Json:
 @pytest.mark.parametrize(
     ("lines", "said", "pictures_there"),
     [
-        ([source()], ["seen by the source alone", "Only the destination knows that", "when they were placed only the destination"], 3),
+        (
+            [source()],
+            [
+                "seen by the source alone",
+                "Only the destination knows that in detail",
+                "when they were placed only the destination",
+            ],
+            3,
+        ),
         ([dest()], ["seen by the destination alone", "the rest only the source knows"], 4),
-        ([_failed_early()], ["failed before the machine was the destination's: 192.0.2.1:7777: connection refused."], 2),
-        ([_no_faults()], ["No access had to wait for a page.", "No access met a missing page, so there is nothing to draw."], 3),
+        (
+            [_failed_early()],
+            ["failed before the machine was the destination's: 192.0.2.1:7777: connection refused."],
+            2,
+        ),
+        (
+            [_no_faults()],
+            ["No access had to wait for a page.", "No access met a missing page, so there is nothing to draw."],
+            3,
+        ),
         ([_one_sample()], ["one moment only, so there is nothing to draw over time", "One access waited"], 1),
         ([_without_operations()], ["vm1 (qemu, 256 MiB)"], 4),
         ([_image()], ["the machine did not run meanwhile", "An image does not run, so nothing was paused."], 2),
         ([_result()], ["No timeline is among these lines", "20 accesses had to wait"], 1),
         ([_vm()], ["Virtual machine vm1", "2,113 accesses had to wait for a page"], 3),
         ([run("dest")], ["No migration", "tell of no migration"], 0),
-        ([{"event": "result", "side": "source", "status": "failed", "error": "no route to host"}], ["no route to host"], 0),
+        (
+            [{"event": "result", "side": "source", "status": "failed", "error": "no route to host"}],
+            ["no route to host"],
+            0,
+        ),
     ],
-    ids=["source", "dest", "failed", "no faults", "one sample", "no operations", "image", "result", "pager", "nothing", "never began"],
-)  # fmt: skip
+    ids=[
+        "source",
+        "dest",
+        "failed",
+        "no faults",
+        "one sample",
+        "no operations",
+        "image",
+        "result",
+        "pager",
+        "nothing",
+        "never began",
+    ],
+)
 def test_what_is_missing(lines: list[Json], said: list[str], pictures_there: int) -> None:
     seen = words(text(*lines))
     for each in said:
@@ -308,12 +352,26 @@ _EVIL = "<script>alert(1)</script>\"'&<img src=http://192.0.2.9/x>$\\frac{1}{0}$
 
 def test_text_from_the_lines_stays_text() -> None:
     line = dest()
-    line |= {"machine": _EVIL, "kind": _EVIL, "peer": _EVIL, "error": _EVIL, "status": "failed", "mode": _EVIL, _EVIL: _EVIL}
+    line |= {
+        "machine": _EVIL,
+        "kind": _EVIL,
+        "peer": _EVIL,
+        "error": _EVIL,
+        "status": "failed",
+        "mode": _EVIL,
+        _EVIL: _EVIL,
+    }
     for mark in line["recording"]["marks"]:
         mark["text"] = _EVIL
     line["recording"]["marks"].append({"moment-ms": 1234.0, "what": _EVIL, "text": _EVIL})
     line["recording"]["blocks"] = [{"name": _EVIL, "bytes": 1 << 20, "page-size": 4096}] * 3
-    begin = run("dest") | {"command": _EVIL, "version": _EVIL, "started": _EVIL, "options": {_EVIL: _EVIL}, "host": {_EVIL: _EVIL}}
+    begin = run("dest") | {
+        "command": _EVIL,
+        "version": _EVIL,
+        "started": _EVIL,
+        "options": {_EVIL: _EVIL},
+        "host": {_EVIL: _EVIL},
+    }
     page = draw(read(text(begin, line)))
     assert "alert(1)" in page
     assert "<script" not in page
@@ -346,7 +404,7 @@ def _set(*path: str | int, to: Any) -> Callable[[Json], None]:
         (_set("map", "columns", 0, to="é" * 128), "its residency is not one text"),
         (_set("map", "bins", to=2**40), "its residency is not one text"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.usefixtures("_no_pictures")
 def test_what_makes_no_sense_is_left_out_and_named(spoil: Callable[[Json], None], said: str) -> None:
     line = dest()
@@ -362,17 +420,32 @@ def test_what_makes_no_sense_is_left_out_and_named(spoil: Callable[[Json], None]
     [
         lambda line: line.update(recording=None),
         lambda line: line.update(recording=[1]),
-        lambda line: line.update({"ram": {"total": -5, "page-size": 0, "iteration": "x"}, "blocktime-ms": [None, "x", 1e99]}),
+        lambda line: line.update(
+            {"ram": {"total": -5, "page-size": 0, "iteration": "x"}, "blocktime-ms": [None, "x", 1e99]}
+        ),
         lambda line: line.update({"downtime-breakdown-us": {"arm": "x", "load": -1, "first-run": 1e300}}),
-        _set("latency", "whole", to={"bucket-edges-ns": [5, 1, 3], "bucket-counts": [1, 0, 2**60], "max-ns": 0, "sum-ns": -4}),
+        _set(
+            "latency",
+            "whole",
+            to={"bucket-edges-ns": [5, 1, 3], "bucket-counts": [1, 0, 2**60], "max-ns": 0, "sum-ns": -4},
+        ),
         _set("latency", "whole", to={"bucket-edges-ns": [0], "bucket-counts": [7]}),
         _set("fault-sample", to={"every": 0, "at-ms": [5], "page": [7], "total-us": [None]}),
-        _set("marks", to=[{"moment-ms": "x"}, 4, {"what": "pause"}, {"moment-ms": 5000, "what": "pause"}, {"moment-ms": 1, "what": "running"}]),
+        _set(
+            "marks",
+            to=[
+                {"moment-ms": "x"},
+                4,
+                {"what": "pause"},
+                {"moment-ms": 5000, "what": "pause"},
+                {"moment-ms": 1, "what": "running"},
+            ],
+        ),
         _set("marks", to=[{"moment-ms": 1000 + n, "what": "round", "text": str(n)} for n in range(5000)]),
         _set("blocks", to=[{"name": "b", "bytes": 1e15, "page-size": 1e15}] * 500),
         _set("origin", to={"unix-ms": 1e300, "monotonic-ns": -1}),
     ],
-)  # fmt: skip
+)
 def test_no_line_can_break_the_page(spoil: Callable[[Json], None]) -> None:
     line = dest(faults=50)
     spoil(line)

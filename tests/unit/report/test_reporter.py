@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from timelines import MIGRATION, Json, both, dest, run, source, text
 
 from postcopy._stop import Stop
@@ -34,6 +35,11 @@ def take(reporter: Reporter, line: Json) -> None:
     reporter.take(line["event"], {key: value for key, value in line.items() if key != "event"})
 
 
+async def drawn(path: Path) -> None:
+    while not path.exists():  # noqa: ASYNC110, ASYNC240 -- another process makes it
+        await trio.sleep(0.02)
+
+
 def ended(status: str = "completed") -> Json:
     return {"event": "migration-ended", "side": "dest", "migration-id": MIGRATION, "status": status, "error": None}
 
@@ -49,16 +55,29 @@ async def test_a_page_is_there_when_a_migration_has_ended_and_the_process_goes_o
         take(reporter, dest())
         take(reporter, ended())
         with trio.fail_after(100):
-            while not path.exists():
-                await trio.sleep(0.02)
+            await drawn(path)
         found = path.read_text()
         return True
 
     assert await reporter.around(command)(Stop())
     assert "Migration of vm1" in found
     assert f"postcopy: report: {path}" in said.getvalue()
-    assert [each.name for each in tmp_path.iterdir()] == ["page.html"]
+    assert os.listdir(tmp_path) == ["page.html"]
     del output
+
+
+async def test_a_command_that_ends_while_its_page_is_drawn_has_it(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    reporter, _, _ = make(path)
+
+    async def command(stop: Stop) -> bool:
+        take(reporter, dest())
+        take(reporter, ended())
+        await trio.testing.wait_all_tasks_blocked()  # a child has been asked for
+        return True
+
+    assert await reporter.around(command)(Stop())
+    assert "Migration of vm1" in path.read_text()
 
 
 async def test_a_command_that_fails_has_its_page(tmp_path: Path) -> None:

@@ -70,11 +70,20 @@ def test_shares(limit: int, states: list[State], expected: list[int]) -> None:
 async def test_set_reaches_those_under_way() -> None:
     daemon = _daemon()
     out, into = _move(daemon, "a", State.POSTCOPY), _move(daemon, "b", State.POSTCOPY, DestinationMigration)
-    settings = {"max-bandwidth": 77, "recover-for": 5.0, "bulk-channels": 3}
+    daemon.machines[0].sending = SourceOptions()
+    settings = {"max-bandwidth": 77, "recover-for": 5.0, "bulk-channels": 3, "push-after": 9}
     assert await ControlHandler(daemon).execute(Request("set", dict(settings))) == Settings(
-        max_bandwidth=77, bulk_channels=3, mode="postcopy", precopy=0.0, max_downtime=0.3, recover_for=5.0
+        max_bandwidth=77,
+        bulk_channels=3,
+        mode="postcopy",
+        precopy=0.0,
+        max_downtime=0.3,
+        push_after=9.0,
+        recover_for=5.0,
     )
     out.set_bandwidth.assert_called_with(77)
+    out.set_push_after.assert_called_with(9)
+    assert daemon.machines[0].sending.push_after_s == 9
     for job in (out, into):
         job.set_recover_for.assert_called_with(5.0)
 

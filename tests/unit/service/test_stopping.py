@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
@@ -16,7 +17,7 @@ import trio.testing
 from postcopy._stop import INSIST_S, TOGETHER_S
 from postcopy.machines import Machine, MachineState
 from postcopy.migration.destination import DestinationMigration
-from postcopy.migration.source import SourceOptions
+from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.migration.statistics import Statistics
 from postcopy.output import Output
 from postcopy.service import report
@@ -186,3 +187,19 @@ async def test_what_is_announced(stopping: Start, monkeypatch: pytest.MonkeyPatc
     assert told == [
         ("a", "", "postcopy-active"), ("a", "postcopy-active", "postcopy-paused"), ("b", "", "postcopy-active"),
     ]  # fmt: skip
+
+
+async def test_a_push_is_held_back_no_longer(stopping: Callable[[], AbstractAsyncContextManager[Stopping]]) -> None:
+    """All of the machine has to be there before the process can end."""
+    async with stopping() as one:
+        owned = one.daemon._add("vm1", Phase.LEAVING)
+        owned.sending = SourceOptions(push_after_s=math.inf)
+        owned.migration = job = Mock(
+            spec=SourceMigration, state=State.POSTCOPY, status="postcopy-active", cancellable=False, may_run=False,
+            committed_ns=1, ready_ns=1, paused_ns=1, migration_id="ff", peer="192.0.2.1:1", failure=None,
+        )  # fmt: skip
+        job.statistics.return_value = Mock(spec=Statistics, remaining_bytes=5 << 20)
+        await trio.testing.wait_all_tasks_blocked()
+        job.set_push_after.assert_not_called()
+        await one.ask()
+        job.set_push_after.assert_called_once_with(0.0)

@@ -120,21 +120,21 @@ def test_one_that_fails_does_not_end_the_others(
     async def measure_fault(rounds: int) -> list[Measurement]:
         raise MigrationError("a process of a measurement failed")
 
-    async def measure_scale(rounds: int) -> list[Measurement]:
+    async def measure_pager_process(rounds: int) -> list[Measurement]:
         return [ratio("a cost", [{"1": 2.0}] * rounds, "1", None, 2.5)]
 
     monkeypatch.setattr("postcopy.testbed.bench._fault.measure_fault", measure_fault)
-    monkeypatch.setattr("postcopy.testbed.bench._scale.measure_scale", measure_scale)
-    assert main(["bench", "fault", "scale", "--rounds", "2"]) == 1
+    monkeypatch.setattr("postcopy.testbed.bench._fault.measure_pager_process", measure_pager_process)
+    assert main(["bench", "fault", "pager-process", "--rounds", "2"]) == 1
     printed = capsys.readouterr()
     assert "fault: a process of a measurement failed" in printed.err
     assert "goal reached" in printed.out
-    assert main(["bench", "scale", "--json"]) == 0
+    assert main(["bench", "pager-process", "--json"]) == 0
     began, line = map(parse_line, capsys.readouterr().out.splitlines())
-    assert (began["event"], began["command"], began["options"]) == ("run", "bench", {"figures": "scale"})
+    assert (began["event"], began["command"], began["options"]) == ("run", "bench", {"figures": "pager-process"})
     assert line["event"] == "measurement"
     assert line["values"] == {"1": {"unit": "us", "rounds": [2.0] * 5, "better": "less"}}
-    assert (line["figure"], line["result"], line["reached"]) == ("scale", 2.0, True)
+    assert (line["figure"], line["result"], line["reached"]) == ("pager-process", 2.0, True)
 
 
 @pytest.mark.parametrize("name", FIGURES)

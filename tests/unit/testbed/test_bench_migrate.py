@@ -58,7 +58,7 @@ def demo_result(**more: object) -> DemoResult:
 
 # The machine does 1000 operations in 100 ms until the pause at 3000; nothing for 400 ms; half as many for 600 ms;
 # and again 1000 from 4000 on.
-BEFORE = recording(0, [*steady(0, 3000, 0, 1000), (3500, 30_000)], offer=2000, pause=3000, ended=4500)
+BEFORE = recording(0, [*steady(0, 3000, 0, 1000), (3500, 30_000)], offer=20, round=2000, pause=3000, ended=4500)
 AFTER = recording(
     2500,
     [(-500, 0), (900, 30_000), *steady(1000, 1500, 30_500, 500), *steady(1600, 4000, 34_000, 1000)],
@@ -91,6 +91,7 @@ def test_what_no_side_has_said_is_not_made_up() -> None:
     bare = demo_result(ram=None, fault_latency_us=None, downtime_ms=None, blocktime_ms=None)
     found = columns.values(bare, recording(0, []), recording(0, []))
     assert found == {"downtime": None, "blocktime": 0}
+    assert columns.begin(recording(0, [], offer=20, pause=1020)) == 1020
     no_faults = demo_result(fault_latency_us=Latency(count=0, p50=0.0, p99=0.0, p99_9=0.0, max=0.0))
     found = columns.values(no_faults, BEFORE, AFTER)
     assert found["faults"] == 0
@@ -159,6 +160,7 @@ def test_a_cell_is_a_demo_with_the_options_of_its_policy() -> None:
     words = plan.arguments("demand", "write-heavy", 7, "file")
     given = dict(zip(words[::2], words[1::2], strict=True))
     assert (parse_size(given["--memory"]), given["--workload"], given["--seed"]) == (96 << 20, "dirty", "7")
+    assert given["--run-for"] == "8.5"  # 4.5 without a push, 3 of push, 1
     assert (given["--push-after"], given["--record-working-set"]) == ("4.5", "file")
     kind, _, settings = given["--chaos"].partition(":")
     parts = dict(part.split("=") for part in settings.split(","))
@@ -167,6 +169,7 @@ def test_a_cell_is_a_demo_with_the_options_of_its_policy() -> None:
     assert "--push-after" not in plan.arguments("demand+push", "zipf", 1, "file")
     assert "--chaos" not in Plan(bandwidth=0).arguments("demand", "zipf", 1, "file")
     assert Plan(bandwidth=0).window_s == 1.0
+    assert (plan.deadline_s, Plan(memory=1 << 30, bandwidth=10 << 20).deadline_s) == (120.0, 2048.0)
 
 
 # ---- cells that fail
@@ -182,7 +185,7 @@ async def compared(
     """`counts`: how many faults each run of a policy has; None: it fails."""
     left = {policy: list(of_it) for policy, of_it in counts.items()}
 
-    async def migrate(arguments: Sequence[str], recorded: object) -> dict[str, float | None]:
+    async def migrate(arguments: Sequence[str], deadline_s: float, recorded: object) -> dict[str, float | None]:
         learned, learns = "--working-set" in arguments, "--push-after" in arguments
         count = left["+working-set" if learned else "demand" if learns else "demand+push"].pop(0)
         if count is None:
@@ -213,6 +216,7 @@ async def test_a_working_set_is_recorded_by_pure_demand_that_is_not_shown(monkey
         ("zipf", "+working-set", 3),
         ("phases", "+working-set", 4),
     ]
+    assert [cell.rounds[0][columns.PREVENTED] for cell in found] == [-2.0, -3.0]
     assert len(said) == 4
 
 

@@ -23,7 +23,7 @@ from postcopy._host import run_line
 from postcopy.cli import main
 from postcopy.errors import ConfigurationError, ResourceError
 from postcopy.testbed import _linux
-from postcopy.testbed.faultpaths import _compare, _expect, _report, _runner, _select, _supervise, _system
+from postcopy.testbed.faultpaths import _compare, _expect, _merge, _report, _runner, _select, _supervise, _system
 from postcopy.testbed.faultpaths._model import (
     Backing,
     Cell,
@@ -186,6 +186,8 @@ def test_a_bad_file_is_told_with_its_place(text: str, complaint: str) -> None:
         (LOAD, Mode.MISSING, Outcome.UNAVAILABLE, False),
         (LOAD, Mode.WP, Outcome.PASSED, False),
         (LOAD, Mode.WP, Outcome.REFUSED, True),
+        (LOAD, Mode.RWP, Outcome.REFUSED, True),
+        (LOAD, Mode.RWP, Outcome.PASSED, False),
         (LOAD, Mode.POISON, Outcome.SIGNALLED, False),
         (LOAD, Mode.USER_ONLY, Outcome.REFUSED, False),
         (FORK, Mode.MISSING, Outcome.PASSED, False),
@@ -476,6 +478,9 @@ def test_the_compare_command(found: Run, tmp_path: Path, capsys: pytest.CaptureF
         ("", "is empty: not a report that `postcopy faultpaths --json` has written"),
         ("{", "is not JSON"),
         ("{}\n{}\n", "has several JSON values, one behind the other"),
+        ('{"event": "run"}\n{}\n{}', "has several JSON values, one behind the other"),
+        ('{"event": "run"}\n{}', "is an empty JSON object"),
+        ('{"event": "run"}', "is a JSON object with 'event', without 'schema'"),
         ("[]", "is a JSON array: not a report"),
         ("{}", "is an empty JSON object, without 'schema': not a report"),
         ('{"event": "result", "status": "completed"}', "is a JSON object with 'event', 'status', without 'schema'"),
@@ -493,6 +498,153 @@ def test_compare_with_something_else(
     err = capsys.readouterr().err
     assert complaint in err
     assert len(err.splitlines()) == 1
+
+
+# ---- merge: over kernels
+
+OLD = {"schema": 2, "system": {"kernel": "6.1.0-18-amd64", "architecture": "x86_64", "kvm": "hardware"},
+       "expectations": {"file": "built in", "rules": 37}, "seconds": 1.0, "good": True, "summary": {},
+       "operations": [], "left-out": [],
+       "cells": [{"operation": "user.load", "mode": "missing", "backing": "anon", "outcome": "blocked", "error": None,
+                  "state": "S", "wchan": "handle_userfault", "verdict": "as expected", "expected": None, "reason": None,
+                  "difference": None, "uncovered": False}]}  # fmt: skip
+"""As versions before `run` was written have written it."""
+
+
+def line(kernel: str = "6.1.9", cells: Any = None, **fields: Any) -> str:
+    cells = {"missing": {"anon": {"blocked S": ["user.load"]}}} if cells is None else cells
+    return json.dumps({"event": "fault-paths", "schema": 1, "kernel": kernel, "architecture": "x86_64", "kvm": "none",
+                       "direct-file-system": "", "cells": cells} | fields)  # fmt: skip
+
+
+@pytest.fixture
+def no_community(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_merge, "community", tuple)
+
+
+def merge(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, Any]:
+    status = main(["faultpaths", "merge", *map(str, arguments), "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def did(merged: Any, operation: str, mode: str, backing: str) -> dict[str, list[str]]:
+    """By kernel."""
+    for cell in merged["cells"]:
+        if (cell["operation"], cell["mode"], cell["backing"]) == (operation, mode, backing):
+            return dict(zip((kernel["kernel"] for kernel in merged["kernels"]), cell["did"], strict=True))
+    return {}
+
+
+def test_the_community_file_has_this_version_s_cells_and_nothing_unexpected() -> None:
+    (report, *_) = _merge.community()
+    assert report.kernel.startswith("6.18.")
+    did = report.by_cell()
+    assert did[LOAD_ANON] == "blocked S"
+    assert did[Cell("nofault.msync", Mode.WP_ASYNC, Backing.GUEST_MEMFD)] == "refused EINVAL"
+    assert {cell.mode for cell in did} == {*Mode} - {Mode.RWP, Mode.RWP_ASYNC}
+    assert _merge.is_seen(SYSTEM)
+    assert not _merge.is_seen(System("7.1.0"))
+
+
+def test_what_newer_kernels_are_expected_to_do_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    status, merged = merge(capsys)
+    assert status == 0
+    new = [kernel["kernel"] for kernel in merged["kernels"] if kernel["read-from-source"]]
+    assert new == ["7.1 (read from source)", "7.3 (read from source)"]
+    assert did(merged, "user.load", "missing", "guest-memfd")[new[0]] == ["blocked S"]
+    load = did(merged, "user.load", "rwp", "anon")
+    assert (load[new[0]], load[new[1]]) == ([], ["blocked S"])
+    assert did(merged, "copy.clear_child_tid", "rwp", "memfd")[new[1]] == ["refused EFAULT"]
+    assert did(merged, "nofault.fork", "rwp", "anon")[new[1]] == ["passed"]
+    assert did(merged, "user.load", "minor", "anon") == {}  # there is no such page
+    assert main(["faultpaths", "merge"]) == 0
+    assert "7.3 (read from source)" in capsys.readouterr().out
+
+
+def test_reports_of_all_versions_are_merged_and_written(
+    found: Run, no_community: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new, both = (tmp_path / name for name in ("old.json", "new.json", "both.jsonl"))
+    old.write_text(json.dumps(OLD))
+    run = {"event": "run", "schema": 3, "version": "0.1.0", "started": "2026-11-29T05:19:57.175Z"}
+    new.write_text(json.dumps(run) + "\n" + json.dumps(_report.to_json(found)) + "\n")
+    status, merged = merge(capsys, new, old, "--output", both)
+    assert status == 0
+    assert [report["kernel"] for report in merged["reports"]] == ["6.1.0-18-amd64", "6.18.44-x"]
+    assert [report["date"] for report in merged["reports"]] == [None, "2026-11-29"]
+    load = did(merged, "user.load", "missing", "anon")
+    assert (load["6.1.0-18-amd64"], load["6.18.44-x"]) == (["blocked S"], ["blocked D"])
+    assert did(merged, "user.load", "missing", "hugetlb").get("6.18.44-x", []) == []  # not available there
+    assert did(merged, "pin.odirect_read", "missing", "anon")["6.18.44-x"] == ["refused EFAULT"]
+    assert len(both.read_text().splitlines()) == 2
+    again = merge(capsys, both, new, old)  # what is there already is not there twice
+    assert again == (0, merged)
+    html = tmp_path / "page.html"
+    assert main(["faultpaths", "merge", str(both), "--markdown", "--html", str(html)]) == 0
+    assert "| user.load | missing (anon) | blocked S | blocked D |" in capsys.readouterr().out
+    assert "6.1.0-18-amd64" in html.read_text()
+
+
+def test_reports_of_one_kernel_that_do_not_agree(
+    no_community: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = {"missing": {"anon": {"refused EFAULT": ["user.load"], "blocked": ["user.store"]}}}
+    seen = {"missing": {"anon": {"blocked S": ["user.load", "user.store"]}}}
+    path = tmp_path / "all.jsonl"
+    path.write_text("\n".join([line(cells=seen), line(cells=refused, kvm="emulated"), line("6.1.10", refused)]))
+    status, merged = merge(capsys, path)
+    assert (status, merged["conflicts"]) == (1, 1)
+    load, store = (did(merged, name, "missing", "anon") for name in ("user.load", "user.store"))
+    assert load["6.1.9"] == ["blocked S", "refused EFAULT"]
+    assert load["6.1.10"] == ["refused EFAULT"]
+    assert store["6.1.9"] == ["blocked S"]  # a state that was not seen contradicts none
+    assert main(["faultpaths", "merge", str(path)]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Conflicts: reports of one kernel that do not agree" in out
+    assert "refused EFAULT (Linux 6.1.9, x86_64, KVM emulated)" in out
+    assert out.endswith("2 kernels, 3 reports, 2 cells; 1 conflicts") or "; 1 conflicts" in out
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("", "is empty"),
+        ("\xff", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("{}", "is an empty JSON object, without 'schema'"),
+        ("3", "is a JSON number: not a report"),
+        ('{"event": "run"}', "has no report: not a report that"),
+        (line(schema=2), "is a report in which Invalid enum value 2 - at `$.schema`"),
+        (line(kernel="6.1\x1b[2J"), "matching regex"),
+        (line(kernel="6.1 " + "x" * 200), "at `$.kernel`"),
+        (line(architecture="<b>\n"), "at `$.architecture`"),
+        (line(cells={"lost": {}}), "'lost'"),
+        (line(cells={"missing": {"tape": {}}}), "'tape'"),
+        (line(cells={"missing": {"anon": {"danced": ["user.load"]}}}), "matching regex"),
+        (line(cells={"missing": {"anon": {"unavailable": ["user.load"]}}}), "matching regex"),
+        (line(cells={"missing": {"anon": {"passed": ["| `x`"]}}}), "matching regex"),
+        (line(cells={"missing": {"anon": {"passed": ["a.b"], "blocked": ["a.b"]}}}), "did two things at once"),
+        (line(more=1), "unknown field `more`"),
+        (line() + "\n" + line(kvm="some"), ", value 2, is a report in which Invalid enum value 'some'"),
+        (json.dumps(OLD | {"remote": {}}), "is a report of --remote"),
+        (json.dumps(OLD | {"system": [3]}), "Expected `object`, got `array`"),
+        (json.dumps(OLD | {"system": {"kernel": {}}}), "`$[...]`"),
+        (json.dumps(OLD | {"system": {}}), "at `$.kernel`"),
+    ],
+)
+def test_a_bad_file_is_refused_as_a_whole(
+    content: str, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad, good, output = tmp_path / "bad.json", tmp_path / "good.jsonl", tmp_path / "all.jsonl"
+    bad.write_bytes(content.encode("latin-1"))
+    good.write_text(line())
+    assert main(["faultpaths", "merge", str(good), str(bad), "--output", str(output)]) == 2
+    err = capsys.readouterr().err
+    assert complaint in err, err
+    assert str(bad) in err
+    assert len(err.splitlines()) == 1
+    assert "\x1b" not in err
+    assert not output.exists()
 
 
 # ---- processes

@@ -19,7 +19,7 @@ from postcopy.cli import main
         ("faultpaths --remote ct", "no plan begins with 'ct'; did you mean cut?"),
         ("faultpaths compere a b", "compere"),
         ("bench falt", "no figure called falt; did you mean fault?"),
-        ("bench warp", "there are fault, scale, "),
+        ("bench warp", "there are fault, "),
         ("bench --rounds 0", "--rounds: a whole number from 1 to 1000, not '0'"),
         ("bench migrate --policies demand,hybird", "'hybird'; did you mean hybrid?"),
         ("bench migrate --workloads zip", "did you mean zipf?"),

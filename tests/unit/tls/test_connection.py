@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.x509.oid import NameOID
+from tls import connect
 from trio.testing import wait_all_tasks_blocked
 
 from postcopy.tls import Credentials, TlsError, TlsStream, detach, in_place, stream_of
@@ -46,7 +47,7 @@ def plain_pair() -> tuple[trio.SocketStream, trio.SocketStream]:
 @asynccontextmanager
 async def pair(host: Path, session: bytes = b"") -> AsyncIterator[tuple[TlsStream, TlsStream]]:
     """Client and server, with their handshake done."""
-    credentials = await Credentials.load(host, listens=True, connects=True)
+    credentials = Credentials(host)
     async with connected(credentials, session) as both:
         yield both
 
@@ -65,7 +66,7 @@ async def connected(
         async with here, there:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(accept)
-                client = await credentials.connect(here, name, session)
+                client = await connect(credentials, here, name, session)
             yield client, server[0]
 
 
@@ -183,7 +184,7 @@ async def test_a_read_that_was_cancelled_has_lost_nothing(host: Path) -> None:
 
 
 async def test_a_handshake_that_was_cancelled_goes_on(host: Path) -> None:
-    credentials = await Credentials.load(host, listens=True, connects=True)
+    credentials = Credentials(host)
     here, there = plain_pair()
     async with here, there:
         client = TlsStream(here.socket, await credentials.context(server=False), "host-a")
@@ -284,7 +285,7 @@ async def test_to_the_core_and_back(host: Path) -> None:
 
 async def test_the_next_connection_resumes_the_session(host: Path) -> None:
     """Any number of them; not with other credentials, of which the old session knows nothing."""
-    credentials = await Credentials.load(host, listens=True, connects=True)
+    credentials = Credentials(host)
     async with connected(credentials) as (client, server):
         assert client.session == b""  # it comes behind the handshake
         await server.send_all(b"welcome")
@@ -307,7 +308,7 @@ async def test_what_is_no_session_is_no_harm(host: Path) -> None:
 
 
 async def test_the_name_that_was_called(host: Path) -> None:
-    credentials = await Credentials.load(host, listens=True, connects=True)
+    credentials = Credentials(host)
     good_names, bad_names = ("127.0.0.1", "HOST-A", "host-a.", "b\u00fccher.example"), ("host-b", "127.0.0.2")
     for name, good in [(name, name in good_names) for name in good_names + bad_names]:
         here, there = plain_pair()
@@ -322,19 +323,19 @@ async def test_the_name_that_was_called(host: Path) -> None:
 
             nursery.start_soon(accept)
             if good:
-                await credentials.connect(here, name)
+                await connect(credentials, here, name)
             else:
                 with pytest.raises(TlsError, match=f"not for {name}, but for .*host-a.* --tls-hostname"):
-                    await credentials.connect(here, name)
+                    await connect(credentials, here, name)
 
 
 @pytest.mark.parametrize("name", ["a\0host-a", "host a\n", "x" * 300, "a..b", "\udc80"])
 async def test_what_is_no_name(host: Path, name: str) -> None:
-    credentials = await Credentials.load(host, listens=False, connects=True)
+    credentials = Credentials(host)
     here, there = plain_pair()
     async with here, there:
         with pytest.raises(TlsError, match="is no name that a certificate could have"):
-            await credentials.connect(here, name)
+            await connect(credentials, here, name)
 
 
 @pytest.fixture(scope="module")
@@ -384,7 +385,7 @@ def dns(*names: str) -> list[x509.GeneralName]:
 async def test_what_names_a_peer(
     foreign: Callable[[str, list[x509.GeneralName]], Path], common_name: str, names: list[x509.GeneralName], good: bool
 ) -> None:
-    credentials = await Credentials.load(foreign(common_name, names), listens=True, connects=True)
+    credentials = Credentials(foreign(common_name, names))
     here, there = plain_pair()
     async with here, there, trio.open_nursery() as nursery:
 
@@ -394,14 +395,14 @@ async def test_what_names_a_peer(
 
         nursery.start_soon(accept)
         with contextlib.nullcontext() if good else pytest.raises(TlsError, match="is not for host-b"):
-            await credentials.connect(here, "host-b.example.org")
+            await connect(credentials, here, "host-b.example.org")
 
 
 async def test_a_peer_whose_names_no_line_could_hold(foreign: Callable[[str, list[x509.GeneralName]], Path]) -> None:
     """What comes from a certificate is printed and logged: nothing of it begins a line, moves a cursor, or is cut."""
     bad = "evil\n2026 error\x1b[2J\u202e\x85"
     names = dns("a\nb", "a b", "x\x1b[2J", "nul\0", "", "last.example.org", "127.0.0.1")
-    credentials = await Credentials.load(foreign(bad, names), listens=True, connects=True)
+    credentials = Credentials(foreign(bad, names))
     async with connected(credentials, name="last.example.org") as (client, _):
         assert client.peer.names == (("dns", "last.example.org"), ("dns", "127.0.0.1"))
         assert "\n" not in client.peer.known_as
@@ -423,6 +424,6 @@ async def test_what_a_subject_is(
     foreign: Callable[[str, list[x509.GeneralName]], Path], common_name: str, subject: str
 ) -> None:
     """As patterns are matched against: all of it, as RFC 2253 has it; none where a person would read another one."""
-    credentials = await Credentials.load(foreign(common_name, dns("host-a")), listens=True, connects=True)
+    credentials = Credentials(foreign(common_name, dns("host-a")))
     async with connected(credentials) as (_, server):
         assert server.peer.subject == subject

@@ -41,7 +41,9 @@ def host(made: Path, tmp_path: Path) -> Path:
 
 
 async def load(directory: Path, *, listens: bool = True) -> Credentials:
-    return await Credentials.load(directory, listens=listens, connects=not listens)
+    credentials = Credentials(directory)
+    await credentials.context(server=listens)
+    return credentials
 
 
 @pytest.mark.parametrize(("role", "listens"), ROLES)
@@ -164,7 +166,7 @@ async def test_an_empty_name_is_not_the_current_directory(host: Path, monkeypatc
 
 async def test_a_pattern_that_makes_no_sense(host: Path) -> None:
     with pytest.raises(ConfigurationError, match="names no peer"):
-        await Credentials.load(host, listens=True, connects=False, authz=["send:"])
+        Credentials(host, ["send:"])
 
 
 @pytest.mark.parametrize(("role", "listens"), ROLES)
@@ -218,6 +220,31 @@ async def test_a_file_system_that_hangs(made: Path, host: Path, monkeypatch: pyt
     answers.set()
     for name in ("server-key.pem", "server-cert.pem"):
         shutil.copy(made / "other" / name, host)
+    with trio.fail_after(60):
+        while await credentials.context(server=True) is before:  # noqa: ASYNC110  (until the thread has ended)
+            await trio.sleep(0.01)
+
+
+async def test_a_directory_that_is_slow(made: Path, host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No connection waits for it; what a look finds when nobody waits any more is for the next one."""
+    credentials, read = await load(host), _credentials._read
+    before = await credentials.context(server=True)
+    begun, answers = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        begun.set()
+        answers.wait(60)
+        return read(*arguments)
+
+    for name in ("server-key.pem", "server-cert.pem"):
+        shutil.copy(made / "other" / name, host)
+    monkeypatch.setattr(_credentials, "_read", slow)
+    monkeypatch.setattr(_credentials, "LOOK_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(_credentials, "READ_TIMEOUT_S", 1e9)  # so who waited for that would wait for ever
+    for _ in range(3):
+        assert await credentials.context(server=True) is before
+    assert begun.is_set()
+    answers.set()
     with trio.fail_after(60):
         while await credentials.context(server=True) is before:  # noqa: ASYNC110  (until the thread has ended)
             await trio.sleep(0.01)

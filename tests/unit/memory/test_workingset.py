@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postcopy.errors import ConfigurationError, ResourceError
-from postcopy.handler import _workingset as workingset
 from postcopy.handler._image import SAMPLE_BYTES, SAMPLES, Image
-from postcopy.handler._workingset import DamagedError, WorkingSet, collect
+from postcopy.memory import workingset
+from postcopy.memory.workingset import DamagedError, WorkingSet, collect
 
 PAGE = 4096
 PAGES = 300
@@ -205,3 +205,50 @@ def test_pages_of_another_size() -> None:
     found = WorkingSet(PAGE, ((511, 2), (0, 1), (2048, 1)))
     assert found.in_pages_of(2 << 20).runs == ((0, 2), (4, 1))
     assert WorkingSet(2 << 20, ((1, 1),)).in_pages_of(PAGE).runs == ((512, 512),)
+
+
+# ---- of a machine that has arrived
+
+BLOCKS = (("low", 8 * PAGE), ("high", 4 * PAGE))
+SIZES = [(size, PAGE) for _, size in BLOCKS]
+
+
+def test_of_a_machine_s_blocks(path: Path) -> None:
+    """In the order of first touch, over all blocks, for memory that has pages of another size too."""
+    touches = [(1, 2), (0, 7), (1, 0), (1, 1), (0, 3), (1, 2), (0, 4)]
+    found = workingset.of_machine(touches, SIZES)
+    workingset.write(str(path), found, BLOCKS)
+    workingset.check(str(path))
+    again = workingset.read_of_machine(str(path), BLOCKS)
+    assert again.in_blocks(SIZES) == [(1, 2, 1), (0, 7, 1), (1, 0, 2), (0, 3, 2)]
+    wide = [(8 * PAGE, 4 * PAGE), (4 * PAGE, 2 * PAGE)]
+    assert again.in_blocks(wide) == [(1, 1, 1), (0, 1, 1), (1, 0, 1), (0, 0, 2)]
+    assert workingset.of_machine([(0, 1), (1, 1)], wide).in_blocks(SIZES) == [(0, 4, 4), (1, 2, 2)]
+
+
+def test_a_run_over_the_border_of_two_blocks() -> None:
+    assert WorkingSet(PAGE, ((6, 4), (11, 1))).in_blocks(SIZES) == [(0, 6, 2), (1, 0, 2), (1, 3, 1)]
+
+
+def test_the_set_of_another_machine(path: Path, image_path: Path) -> None:
+    """And of an image: neither is taken for the other."""
+    workingset.write(str(path), collect(PAGE, [1]), BLOCKS)
+    for other in (BLOCKS[:1], BLOCKS[::-1], (("low", 8 * PAGE), ("high", 5 * PAGE))):
+        with pytest.raises(ConfigurationError, match="of another machine"):
+            workingset.read_of_machine(str(path), other)
+    with pytest.raises(ConfigurationError, match="not of an image"):
+        load(path, image_path)
+    save(path, image_path, collect(PAGE, [1]))
+    with pytest.raises(ConfigurationError, match="of an image"):
+        workingset.read_of_machine(str(path), BLOCKS)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [{}, {"blocks": (("a", 0),)}, {"blocks": (("a", -PAGE),)}, {"blocks": (("a", PAGE),), "image_bytes": PAGE}],
+    ids=["nothing", "an empty block", "a negative one", "two things"],
+)
+def test_a_forged_identity(what: dict[str, Any]) -> None:
+    body = msgspec.msgpack.encode(workingset._File(page_bytes=PAGE, pages=0, runs=b"", **what))
+    with pytest.raises(DamagedError, match="does not say what it is of"):
+        workingset.decode(workingset.MAGIC + workingset._crc(body) + body, "x")
