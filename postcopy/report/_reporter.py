@@ -102,16 +102,17 @@ class Reporter:
         while True:
             await self._due.wait()
             self._due = trio.Event()
-            await self._draw()
+            await self._draw(_NICENESS)
 
-    async def _draw(self) -> None:
+    async def _draw(self, niceness: int = 0) -> None:
+        """What can be drawn can wait for what is moved: `niceness` of the child, while something may be."""
         known = self._known  # there may be more when it is done
         data = self._run + b"".join(line for lines in self._lines.values() for line in lines.values())
         command = python("-m", "postcopy", "report", "-", "--output", self._path)
         reason = f"not done after {RENDER_S:g} s"
         try:
             with trio.move_on_after(RENDER_S):
-                reason = await _child(command, data)
+                reason = await _child(command, data, niceness)
         except OSError as error:
             reason = error.strerror or str(error)
         if not reason:
@@ -120,8 +121,8 @@ class Reporter:
             log.warning("--report %s was not drawn: %s", self._path, one_line(reason, 300))
 
 
-async def _child(command: list[str], data: bytes) -> str:
-    """Why it failed; empty when it did not. What is drawn can wait for what is moved: it runs at a low priority."""
+async def _child(command: list[str], data: bytes, niceness: int) -> str:
+    """Why it failed; empty when it did not."""
     async with trio.open_nursery() as nursery:
         ended = partial(trio.run_process, command, stdin=data, capture_stdout=True, capture_stderr=True, check=False)
         done: list[CompletedProcess[bytes]] = []
@@ -131,7 +132,7 @@ async def _child(command: list[str], data: bytes) -> str:
 
         process = await nursery.start(run)
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)
+            os.setpriority(os.PRIO_PROCESS, process.pid, os.nice(0) + niceness)
     said = done[0].stderr.decode(errors="replace").strip().rpartition("\n")[2].removeprefix("postcopy: error: ")
     return "" if done[0].returncode == 0 else said or f"the process that draws ended with {done[0].returncode}"
 

@@ -4,6 +4,8 @@ light and dark, with scripts off; and that a page asks for nothing."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from itertools import combinations
 from pathlib import Path
@@ -160,3 +162,31 @@ def test_what_is_looked_for_would_be_found(browser: Browser, tmp_path: Path) -> 
     ):
         with pytest.raises(AssertionError):
             wrong(body)()
+
+
+def test_the_report_of_a_real_migration(browser: Browser, tmp_path: Path) -> None:
+    page = tmp_path / "demo.html"
+    command = [sys.executable, "-m", "postcopy", "demo", "--machine", "rv64", "--memory", "16MiB", "--precopy", "auto"]
+    options = ["--migrate-after", "0.5", "--run-for", "0.5", "--report", str(page)]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"postcopy: report: {page}" in done.stderr
+    texts, seen = look(browser, page, 1000, "light")
+    assert_legible(texts, seen)
+    assert seen["requested"] == {page.as_uri(), "data:"}
+    words = " ".join(one["text"] for one in texts)
+    for expected in (
+        "Migration of rv64 (16 MiB)",
+        "both sides",
+        "The machine stood still for",
+        "precopied:",
+        "Memory that has arrived, by kind",
+        "Operations of the guest, a second",
+        "the destination prepares:",
+        "Place in the memory",
+        "the last page had arrived",
+        "--precopy",
+        "kernel",
+    ):
+        assert expected in words, expected
+    assert "Not all that was read makes sense" not in words

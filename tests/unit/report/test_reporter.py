@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import trio
@@ -168,6 +169,18 @@ def test_both_sides_from_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "Tag=dest:vm1:whole" in (tmp_path / "faults.hlog").read_text()
 
 
+def test_pictures_as_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lines.jsonl").write_bytes(both())
+    (tmp_path / "svg").mkdir()
+    assert main(["report", "lines.jsonl", "--svg", "svg"]) == 0
+    assert sorted(os.listdir("svg")) == ["latency.svg", "over-time.svg", "pause.svg", "residency.svg"]
+    for picture in (tmp_path / "svg").iterdir():
+        assert ElementTree.parse(picture).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+        assert picture.stat().st_size < 96 << 10
+        assert "prefers-color-scheme: dark" in picture.read_text()
+
+
 def test_from_standard_input(tmp_path: Path) -> None:
     target = tmp_path / "page.html"
     command = [sys.executable, "-m", "postcopy", "report", "-", "--output", str(target)]
@@ -185,6 +198,8 @@ def test_from_standard_input(tmp_path: Path) -> None:
         (["binary"], "binary: its first line is no JSON"),
         (["good.jsonl", "--output", "none/page.html"], "--output none/page.html: directory"),
         (["good.jsonl", "--output", "."], "--output .: that is a directory"),
+        (["good.jsonl", "--svg", "none"], "--svg none: no such directory"),
+        (["good.jsonl", "--svg", "."], "--svg: there is no migration in these lines"),
         (["good.jsonl", "--hdr", "none/log"], "--hdr none/log: directory"),
     ],
 )  # fmt: skip
