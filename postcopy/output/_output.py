@@ -30,6 +30,8 @@ PERIOD_S = 0.5
 LIVE_PERIOD_S = 0.25
 LEAST_PERIOD_S = 0.1  # however much happens
 MOST_PERIOD_S = 2.0
+SMALL_COST_S = 0.005
+"""What takes no longer is told as soon as it changes."""
 PLAIN_PERIOD_S = 2.0
 
 log = logging.getLogger(__name__)
@@ -218,7 +220,7 @@ class Output:
         next_event = next_plain = 0.0
         last_status = None
         while True:
-            at = time.monotonic()
+            at, used_s = time.monotonic(), time.thread_time()
             record = progress()
             now = as_json(record)
             if self._kick.is_set() or at >= next_event:
@@ -232,10 +234,10 @@ class Output:
             if live is not None and not self._draw(*live, now):
                 live = None
             # A process with a thousand machines looks at them less often: it takes a twentieth of a processor at most.
-            cost_s = time.monotonic() - at
+            cost_s = time.thread_time() - used_s
             if live is not None:
                 await trio.sleep(max(LEAST_PERIOD_S, min(20 * cost_s, MOST_PERIOD_S)))
-            else:  # of many machines that move one changes all the time, and all of them are shown then
+            elif cost_s > SMALL_COST_S:  # of many machines one changes all the time, and all of them are shown then
                 await trio.sleep(min(9 * cost_s, PERIOD_S))
             with trio.move_on_after(max(PERIOD_S if live is None else LIVE_PERIOD_S - LEAST_PERIOD_S, 20 * cost_s)):
                 await self._kick.wait()
