@@ -67,7 +67,7 @@ def test_pager_dies_at_random_instants(side: Start, tmp_path: Path) -> None:
         for deaths in range(8):
             pid = pager_of(dest, deaths)
             limit = choose.randrange(MIB)  # bytes that this one may bring
-            until = dest.lines[-1]["ram"]["remaining"] - limit
+            until = dest.events("progress")[-1]["ram"]["remaining"] - limit
             dest.wait_for(
                 "progress",
                 lambda line, until=until: "remaining" in line.get("ram", {}) and line["ram"]["remaining"] <= until,

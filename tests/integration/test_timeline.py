@@ -104,7 +104,7 @@ def test_it_agrees_with_the_result(side: Callable[..., Any], pager: str) -> None
 def test_a_recovered_migration_is_one(
     side: Callable[..., Any], operator: Callable[[str], Any], slow_way: Callable[[str], str], tmp_path: Path
 ) -> None:
-    source = side("source", "--json", "--machine", "rv64", "--memory", "16MiB", "--listen", "127.0.0.1:0")
+    source = side("source", "--json", "--machine", "rv64", "--memory", "48MiB", "--listen", "127.0.0.1:0")
     dest = side(
         "dest", "--json", "--connect", slow_way(source.address), "--run-for", "0.1", "--control", tmp_path / "dest"
     )

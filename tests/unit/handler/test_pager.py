@@ -207,6 +207,11 @@ async def test_a_vm_has_the_pages_of_the_image(tmp_path: Path, image: Path) -> N
             assert await vmm.ask("byte", 9) == "0"
             assert await vmm.reads(content(), 16, 8)
         ended = await pager.said.wait("vm-ended")
+        recorded = await pager.said.wait("timeline")
+        assert recorded["vm"] == ended["vm"]
+        for name, field in (("demand", "demand-pages"), ("zero", "zero-pages"), ("prefetched", "prefetched-pages")):
+            assert recorded["recording"]["series"][name][-1] == ended["figures"][field] == recorded["figures"][field]
+        assert recorded["recording"]["marks"][-1]["what"] == "ended"
         assert ended["reason"] == "its process has ended"
         assert ended["figures"]["removes"] == 4
         status = await pager.ask("status")
