@@ -23,7 +23,7 @@ import trio
 from postcopy._child import python
 from postcopy._files import absolute, check_new_file
 from postcopy._stop import Stop
-from postcopy.errors import ConfigurationError
+from postcopy.errors import ConfigurationError, leaves
 from postcopy.output import Output
 from postcopy.records import Json
 from postcopy.wire import one_line
@@ -113,8 +113,8 @@ class Reporter:
         try:
             with trio.move_on_after(RENDER_S):
                 reason = await _child(command, data, niceness)
-        except OSError as error:
-            reason = error.strerror or str(error)
+        except* (OSError, RuntimeError, MemoryError) as group:  # no process or thread can be started
+            reason = "; ".join(str(error) for error in leaves(group))
         if not reason:
             self._in_file = known
         else:
@@ -122,9 +122,13 @@ class Reporter:
 
 
 async def _child(command: list[str], data: bytes, niceness: int) -> str:
-    """Why it failed; empty when it did not."""
+    """Why it failed; empty when it did not. In a process group of its own: Ctrl-C is for the command, and what is being
+    drawn is drawn."""
     async with trio.open_nursery() as nursery:
-        ended = partial(trio.run_process, command, stdin=data, capture_stdout=True, capture_stderr=True, check=False)
+        ended = partial(
+            trio.run_process, command, stdin=data, capture_stdout=True, capture_stderr=True, check=False,
+            process_group=0,
+        )  # fmt: skip
         done: list[CompletedProcess[bytes]] = []
 
         async def run(task_status: trio.TaskStatus[trio.Process]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import io
 import logging
@@ -125,6 +126,43 @@ async def test_what_cannot_be_drawn_is_a_message(tmp_path: Path, caplog: pytest.
         assert await reporter.around(command)(Stop())
     assert f"was not drawn: --output {directory / 'page.html'}: directory {directory} does not exist" in caplog.text
     assert "postcopy: report:" not in said.getvalue()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EAGAIN, "no more processes"), RuntimeError("can't start new thread"), MemoryError("none")]
+)
+async def test_no_process_to_draw_it(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The command, which may have machines, goes on."""
+    tried = trio.Event()
+
+    async def run_process(*arguments: object, **options: object) -> None:
+        tried.set()
+        raise error
+
+    monkeypatch.setattr(trio, "run_process", run_process)
+    reporter, _, said = make(tmp_path / "page.html")
+
+    async def command(stop: Stop) -> bool:
+        take(reporter, dest())
+        take(reporter, ended())
+        await tried.wait()
+        await trio.testing.wait_all_tasks_blocked()
+        return True
+
+    assert await reporter.around(command)(Stop())
+    assert caplog.text.count("was not drawn") == 2  # then, and at the end
+    assert str(error) in caplog.text
+    assert "postcopy: report:" not in said.getvalue()
+
+
+async def test_ctrl_c_is_not_for_what_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        reporter_module, "python",
+        lambda *arguments: [sys.executable, "-c", "import os, sys; sys.exit(f'in group {os.getpgrp() - os.getpid()}')"],
+    )  # fmt: skip
+    assert await reporter_module._child(reporter_module.python(), b"", 0) == "in group 0"
 
 
 async def test_what_is_wrong_is_said_before_anything_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
