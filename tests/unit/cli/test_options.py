@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
+from postcopy._host import run_record
 from postcopy.cli import make_parser
 from postcopy.cli._commands import COMMANDS
-from postcopy.cli._parser import Parser, defaults_of, options_of, values
+from postcopy.cli._parser import Parser, defaults_of, options_of, values, written
 from postcopy.dataplane.ahead import Prefetch, Way
 from postcopy.errors import ConfigurationError
 from postcopy.machines.kinds import MachineOptions
@@ -240,6 +241,16 @@ def test_every_option_is_of_a_record(command: str) -> None:
     own = {"json", "log_level", "log_json", "user", "peer_file", "hold", "path", "reclaim", "force"}
     own |= {"tls", "tls_hostname", "tls_authz", "insecure", "report"}  # of which `Protection` and `Route` are made
     assert {option.key for option in all_options(command)} <= known | own
+
+
+def test_what_a_run_is_said_to_be() -> None:
+    """As a user writes it, with the policies; a command line may have passwords in it."""
+    secret = f"{sys.executable} -object secret,id=a,data=hunter2"
+    more = ("--prefetch", "both:4", "--run-for", "3", "--verify", "--pager", "process", "--tls", "/etc/keys")
+    told = run_record("dest", written(parsed("dest", "--listen", ":7", "--qemu", secret, *more)))["options"]
+    assert told == {"prefetch": "both:4", "run-for": "3", "verify": "yes", "pager": "process"}
+    told = run_record("source", written(parsed("source", "--machine", "rv64", "--precopy", "auto", "--connect", "a:7")))
+    assert told["options"] == {"machine": "rv64", "precopy": "auto"}
 
 
 def test_an_option_that_repeats() -> None:
