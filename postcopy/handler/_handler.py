@@ -586,7 +586,7 @@ class Handler:
             lost=self._lost,
             recovered=self._recovered,
             recorded=self._recorded,
-            records=self._output.records and sum(vm.recorder is not None for vm in self.vms) < MOST_RECORDED,
+            records=self._output.records and sum(vm.is_recorded for vm in self.vms) < MOST_RECORDED,
             leave=self._is_left,
         )
         vm = Vm(key, fds, about, source, options)

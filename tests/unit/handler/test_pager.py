@@ -456,6 +456,28 @@ async def test_another_process_goes_on(tmp_path: Path, image: Path, monkeypatch:
         nursery.cancel_scope.cancel()
 
 
+async def test_so_many_are_recorded_at_once(
+    tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of those that are taken over, all in one moment."""
+    monkeypatch.setattr(_handler, "MOST_RECORDED", 1)
+    async with trio.open_nursery() as nursery:
+        store = KeptStore()
+        async with served(tmp_path, store, image=str(image)) as first:
+            for number in (1, 2):
+                await _hold(nursery, first.socket)
+                await first.said.wait("vm-connected", number)
+            store.leave.set()
+        second = LocalStore()
+        second.taken = {f"vm{number}": fds for number, fds in enumerate(store.kept.values()) if len(fds) > 1}
+        store.kept = {}
+        os.unlink(tmp_path / "s")
+        async with served(tmp_path, second, image=str(image)) as after:
+            await after.said.wait("vm-connected", 2)
+            assert sum(vm.recorder is not None for vm in after.handler.vms) == 1
+        nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize("kill", [False, True])
 async def test_one_that_cannot_be_taken_over(
     tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch, kill: bool
