@@ -123,7 +123,7 @@ class Live:
                 termios.tcsetattr(self._keyboard_fd or 0, termios.TCSANOW, mode)  # type: ignore[arg-type]
 
     async def key(self) -> str:
-        """The next one that is pressed: its character, or its name, as `up`. Never returns where there is no keyboard."""
+        """The next one that is pressed: its character, or a name, as `up`. Never returns where there is no keyboard."""
         while True:
             if (found := _KEY.search(self._typed)) is not None:
                 self._typed = self._typed[found.end() :]

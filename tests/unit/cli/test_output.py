@@ -306,15 +306,14 @@ async def test_nothing_is_drawn_while_the_terminal_is_given_back(
     monkeypatch.setattr(trio, "open_signal_receiver", lambda *_: contextlib.nullcontext(receive))
     wanted: list[object] = []
     monkeypatch.setattr(signal, "raise_signal", lambda _: wanted.append(output._stderr._wanted))
-    settled = Writer.settled.fget
-    assert settled is not None
     async with output.open_live(whole=True) as (live, frames):
         live.draw(frames.whole({"side": "daemon", "machines": []}, *live.size))
         wait_for("0 machines")
 
         def draws(writer: Writer) -> bool:
             live.draw(frames.whole({"side": "pager", "vms": []}, *live.size))
-            return bool(settled(writer))
+            with writer._changed:
+                return not writer._busy
 
         monkeypatch.setattr(Writer, "settled", property(draws))
         await send.send(signal.SIGTSTP)

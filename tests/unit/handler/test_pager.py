@@ -456,9 +456,7 @@ async def test_another_process_goes_on(tmp_path: Path, image: Path, monkeypatch:
         nursery.cancel_scope.cancel()
 
 
-async def test_so_many_are_recorded_at_once(
-    tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_so_many_are_recorded_at_once(tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of those that are taken over, all in one moment."""
     monkeypatch.setattr(_handler, "MOST_RECORDED", 1)
     async with trio.open_nursery() as nursery:

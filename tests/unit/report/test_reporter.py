@@ -157,12 +157,9 @@ async def test_no_process_to_draw_it(
     assert "postcopy: report:" not in said.getvalue()
 
 
-async def test_ctrl_c_is_not_for_what_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        reporter_module, "python",
-        lambda *arguments: [sys.executable, "-c", "import os, sys; sys.exit(f'in group {os.getpgrp() - os.getpid()}')"],
-    )  # fmt: skip
-    assert await reporter_module._child(reporter_module.python(), b"", 0) == "in group 0"
+async def test_ctrl_c_is_not_for_what_draws() -> None:
+    says = "import os, sys; sys.exit(f'in group {os.getpgrp() - os.getpid()}')"  # 0: its own
+    assert await reporter_module._child([sys.executable, "-c", says], b"", 0) == "in group 0"
 
 
 async def test_what_is_wrong_is_said_before_anything_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
