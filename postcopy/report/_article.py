@@ -10,6 +10,7 @@ import html
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 
+from postcopy._throughput import WINDOW_MS
 from postcopy.records import Json
 from postcopy.report import _charts, _words
 from postcopy.report._html import esc, figure, table
@@ -53,7 +54,7 @@ class Article:
         self._migration, self._name = migration, name
         self._timeline = migration.main.timeline
         self._marks = _words.marks_of(migration)
-        self._guest = _words.guest_of(migration, _charts.operations(migration))
+        self._guest = _words.guest_of(migration)
         self._parts = _words.pause_parts(migration)
         self._stages, self._latency = _words.waits(migration), _words.latency_of(migration)
         self._begun_ms = next((mark.at_ms for mark in self._marks if mark.what == "offer"), None)
@@ -185,9 +186,10 @@ class Article:
             captions.append(f"{grouped(twice)} pages arrived again and were dropped.")
         captions.append(_words.speed(migration))
         if self._guest is not None:
-            before, after = _charts.si(self._guest.before), _charts.si(self._guest.after)
+            before, least = _charts.si(self._guest.before), _charts.si(self._guest.least)
             captions.append(
-                f"The guest made {before} operations a second before the switchover, {after} at its slowest after it."
+                f"The guest did {before} operations a second before, and {least} at its lowest (mean of"
+                f" {WINDOW_MS / 1e3:g} s)."
             )
         elif len(migration.sides) == 1 and _charts.operations(migration):
             captions.append("Of the guest only this host's part is known.")

@@ -64,6 +64,8 @@ class Reporter:
             self._run = _line(event, fields)
         elif event in _KEPT:
             about = fields.get("migration-id") or fields.get("vm") or ""
+            if not about and (self._lines or fields.get("side") in ("daemon", "pager")):
+                return  # the end of a process, which has been in other migrations or in none
             key = (str(about), str(fields.get("side")))
             of_one = self._lines.pop(key, {})
             self._lines[key] = of_one
@@ -113,8 +115,9 @@ class Reporter:
         try:
             with trio.move_on_after(RENDER_S):
                 reason = await _child(command, data, niceness)
-        except* (OSError, RuntimeError, MemoryError) as group:  # no process or thread can be started
-            reason = "; ".join(str(error) for error in leaves(group))
+        except* (OSError, RuntimeError, MemoryError) as group:  # no process, descriptor or thread
+            error = next(leaves(group))
+            reason = getattr(error, "strerror", None) or str(error) or "out of memory"
         if not reason:
             self._in_file = known
         else:

@@ -111,6 +111,28 @@ async def test_a_command_that_is_ended_at_once_does_not_wait_for_its_page(tmp_pa
     assert not path.exists()
 
 
+@pytest.mark.parametrize("lines", [[dest(), ended()], []])
+async def test_the_end_of_a_daemon_is_not_drawn(lines: list[Json], tmp_path: Path) -> None:
+    """It would be the same page again, for which the process would wait; or a page about nothing."""
+    path = tmp_path / "page.html"
+    reporter, _, _ = make(path)
+
+    async def command(stop: Stop) -> bool:
+        for line in lines:
+            take(reporter, line)
+        if lines:
+            with trio.fail_after(100):
+                await drawn(path)
+                while not reporter._in_file:  # noqa: ASYNC110
+                    await trio.sleep(0.02)
+        take(reporter, {"event": "result", "side": "daemon", "status": "completed", "error": None})
+        path.unlink(missing_ok=True)
+        return True
+
+    assert await reporter.around(command)(Stop())
+    assert not path.exists()
+
+
 async def test_what_cannot_be_drawn_is_a_message(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     directory = tmp_path / "pages"
     directory.mkdir()
@@ -153,7 +175,7 @@ async def test_no_process_to_draw_it(
 
     assert await reporter.around(command)(Stop())
     assert caplog.text.count("was not drawn") == 2  # then, and at the end
-    assert str(error) in caplog.text
+    assert error.args[-1] in caplog.text
     assert "postcopy: report:" not in said.getvalue()
 
 
