@@ -66,7 +66,7 @@ from postcopy.records import pager as records
 from postcopy.records.control import Command, Commands, Done, EndedMachine
 from postcopy.records.timeline import VmTimeline
 from postcopy.service import schema
-from postcopy.service._contain import contained
+from postcopy.service._contain import contained, contained_call
 from postcopy.service._socket_file import listen
 from postcopy.service.config import PagerConfig
 from postcopy.service.options import is_name
@@ -641,13 +641,16 @@ class Handler:
             reason = "its process was killed"
         elif not vm.ended and not vm.complete:
             self._left += 1
+        contained_call(f"telling how {vm.about.name} was served", partial(self._emit_timeline, vm))
+        self._output.emit("vm-ended", records.VmEnded(vm=vm.about.name, reason=reason, figures=self._record(vm)))
+        self._output.say(f"{self.side}: {vm.about.name}: {reason}")
+
+    def _emit_timeline(self, vm: Vm) -> None:
         if (recorder := vm.recorder) is not None and (recording := recorder.recording()) is not None:
             self._output.emit(
                 "timeline",
                 VmTimeline(side=self.side, vm=vm.about.name, figures=self._record(vm), recording=recording),
             )
-        self._output.emit("vm-ended", records.VmEnded(vm=vm.about.name, reason=reason, figures=self._record(vm)))
-        self._output.say(f"{self.side}: {vm.about.name}: {reason}")
 
     def _lost(self, vm: Vm) -> None:
         if self._unfit is not None and not vm.lost.is_set():  # for good: in this version
