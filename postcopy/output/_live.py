@@ -147,9 +147,13 @@ class Live:
 
     def _in_foreground(self) -> bool:
         try:
-            return os.tcgetpgrp(self._fd) == os.getpgid(self._job)
+            foreground = os.tcgetpgrp(self._fd)
         except OSError:  # it is not the terminal of this session
             return True
+        try:
+            return foreground == os.getpgid(self._job)
+        except ProcessLookupError:  # the shell's job has ended, and another program may have the terminal
+            return False
 
     def _take_keyboard(self) -> None:
         """Keys come one by one, and are not written to the terminal."""

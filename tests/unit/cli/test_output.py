@@ -295,6 +295,23 @@ async def test_the_terminal_is_given_back(terminal: Terminal, whole: bool) -> No
     assert output.close()
 
 
+async def test_nothing_is_drawn_when_the_job_of_the_shell_has_ended(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a keeper that was killed, while its engine goes on: the terminal is the shell's again."""
+    monkeypatch.setattr(os, "tcgetpgrp", lambda fd: 7)
+    jobs = {8: 7}
+    monkeypatch.setattr(os, "getpgid", lambda pid: jobs[pid] if pid in jobs else os.kill(2**22 + 1, 0))  # ESRCH
+    output = Output(False, *terminal[:2])
+    output.job = 8
+    async with output.open_live() as (live, frames):
+        live.draw(frames.below(NOW, *live.size))
+        assert output._stderr._wanted is not None
+        jobs.clear()
+        live.draw(frames.below(NOW, *live.size))
+        assert output._stderr._wanted is None
+
+
 async def test_nothing_is_drawn_while_the_terminal_is_given_back(
     terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
