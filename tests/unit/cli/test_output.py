@@ -259,7 +259,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[TextIO, TextIO, 
 
     def wait_for(text: str) -> Screen:
         deadline = time.monotonic() + 30
-        while text not in screen.text:
+        while text not in screen.text or not screen.breaks_lines:  # a picture that has come in part
             assert select.select([controlling], [], [], max(0, deadline - time.monotonic()))[0], screen.text
             screen.feed(os.read(controlling, 4096).decode())
         return screen
