@@ -93,7 +93,7 @@ class Reporter:
             finally:
                 # (when it was asked to end at once this is cancelled, too)
                 if self._in_file < self._known:
-                    await self._draw()
+                    await self._draw_at_the_end(stop)
                 if self._in_file:
                     self._output.say(f"postcopy: report: {self._path}")
             return done
@@ -105,6 +105,21 @@ class Reporter:
             await self._due.wait()
             self._due = trio.Event()
             await self._draw(_NICENESS)
+
+    async def _draw_at_the_end(self, stop: Stop) -> None:
+        """Until it is done, or a signal comes, which ends the drawing only: how the command ends is decided."""
+        async with trio.open_nursery() as nursery:
+
+            async def give_up() -> None:
+                await changes.wait()
+                log.warning("--report %s was not drawn: ended by %s", self._path, stop.by)
+                nursery.cancel_scope.cancel()
+
+            stop.warned()  # else the next signal ends everything from outside
+            changes = stop.changes
+            nursery.start_soon(give_up)
+            await self._draw()
+            nursery.cancel_scope.cancel()
 
     async def _draw(self, niceness: int = 0) -> None:
         """What can be drawn can wait for what is moved: `niceness` of the child, while something may be."""

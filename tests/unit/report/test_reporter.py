@@ -111,6 +111,35 @@ async def test_a_command_that_is_ended_at_once_does_not_wait_for_its_page(tmp_pa
     assert not path.exists()
 
 
+@pytest.mark.parametrize("asked", [False, True])
+async def test_a_signal_ends_the_drawing_and_not_the_command(
+    asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether or not it was a signal that has ended the command: it has done what was asked."""
+    monkeypatch.setattr(reporter_module, "python", lambda *arguments: ["sleep", "1000"])
+    reporter, _, said = make(tmp_path / "page.html")
+    stop, result = Stop(), []
+
+    async def command(stop: Stop) -> bool:
+        if asked:
+            stop.ask("SIGTERM")
+        take(reporter, dest())
+        return True
+
+    async def run() -> None:
+        result.append(await reporter.around(command)(stop))
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            while not result:
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                assert not stop.ask("Ctrl-C")
+    assert result == [True]
+    assert "was not drawn: ended by Ctrl-C" in caplog.text
+    assert said.getvalue() == ""
+
+
 @pytest.mark.parametrize("lines", [[dest(), ended()], []])
 async def test_the_end_of_a_daemon_is_not_drawn(lines: list[Json], tmp_path: Path) -> None:
     """It would be the same page again, for which the process would wait; or a page about nothing."""
