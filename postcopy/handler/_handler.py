@@ -212,11 +212,11 @@ class Handler:
         with trio.move_on_after(TRIAL_S):
             while not unfit and not all(vm.served.is_set() for vm in self.vms):  # noqa: ASYNC110 -- or are gone
                 await trio.sleep(0.01)
-        self._unfit = None
-        if unfit:
+        if unfit:  # still on trial: what fails from here on must not be killed either
             for each in lost:
                 each.fds.close()
             raise ResourceError(f"this engine cannot serve what is here, and gives way to the one before: {unfit[0]}")
+        self._unfit = None
 
     async def _until_end(self) -> None:
         async def see_through() -> None:

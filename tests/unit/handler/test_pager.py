@@ -517,7 +517,7 @@ class NotReadyStore(KeptStore):
         raise AssertionError("it cannot serve")
 
 
-@pytest.mark.parametrize("part", ["reading", "opening", "serving"])
+@pytest.mark.parametrize("part", ["reading", "opening", "serving", "serving later"])
 async def test_an_upgrade_that_cannot_serve_kills_nothing(
     tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
@@ -550,11 +550,23 @@ async def test_an_upgrade_that_cannot_serve_kills_nothing(
 
                 patch.setattr(_handler, "ImageSource", second_fails)
             else:
+                numbers, given_up = itertools.count(1), threading.Event()
 
                 def refuses(*_: object) -> None:
+                    if part == "serving later" and next(numbers) == 2:
+                        assert given_up.wait(DEADLINE_S)  # in a thread, which nothing ends before
                     raise CoreError(errno.EINVAL, "no more of them")
 
+                pass_trial = Handler._pass_trial
+
+                async def passes(*arguments: Any) -> None:
+                    try:
+                        await pass_trial(*arguments)
+                    finally:
+                        given_up.set()
+
                 patch.setattr(Pager, "arm_at", refuses)
+                patch.setattr(Handler, "_pass_trial", passes)
             config = PagerConfig(socket=str(tmp_path / "s"), image=str(image), kill_when_lost=True)
             with pytest.raises(ExceptionGroup) as raised:
                 await Handler(config, Said(), trial).run(Stop())
