@@ -15,7 +15,17 @@ import msgspec
 
 from postcopy.errors import ConfigurationError
 from postcopy.records import Json
-from postcopy.report._model import Migration, Problems, Side, object_of, text_of, timeline_of
+from postcopy.report._model import (
+    MAX_CELLS,
+    Cell,
+    Migration,
+    Problems,
+    Side,
+    cell_of,
+    object_of,
+    text_of,
+    timeline_of,
+)
 
 MAX_LINE_BYTES = 2 << 20
 MAX_BYTES = 256 << 20
@@ -28,6 +38,10 @@ class Reader:
 
     def __init__(self, *, keep_latencies: bool = False) -> None:
         self.problems = Problems()
+        self.cells: dict[tuple[str, str], Cell] = {}
+        """Of `bench migrate`, by workload and policy."""
+        self.conditions = ""
+        """Under which they were measured."""
         self.latencies: list[Json] = []
         """Of each line that has distributions, as much as says what they are of; where they are to be kept."""
         self._keep_latencies = keep_latencies
@@ -86,6 +100,12 @@ class Reader:
             self.latencies.append({**fields, "recording": part} if event == "timeline" else fields)
         if event == "run":
             self._run = fields
+            return
+        if event == "measurement":
+            if (cell := cell_of(fields)) is not None and len(self.cells) < MAX_CELLS:
+                self.cells[cell.workload, cell.policy] = cell
+            elif fields.get("figure") == "migrate":
+                self.conditions = text_of(fields.get("note"), 1000)
             return
         if "vm" in fields:  # of a pager
             fields = {**fields, **object_of(fields.get("figures")), "side": "pager", "machine": fields["vm"]}

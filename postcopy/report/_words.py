@@ -225,7 +225,9 @@ def cards(migration: Migration, guest: Throughput | None) -> Iterator[tuple[str,
             ", ".join(filter(None, (over, f"{_grouped(twice)} pages twice" if twice else ""))),
         )
     if guest is not None:
-        back = "not back at 90 % in the recording" if guest.back_ms is None else f"back at 90 % after {ms(guest.back_ms)}"
+        back = (
+            "not back at 90 % in the recording" if guest.back_ms is None else f"back at 90 % after {ms(guest.back_ms)}"
+        )
         yield "Guest throughput, lowest", f"{100 * guest.least / guest.before:.0f} %", back
     if recovered := migration.number("recoveries", "count"):
         longest = migration.number("recoveries", "max-ms")

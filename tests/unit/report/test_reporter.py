@@ -140,7 +140,7 @@ async def test_without_a_process_to_draw_the_command_goes_on(
         take(reporter, dest())
         take(reporter, ended())
         with trio.fail_after(60):
-            while "was not drawn" not in caplog.text:
+            while "was not drawn" not in caplog.text:  # noqa: ASYNC110 -- a log is looked at
                 await trio.sleep(0.01)
         went_on = True
         return True
