@@ -570,7 +570,7 @@ def policies(cells: Sequence[Cell]) -> Draw:
         axes.set_axis_off()
         axes.set_xlim(0, width)
         axes.set_ylim(height, 0)
-        left = 2.0 + min(FONT_PT * 0.56 * max(len(cell.policy) for cell in cells) + 8, width / 3)
+        left = 2.0 + min(FONT_PT * 0.56 * max(len(cell.policy) for cell in cells) + 8, 0.3 * width)
         column = (width - left) / across
         y = 0.0
         for workload, group in workloads.items():

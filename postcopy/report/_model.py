@@ -31,6 +31,7 @@ MAX_VALUES = 64
 MAX_ROUNDS = 1024
 _SAME_BOOT_MS = 50.0  # wall clocks are adjusted in small steps
 MAX_TEXT = 300
+MAX_FIELDS = 1024  # of an object or a list, beside the recording
 MAX_NUMBER = 2.0**53
 MAX_MS = 100 * 365.25 * 86400e3
 _LEVELS = np.full(128, -1, dtype=np.int8)

@@ -9,7 +9,7 @@ are forgotten.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -17,6 +17,8 @@ from postcopy.errors import ConfigurationError
 from postcopy.records import Json
 from postcopy.report._model import (
     MAX_CELLS,
+    MAX_FIELDS,
+    MAX_TEXT,
     Cell,
     Migration,
     Problems,
@@ -99,7 +101,7 @@ class Reader:
             }
             self.latencies.append({**fields, "recording": part} if event == "timeline" else fields)
         if event == "run":
-            self._run = fields
+            self._run = _short(fields)
             return
         if event == "measurement":
             if (cell := cell_of(fields)) is not None and len(self.cells) < MAX_CELLS:
@@ -139,11 +141,25 @@ class Reader:
         one.run = self._run or one.run
         if event == "timeline" and (timeline := timeline_of(fields, self.problems)) is not None:
             one.timeline = timeline
-        one.facts.update((key, value) for key, value in fields.items() if value is not None and key not in _COLUMNS)
+        one.facts.update(
+            (key, value) for key, value in _short(fields).items() if value is not None and key not in _COLUMNS
+        )
 
 
 _COLUMNS = frozenset({"recording", "figures"})
 """What is not kept as it is."""
+
+
+def _short(value: Any, depth: int = 3) -> Any:
+    """As much of it as a page can show: a line may be made of anything, and the last one of each side is kept."""
+    if isinstance(value, str):
+        return value[: MAX_TEXT + 1]
+    if isinstance(value, dict):
+        found = list(value.items())[:MAX_FIELDS] if depth else []
+        return {key[:MAX_TEXT]: _short(one, depth - 1) for key, one in found}
+    if isinstance(value, list):
+        return [one for one in value[:MAX_FIELDS] if isinstance(one, int | float)]
+    return value
 
 
 def read(files: Iterable[tuple[str, BinaryIO]]) -> Reader:

@@ -546,6 +546,16 @@ def test_no_line_can_break_the_page(spoil: Callable[[Json], None]) -> None:
     assert "Migration of" in words(text(run("dest"), source(), line))
 
 
+def test_of_a_line_is_kept_what_a_page_can_show() -> None:
+    much = {"list": [1.5] * 10_000, "text": "x" * 100_000, "deep": [[[1]]], "map": {f"{n}": n for n in range(10_000)}}
+    line = dest() | {f"much-{n}": much for n in range(5)}
+    begin = run("dest") | {"options": much}
+    side = only(text(begin, line)).main
+    assert len(json.dumps(side.facts)) < 128 << 10
+    assert len(json.dumps(side.run)) < 32 << 10
+    assert side.number("ram", "total") == 1 << 28
+
+
 def test_a_file_that_is_no_such_file_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="first line is no JSON"):
         read(b"\x7fELF\0\0")
