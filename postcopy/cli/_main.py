@@ -77,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-_MOVES = frozenset({"source", "dest", "daemon", "pager", "demo"})
-"""Whose `--json` begins with what runs where (`run`)."""
+_MOVES = frozenset({"source", "dest", "daemon", "demo"})
+"""Whose `--json` begins with what runs where (`run`); a pager says it when it begins to serve."""
 
 
 def _command(arguments: Sequence[str], output: Output) -> int:

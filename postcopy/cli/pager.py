@@ -13,7 +13,9 @@ from typing import Any
 import trio
 
 from postcopy._child import python
+from postcopy._host import run_record
 from postcopy._stop import Stop
+from postcopy.cli._parser import written
 from postcopy.handler import RECORD_VERSION, Handler, in_keeper, keep, open_store
 from postcopy.net import check_reachable
 from postcopy.output import Output
@@ -35,10 +37,12 @@ def make(given: dict[str, Any], output: Output) -> Run:
     operating = record(OperatingOptions, given)
     if operating.metrics is not None or operating.metrics_file is not None:
         import postcopy.handler._metrics  # noqa: F401  # before there is a virtual machine that waits for it
-    return partial(_run, config, operating, output, "log_json" in given)
+    return partial(_run, config, operating, output, given)
 
 
-async def _run(config: PagerConfig, operating: OperatingOptions, output: Output, log_json: bool, stop: Stop) -> bool:
+async def _run(
+    config: PagerConfig, operating: OperatingOptions, output: Output, given: dict[str, Any], stop: Stop
+) -> bool:
     # Each virtual machine has some twenty descriptors here.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
@@ -46,7 +50,9 @@ async def _run(config: PagerConfig, operating: OperatingOptions, output: Output,
     if in_keeper():  # which is the job of the shell
         output.job = os.getppid()
     formats = (RECORD_VERSION, RECORD_VERSION)
-    async with open_store(formats=formats, log_json=log_json, burst=config.restart_burst) as store:
+    async with open_store(formats=formats, log_json="log_json" in given, burst=config.restart_burst) as store:
+        if output.records:  # not before: a spare may never serve
+            output.emit("run", run_record("pager", written(given)))
         handler = Handler(config, output, store)
         patient = bool(store.deaths or store.taken)
         if config.connect is not None and not patient:  # else virtual machines wait already, whatever is wrong

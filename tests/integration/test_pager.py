@@ -110,6 +110,7 @@ async def test_upgraded_killed_and_ended(side: Callable[..., Any], tmp_path: Pat
             await ask(control, "quit")
             code, result, errors = await in_thread(pager.end)
             assert (code, result["left"]) == (0, 0), errors
+            assert len(pager.events("run")) == 3  # of the processes that have served, and of no spare
             await vmm.ask("remove", 300, 1)
             assert await vmm.ask("byte", 300) == "0"
     finally:
