@@ -117,7 +117,8 @@ def _run(
         if "report" in given:
             from postcopy.report import Reporter
 
-            run = Reporter(given["report"], output).around(run)
+            # (a pager may go on with virtual machines that another process has served)
+            run = Reporter(given["report"], output).around(run, patient=given["command"] == "pager")
         if output.records and given.get("command") in _MOVES:
             output.emit("run", run_record(given["command"], written(given)))
         if "user" in given:

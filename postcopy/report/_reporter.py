@@ -77,14 +77,18 @@ class Reporter:
             if event in _ENDS:
                 self._due.set()
 
-    def around(self, run: Run) -> Run:
+    def around(self, run: Run, *, patient: bool = False) -> Run:
         """A command that runs as `run` does, and draws when a migration has ended, and at its own end.
-        `ConfigurationError` before it begins where that could not be: no library, no file that could be written."""
+        `ConfigurationError` before it begins where that could not be: no library, no file that could be written.
+        `patient`: that is only said, since something may depend on the command already."""
 
         async def run_reported(stop: Stop) -> bool:
-            if reason := explain_missing():
-                raise ConfigurationError(f"--report {self._path}: {reason}")
-            check_new_file("--report", self._path)
+            try:
+                self._check()
+            except ConfigurationError as error:
+                if not patient:
+                    raise
+                log.warning("%s", error)
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._work)
@@ -99,6 +103,11 @@ class Reporter:
             return done
 
         return run_reported
+
+    def _check(self) -> None:
+        if reason := explain_missing():
+            raise ConfigurationError(f"--report {self._path}: {reason}")
+        check_new_file("--report", self._path)
 
     async def _work(self) -> None:
         while True:

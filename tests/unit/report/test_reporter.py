@@ -226,6 +226,19 @@ async def test_what_is_wrong_is_said_before_anything_begins(tmp_path: Path, monk
         await reporter.around(command)(Stop())
 
 
+async def test_what_virtual_machines_wait_for_begins_in_any_case(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a pager whose process before has died, on a disk that is full by now."""
+
+    async def command(stop: Stop) -> bool:
+        return True
+
+    reporter, _, _ = make(tmp_path / "missing" / "page.html")
+    assert await reporter.around(command, patient=True)(Stop())
+    assert "missing does not exist" in caplog.text
+
+
 def test_kept_are_the_last_migrations_and_little_of_each(tmp_path: Path) -> None:
     reporter, output, _ = make(tmp_path / "page.html")
     assert output.listeners == [reporter.take]
