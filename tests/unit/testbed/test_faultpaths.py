@@ -556,6 +556,8 @@ def test_what_newer_kernels_are_expected_to_do_is_marked(capsys: pytest.CaptureF
     assert (load[new[0]], load[new[1]]) == ([], ["blocked S"])
     assert did(merged, "copy.clear_child_tid", "rwp", "memfd")[new[1]] == ["refused EFAULT"]
     assert did(merged, "nofault.fork", "rwp", "anon")[new[1]] == ["passed"]
+    assert did(merged, "pin.mlock_onfault", "rwp", "anon")[new[1]] == ["passed"]
+    assert did(merged, "pin.mlock_onfault", "rwp", "hugetlb")[new[1]] == ["blocked"]
     assert did(merged, "user.load", "minor", "anon") == {}  # there is no such page
     assert main(["faultpaths", "merge"]) == 0
     assert "7.3 (read from source)" in capsys.readouterr().out
