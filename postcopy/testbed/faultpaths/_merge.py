@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What kernels did, report by report, and the matrix over kernels: `postcopy faultpaths merge`.
 
-A *community file* has a line for each report, in which nothing is left but what each operation did (`Report`): those of
-other people, whom nobody here knows. Everything in one is therefore checked, and bounded. community.jsonl in this
-package is the one that comes with postcopy; an expectation for a kernel that is not in it was read from the kernel's
-source, and has not been seen.
+A *community file* has a line for each report, reduced to what each operation did (`Report`). Others have written them,
+so everything in one is checked, and bounded. community.jsonl in this package is the one that comes with postcopy; an
+expectation for a kernel that is not in it was read from the kernel's source, and has not been seen.
 """
 
 from __future__ import annotations
@@ -216,8 +215,10 @@ class Matrix:
     @property
     def summary(self) -> str:
         kernels = [column for column in self.columns if not column.expected]
-        text = f"{len(kernels)} kernels, {len(self.reports)} reports, {len(self.cells)} cells"
-        return text + (f"; {len(self.conflicts)} conflicts" if self.conflicts else "")
+        counts = {"kernel": len(kernels), "report": len(self.reports), "cell": len(self.cells)}
+        if self.conflicts:
+            counts["conflict"] = len(self.conflicts)
+        return ", ".join(f"{count} {what}{'s' * (count != 1)}" for what, count in counts.items())
 
     def as_json(self) -> Json:
         return {
@@ -305,7 +306,7 @@ def sections(found: Matrix) -> list[Section]:
             by_backings.setdefault(tuple(backing for backing in Backing if backing in several), []).append(name)
         for several_backings, names in by_backings.items():
             spans = [_span(column, text) for column, text in zip(found.columns, did, strict=True)]
-            rows.append(row(_names(names), f"{mode} ({', '.join(several_backings)})", *spans))
+            rows.append(row(f"{mode} ({', '.join(several_backings)}): {_names(names)}", *spans))
     conflicts = tuple(
         row(
             str(cell),
@@ -317,9 +318,9 @@ def sections(found: Matrix) -> list[Section]:
     made = [
         Section(
             "What kernels do",
-            ("operations", "page", *(column.title for column in found.columns)),
+            ("page: operations", *(column.title for column in found.columns)),
             tuple(rows),
-            "Empty: not tried there, or not available. Read from source: expected, and seen by nobody who told us.",
+            "Empty: not tried there, or not available. Read from source: expected, and not confirmed by a report.",
         ),
         Section(
             "Conflicts: reports of one kernel that do not agree",
