@@ -231,14 +231,18 @@ class Caller:
 
     async def _greet(self, stream: Stream, secured: _Secured, hello: Hello, token: bytes, version: int) -> None:
         """`PeerError`, `ProtocolError`."""
+        resumed = False
         try:
             if isinstance(stream, TlsStream):
                 await stream.handshake()
+                resumed = stream.peer.resumed
                 self._check_authorised(stream, "take" if hello.side == "source" else "send")
             await _say_hello(stream, hello, token, version)
         except BaseException as error:
-            if self._last is secured:
-                self._last = None  # a session may be why; a peer of an older version does not say so
+            if resumed and self._last is secured:
+                # The session may be why: a peer of an older version that does not take it closes without a word. (Cut
+                # before it was resumed, a connection says nothing about that, and the next one is as quick.)
+                self._last = None
             if isinstance(error, trio.BrokenResourceError):
                 raise broken(error) from error
             raise
