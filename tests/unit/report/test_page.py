@@ -393,6 +393,7 @@ def _set(*path: str | int, to: Any) -> Callable[[Json], None]:
         (_set("series", "demand", to=[1, 2, 3]), "demand has 3 values for 326 times, and was left out"),
         (_set("series", "demand", to=[-1] * 326), "demand is no list of sensible numbers"),
         (_set("series", "demand", to=[1e300] * 326), "demand is no list of sensible numbers"),
+        (_set("series", "demand", to=[10**400] * 326), "demand is no list of sensible numbers"),
         (_set("series", "demand", to="many"), "demand is no list of sensible numbers"),
         (_set("series", "received-bytes", 5, to={}), "received-bytes is no list of sensible numbers"),
         (_set("at-ms", to=[0] * 5000), "at-ms is no list of 1 to 4096 times"),
