@@ -39,9 +39,10 @@ def run(args: argparse.Namespace) -> int:
     directory = getattr(args, "svg", None)
     if directory is not None and not os.path.isdir(directory):
         raise ConfigurationError(f"--svg {directory}: no such directory; make it first")
-    # Only now: a second of processor time.
-    from postcopy.report import Reader, draw, pictures
-
+    try:  # only now: a second of processor time
+        from postcopy.report import Reader, draw, pictures
+    except (ImportError, AttributeError, ValueError) as error:  # its parts do not fit, or MPLBACKEND is none
+        raise ResourceError(f"report: matplotlib cannot be loaded: {error}", "install it again") from error
     log = getattr(args, "hdr", None)
     if log is not None:
         check_new_file("--hdr", log)
