@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from postcopy._files import check_new_file, explain_unwritable, open_regular, replacing, write_all
+from postcopy._files import check_new_file, open_regular, write_output
 from postcopy._hdr import intervals, write_hdr
 from postcopy.errors import ConfigurationError, ResourceError
 from postcopy.report import explain_missing
@@ -27,7 +27,6 @@ OPTIONS = (
         path("hdr", "write the latencies of the faults to FILE, as an HdrHistogram log", "FILE.hlog"),
     ),
 )  # fmt: skip
-MODE = 0o644  # a page is to be shown to others
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
         if not reader.migrations:
             raise ConfigurationError("--svg: there is no migration in these lines, so there is no picture")
         for name, picture in pictures(reader.migrations[-1]).items():
-            _write("--svg", os.path.join(directory, f"{name}.svg"), picture)
-    _write("--output", target, draw(reader))
+            write_output("--svg", os.path.join(directory, f"{name}.svg"), picture, durable=False)
+    write_output("--output", target, draw(reader), durable=False)
     return 0
 
 
@@ -72,12 +71,3 @@ def _opened(name: str) -> Iterator[BinaryIO]:
         raise ConfigurationError(f"{name}: {error.strerror}") from error
     with os.fdopen(fd, "rb") as file:
         yield file
-
-
-def _write(option: str, target: str, text: str) -> None:
-    try:
-        with replacing(target, MODE, durable=False) as fd:
-            write_all(fd, text.encode("utf-8", "replace"))
-    except OSError as error:
-        why = explain_unwritable(error, os.path.dirname(target) or ".")
-        raise ResourceError(f"{option} {target}: {why}", "name another file") from error
