@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     directory = getattr(args, "svg", None)
     if directory is not None and not os.path.isdir(directory):
         raise ConfigurationError(f"--svg {directory}: no such directory; make it first")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it keeps its cache of fonts is nobody's concern
     try:  # only now: a second of processor time
         from postcopy.report import Reader, draw, pictures
     except (ImportError, AttributeError, ValueError) as error:  # its parts do not fit, or MPLBACKEND is none
