@@ -32,10 +32,14 @@ OPTIONS = (
 
 def run(args: argparse.Namespace) -> int:
     """Writes it. `ConfigurationError` for what cannot be read as such lines, or written."""
-    target = getattr(args, "output", OUTPUT)
+    target, log = getattr(args, "output", OUTPUT), getattr(args, "hdr", None)
     if reason := explain_missing():
         raise ConfigurationError(f"report: {reason}")
-    check_new_file("--output", target)
+    for option, written in (("--output", target), ("--hdr", log)):
+        if written is not None:
+            check_new_file(option, written)
+            if any(os.path.realpath(name) == os.path.realpath(written) for name in args.files):
+                raise ConfigurationError(f"{option} {written}: that is read, and would be replaced; name another file")
     directory = getattr(args, "svg", None)
     if directory is not None and not os.path.isdir(directory):
         raise ConfigurationError(f"--svg {directory}: no such directory; make it first")
@@ -44,9 +48,6 @@ def run(args: argparse.Namespace) -> int:
         from postcopy.report import Reader, draw, pictures
     except (ImportError, AttributeError, ValueError) as error:  # its parts do not fit, or MPLBACKEND is none
         raise ResourceError(f"report: matplotlib cannot be loaded: {error}", "install it again") from error
-    log = getattr(args, "hdr", None)
-    if log is not None:
-        check_new_file("--hdr", log)
     reader = Reader(keep_latencies=log is not None)
     for name in args.files:
         with _opened(name) as file:

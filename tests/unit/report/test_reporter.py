@@ -213,6 +213,8 @@ def test_a_matplotlib_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
         (["good.jsonl", "--svg", "none"], "--svg none: no such directory"),
         (["good.jsonl", "--svg", "."], "--svg: there is no migration in these lines"),
         (["good.jsonl", "--hdr", "none/log"], "--hdr none/log: directory"),
+        (["good.jsonl", "--output", "./good.jsonl"], "--output ./good.jsonl: that is read, and would be replaced"),
+        (["good.jsonl", "--hdr", "good.jsonl"], "--hdr good.jsonl: that is read, and would be replaced"),
     ],
 )  # fmt: skip
 def test_what_is_asked_for_wrongly(
