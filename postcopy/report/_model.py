@@ -69,7 +69,7 @@ def number_of(value: object, most: float = MAX_NUMBER, least: float = 0.0) -> fl
     """None for what is no number, or no sensible one."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) and least <= value <= most else None
+    return float(value) if least <= value <= most else None  # an integer may be larger than any float
 
 
 def object_of(value: object) -> Json:
