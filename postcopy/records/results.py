@@ -33,8 +33,10 @@ class Run(Record, kw_only=True):
     version: Annotated[str, doc("Of postcopy.")]
     started: Annotated[str, doc("When, in UTC: `2026-01-31T23:59:59.000Z`.")]
     options: Annotated[
-        dict[str, str], doc("What was asked for, by option; nothing that says where keys and certificates are.")
-    ]
+        dict[str, str],
+        doc("What was asked for, by option. No addresses, no command lines, nothing that says where keys and"
+            " certificates are."),
+    ]  # fmt: skip
     host: Annotated[Host, doc("Where it runs.")]
 
 
