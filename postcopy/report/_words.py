@@ -253,7 +253,7 @@ def phases(migration: Migration) -> list[tuple[str, str, float, str]]:
         what = (
             f"{format_count(round(rounds), 'round')} of precopy; the machine runs at the source"
             if rounds
-            else "prepared while the machine runs at the source"
+            else "the machine runs at the source"
         )
         found.append(("before", "before the pause", marks["pause"] - marks["offer"], what))
     if downtime:

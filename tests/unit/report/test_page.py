@@ -481,9 +481,9 @@ def _set(*path: str | int, to: Any) -> Callable[[Json], None]:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (_set("series", "demand", to=[1, 2, 3]), "demand has 3 values for 326 times, and was left out"),
-        (_set("series", "demand", to=[-1] * 326), "demand is no list of sensible numbers"),
-        (_set("series", "demand", to=[1e300] * 326), "demand is no list of sensible numbers"),
+        (_set("series", "demand", to=[1, 2, 3]), "demand has 3 values for 384 times, and was left out"),
+        (_set("series", "demand", to=[-1] * 384), "demand is no list of sensible numbers"),
+        (_set("series", "demand", to=[1e300] * 384), "demand is no list of sensible numbers"),
         (_set("series", "demand", to="many"), "demand is no list of sensible numbers"),
         (_set("series", "received-bytes", 5, to={}), "received-bytes is no list of sensible numbers"),
         (_set("at-ms", to=[0] * 5000), "at-ms is no list of 1 to 4096 times"),
@@ -536,7 +536,7 @@ def test_what_makes_no_sense_is_left_out_and_named(spoil: Callable[[Json], None]
         _set("blocks", to=[{"name": "b", "bytes": 1e15, "page-size": 1e15}] * 500),
         _set("origin", to={"unix-ms": 1e300, "monotonic-ns": -1}),
         lambda line: line["ram"].update({"total": 10**400, "page-size": 10**400, "transferred": -(10**400)}),
-        _set("series", "received-bytes", to=[10**400] * 326),
+        _set("series", "received-bytes", to=[10**400] * 384),
         _set("marks", to=[{"moment-ms": 3e12, "what": "pause"}, {"moment-ms": 0, "what": "running"}] * 200),
     ],
 )
