@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from postcopy._files import replacing, write_all
+from postcopy._files import write_output
 from postcopy.errors import ConfigurationError
 from postcopy.records import Json
 from postcopy.records.timeline import Distribution
@@ -69,10 +69,9 @@ def intervals(lines: Iterable[Json]) -> Iterator[Interval]:
 
 
 def write_hdr(path: str, found: Iterable[Interval]) -> None:
-    """The log as a file, whole or not at all. `ConfigurationError` where there is nothing to write."""
-    text = hdr_log(found)
-    with replacing(path, 0o644) as fd:
-        write_all(fd, text.encode())
+    """The log as the file that `--hdr` names, whole or not at all. `ConfigurationError` where there is nothing to
+    write, `ResourceError` where it cannot be written."""
+    write_output("--hdr", path, hdr_log(found))
 
 
 def hdr_log(found: Iterable[Interval]) -> str:

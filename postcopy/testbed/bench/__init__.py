@@ -67,7 +67,7 @@ from typing import Any
 
 import trio
 
-from postcopy._files import check_new_file, replacing, write_all
+from postcopy._files import check_new_file, write_output
 from postcopy._hdr import intervals, write_hdr
 from postcopy._host import run_line
 from postcopy.errors import ConfigurationError, MigrationError, ResourceError
@@ -194,8 +194,7 @@ def run(args: argparse.Namespace) -> int:
             width = min(make_console(sys.stdout).width, MAX_WIDTH)
             print((_of(name, "text") or text_of)(measurements, width), flush=True)
     if args.output is not None:
-        with replacing(args.output, 0o644) as fd:
-            write_all(fd, "".join(f"{line}\n" for line in lines).encode())
+        write_output("--output", args.output, "".join(f"{line}\n" for line in lines))
     if args.hdr is not None:
         try:
             write_hdr(args.hdr, intervals(map(json.loads, lines)))

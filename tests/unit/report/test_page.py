@@ -14,6 +14,7 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import timelines
@@ -130,6 +131,14 @@ def test_it_needs_nothing_beside_it() -> None:
     assert "default-src 'none'" in page
     assert len(set(re.findall(r' id="([^"]*)"', page))) == len(re.findall(r' id="([^"]*)"', page))
     assert len(page) < 1 << 20
+
+
+def test_a_matplotlibrc_changes_nothing() -> None:
+    """One is read from the current directory."""
+    draw = _charts.pause([("source", "stop", 0.0, 90.0)])
+    with matplotlib.rc_context({"text.usetex": True, "font.size": 40, "savefig.bbox": "tight"}):
+        picture = _charts.as_svg(draw, "p")
+    assert picture == _charts.as_svg(draw, "p")
 
 
 def test_colours_are_those_of_the_style_sheet() -> None:
@@ -484,6 +493,7 @@ def _set(*path: str | int, to: Any) -> Callable[[Json], None]:
         (_set("series", "demand", to=[1, 2, 3]), "demand has 3 values for 384 times, and was left out"),
         (_set("series", "demand", to=[-1] * 384), "demand is no list of sensible numbers"),
         (_set("series", "demand", to=[1e300] * 384), "demand is no list of sensible numbers"),
+        (_set("series", "demand", to=[10**400] * 384), "demand is no list of sensible numbers"),
         (_set("series", "demand", to="many"), "demand is no list of sensible numbers"),
         (_set("series", "received-bytes", 5, to={}), "received-bytes is no list of sensible numbers"),
         (_set("at-ms", to=[0] * 5000), "at-ms is no list of 1 to 4096 times"),

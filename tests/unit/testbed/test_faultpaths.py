@@ -630,6 +630,7 @@ def test_reports_of_one_kernel_that_do_not_agree(
         (json.dumps(OLD | {"system": [3]}), "Expected `object`, got `array`"),
         (json.dumps(OLD | {"system": {"kernel": {}}}), "`$[...]`"),
         (json.dumps(OLD | {"system": {}}), "at `$.kernel`"),
+        (json.dumps(OLD | {"seconds": 10**400}), "in which int too large"),
     ],
 )
 def test_a_bad_file_is_refused_as_a_whole(
