@@ -255,6 +255,11 @@ class Vm:
         return count is not None and 0 < count.total_pages == count.resident_pages
 
     @property
+    def is_recorded(self) -> bool:
+        """Whether it is recorded over time, or will be."""
+        return self._options.records
+
+    @property
     def status(self) -> str:
         if self.ended:
             return "ended"

@@ -157,9 +157,11 @@ class ControlClient:
 
 def _printable(value: Any) -> Any:
     """All text in it made one line each, with nothing that moves a cursor: it is shown in a terminal, and any process
-    may have made a socket of this path. A number without an end, as 1e999, is none."""
+    may have made a socket of this path. A number without an end, as 1e999, is none, nor is one that no count can be."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, int):
+        return value if abs(value) < 2**64 else None
     if isinstance(value, str):
         return value if value.isprintable() else one_line(value, len(value))
     if isinstance(value, list):
