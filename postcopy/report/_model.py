@@ -191,6 +191,11 @@ class Migration:
         return next((text for side in (self.dest, self.source) if side is not None and (text := side.text(key))), "")
 
     @property
+    def runs(self) -> bool:
+        """Whether it is a machine, which can stand still; an image is not."""
+        return self.text("kind") != "image"
+
+    @property
     def timelines(self) -> list[tuple[Side, Timeline]]:
         return [(side, side.timeline) for side in self.sides.values() if side.timeline is not None]
 
