@@ -27,6 +27,7 @@ from postcopy.records.timeline import Distribution
 _DIGITS = 3
 _HALF_BITS = 10  # 2 ** 11 values of one bucket size are the fewest that have three significant digits
 _MAX_VALUE = (1 << 62) - 1
+_MAX_S = 1 << 37  # some 4000 years: the wall clock as a date has four digits of a year
 _COUNTS, _COMPRESSED = 0x1C849303 | 0x10, 0x1C849304 | 0x10  # cookies of V2, with the word size of its counts
 _LEGEND = '"StartTimestamp","Interval_Length","Interval_Max","Interval_Compressed_Histogram"'
 
@@ -57,12 +58,12 @@ def intervals(lines: Iterable[Json]) -> Iterator[Interval]:
                 start_s, at_ms = recording["origin"]["unix-ms"] / 1e3, recording["at-ms"]
                 for stage, found in recording.get("latency", {}).items():
                     length_s = at_ms[-1] / 1e3 if at_ms else 0.0
-                    yield Interval(f"{name}:{stage}", start_s, length_s, _checked(found))
+                    yield _interval(f"{name}:{stage}", start_s, length_s, found)
             elif event == "measurement":
                 name = f"{line['figure']}:{line['name']}"
                 for value, found in line.get("distributions", {}).items():
                     length_s = line["elapsed-ms"] / 1e3
-                    yield Interval(f"{name}:{value}", began_s, length_s, _checked(found))
+                    yield _interval(f"{name}:{value}", began_s, length_s, found)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ConfigurationError(f"a line {event} {name[:100]!r}: {error}: not as postcopy writes it") from None
 
@@ -97,19 +98,22 @@ def _line(interval: Interval, base_s: float) -> str:
     return f"Tag={tag},{start_s:.3f},{interval.length_s:.3f},{longest_ms:.3f},{encode(values)}"
 
 
-def _checked(found: Any) -> Distribution:
+def _interval(tag: str, start_s: float, length_s: float, found: Any) -> Interval:
+    """ValueError for what has no place in a log."""
     distribution = msgspec.convert(found, Distribution)
     edges, counts = distribution.bucket_edges_ns, distribution.bucket_counts
     if len(edges) != len(counts) or edges != sorted(set(edges)):
         raise ValueError("its buckets are not rising, or not as many as their counts")
-    if not all(0 <= edge <= _MAX_VALUE for edge in edges) or not all(0 < count <= _MAX_VALUE for count in counts):
+    if not all(0 <= edge <= _MAX_VALUE for edge in edges) or min(counts, default=1) <= 0 or sum(counts) > _MAX_VALUE:
         raise ValueError("a bucket is out of range")
-    return distribution
+    if not 0 <= start_s <= _MAX_S or not 0 <= length_s <= _MAX_S:
+        raise ValueError("a time is out of range")
+    return Interval(tag, start_s, length_s, distribution)
 
 
 def _values(distribution: Distribution) -> list[tuple[int, int]]:
     edges, most = distribution.bucket_edges_ns, distribution.max_ns
-    if len(edges) > 1 and not edges[-2] < most <= edges[-1]:
+    if not (edges[-2] + 1 if len(edges) > 1 else 0) <= most <= edges[-1]:
         most = edges[-1]
     return list(zip([*edges[:-1], most], distribution.bucket_counts, strict=True))
 
