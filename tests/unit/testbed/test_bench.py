@@ -189,6 +189,8 @@ def test_options_that_make_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
         (("fault", "--quick"), "--quick chooses figures"),
         (("fault", "--output", "/nonexistent/x"), "directory /nonexistent does not exist"),
         (("fault", "--hdr", "/nonexistent/x"), "directory /nonexistent does not exist"),
+        (("fault", "--memory", "1GiB"), "--memory is an option of migrate, which is not measured"),
+        (("--quick", "--dimension", "memory"), "--dimension is an option of scale, which is not measured"),
     ):
         assert main(["bench", *words]) == 2
         assert complaint in capsys.readouterr().err
