@@ -215,6 +215,19 @@ class TestCommand:
         assert found["migration: total time"]["verdict"] == "no difference seen"
 
 
+def test_migrations_within_bench_are_no_rounds_of_each_other(tmp_path: Path) -> None:
+    """`bench migrate` writes recordings too, of all policies."""
+    line = {"schema": VERSION, "event": "timeline", "migration-id": "a", "status": "completed", "downtime-ms": 5.0}
+    measured = Path(written(tmp_path / "a", FAST)).read_text() + json.dumps(line) + "\n"
+    (tmp_path / "a").write_text(measured + "\n".join([run_line("demo", {}), json.dumps(line | {"migration-id": "b"})]))
+    found = _read.read(str(tmp_path / "a"))
+    assert {name: len(value.rounds) for name, value in found.values.items()} == {
+        "figure 0": 5,
+        "migration: downtime": 1,
+    }
+    assert found.failed == 0
+
+
 def event(**fields: Any) -> str:
     return json.dumps({"schema": VERSION, "event": "measurement", "elapsed-ms": 0.0} | fields)
 
