@@ -19,6 +19,7 @@ from postcopy.records.results import Curve, Measurement
 from postcopy.testbed.bench import FIGURES, _contention, _of, _text
 from postcopy.testbed.bench._common import Touched, by_turns, joined, medians, ratio
 from postcopy.testbed.bench._firecracker_move import _calls_ms
+from postcopy.testbed.bench._recovery import tail
 from postcopy.testbed.bench._worker import distribution
 
 
@@ -99,6 +100,14 @@ def test_a_part_that_one_round_lacks() -> None:
     assert found.values["load"].rounds == [0.5, None]
     assert medians(found) == {"downtime": 2.0}
     assert "load" not in _text(found, 80)
+
+
+def test_a_tail_is_that_of_all_rounds() -> None:
+    found = tail("a recovery", [[float(1000 * number + ms) for ms in range(25)] for number in range(5)])
+    assert found.values["p99"].rounds == [4023.0]  # of 125, one is longer; in each round there is none above its p99
+    assert found.values["longest"].rounds == [4024.0]
+    assert found.result == pytest.approx(4023 / 500)
+    assert found.note == "125 cuts of 0.1 to 1 s, all connections reset"
 
 
 async def test_each_part_comes_first_as_often_as_the_others() -> None:
