@@ -72,7 +72,7 @@ WORKLOADS = {
 """The guest's program, by the name of the workload."""
 BEFORE_S = 1.0  # that the machine runs before it moves
 WINDOW_S = 1.0  # at least: how long pure demand goes on without a push
-AFTER_S = 1.0  # and, at least, after the last page may have come
+AFTER_S = 2.0  # and, at least, after the last page may have come: time to be back in
 DEADLINE_S = 120.0  # of one migration, or
 DEADLINE_PUSHES = 20  # so many times what the push takes, where that is more
 END_S = 30.0  # for a demo that has missed it, with its processes
