@@ -160,7 +160,7 @@ def test_a_cell_is_a_demo_with_the_options_of_its_policy() -> None:
     words = plan.arguments("demand", "write-heavy", 7, "file")
     given = dict(zip(words[::2], words[1::2], strict=True))
     assert (parse_size(given["--memory"]), given["--workload"], given["--seed"]) == (96 << 20, "dirty", "7")
-    assert given["--run-for"] == "8.5"  # 4.5 without a push, 3 of push, 1
+    assert given["--run-for"] == "9.5"  # 4.5 without a push, 3 of push, 2
     assert (given["--push-after"], given["--record-working-set"]) == ("4.5", "file")
     kind, _, settings = given["--chaos"].partition(":")
     parts = dict(part.split("=") for part in settings.split(","))
