@@ -225,11 +225,18 @@ async def compare(plan: Plan, rounds: int, said: Callable[[str], None], recorded
                 baseline = cells.get((workload, DEMAND), Cell(DEMAND, workload))
                 if LEARNED in plan.policies and DEMAND not in plan.policies:  # it shows what there is to learn
                     await _one(plan, baseline, number, file, said, lambda _: None)
-                for policy in sorted(plan.policies, key=list(POLICIES).index):
+                for policy in order(plan.policies, number):
                     await _one(plan, cells[workload, policy], number, file, said, recorded)
                 if baseline.rounds:
                     _add_prevented([cells[workload, policy] for policy in plan.policies], baseline)
     return list(cells.values())
+
+
+def order(policies: Sequence[str], number: int) -> list[str]:
+    """In round `number`: each comes first as often as the others, but for `DEMAND`, from which is learned."""
+    known = [policy for policy in POLICIES if policy in policies]
+    first = number % len(known)
+    return sorted([*known[first:], *known[:first]], key=lambda policy: policy != DEMAND)
 
 
 async def _one(

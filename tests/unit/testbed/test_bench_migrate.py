@@ -209,6 +209,17 @@ async def test_faults_are_prevented_against_pure_demand_of_the_same_round(monkey
     assert "round 2: zipf, demand: FAILED: the memory is not as it must be" in said[2]
 
 
+def test_no_policy_is_always_the_last_but_demand_is_always_the_first() -> None:
+    names = ("precopy", "demand", "+working-set")
+    assert [_migrate.order(names, number) for number in range(3)] == [
+        ["demand", "precopy", "+working-set"],
+        ["demand", "+working-set", "precopy"],
+        ["demand", "+working-set", "precopy"],
+    ]
+    assert _migrate.order(("hybrid", "precopy"), 0) == ["precopy", "hybrid"]
+    assert _migrate.order(("hybrid", "precopy"), 1) == ["hybrid", "precopy"]
+
+
 async def test_a_working_set_is_recorded_by_pure_demand_that_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan(policies=("+working-set",), workloads=("zipf", "phases"))
     found, said = await compared(monkeypatch, plan, 1, {"demand": [1, 1], "+working-set": [3, 4]})
