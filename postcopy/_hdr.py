@@ -27,7 +27,7 @@ from postcopy.records.timeline import Distribution
 _DIGITS = 3
 _HALF_BITS = 10  # 2 ** 11 values of one bucket size are the fewest that have three significant digits
 _MAX_VALUE = (1 << 62) - 1
-_MAX_S = 1 << 37  # some 4000 years: the wall clock as a date has four digits of a year
+_MAX_MS = 100 * 365.25 * 86400e3
 _COUNTS, _COMPRESSED = 0x1C849303 | 0x10, 0x1C849304 | 0x10  # cookies of V2, with the word size of its counts
 _LEGEND = '"StartTimestamp","Interval_Length","Interval_Max","Interval_Compressed_Histogram"'
 
@@ -55,17 +55,19 @@ def intervals(lines: Iterable[Json]) -> Iterator[Interval]:
             elif event == "timeline":
                 recording = line["recording"]
                 name = ":".join(str(line[key]) for key in ("side", "machine", "vm") if key in line)
-                start_s, at_ms = recording["origin"]["unix-ms"] / 1e3, recording["at-ms"]
+                start_s, at_ms = _time_s(recording["origin"]["unix-ms"]), recording["at-ms"]
                 for stage, found in recording.get("latency", {}).items():
-                    length_s = at_ms[-1] / 1e3 if at_ms else 0.0
-                    yield _interval(f"{name}:{stage}", start_s, length_s, found)
+                    length_s = _time_s(at_ms[-1]) if at_ms else 0.0
+                    yield Interval(f"{name}:{stage}", start_s, length_s, _checked(found))
             elif event == "measurement":
                 name = f"{line['figure']}:{line['name']}"
                 for value, found in line.get("distributions", {}).items():
-                    length_s = line["elapsed-ms"] / 1e3
-                    yield _interval(f"{name}:{value}", began_s, length_s, found)
+                    length_s = _time_s(line["elapsed-ms"])
+                    yield Interval(f"{name}:{value}", began_s, length_s, _checked(found))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise ConfigurationError(f"a line {event} {name[:100]!r}: {error}: not as postcopy writes it") from None
+            raise ConfigurationError(
+                f"a line of {event} {name[:100]!r} is not as postcopy writes it: {error}"
+            ) from None
 
 
 def write_hdr(path: str, found: Iterable[Interval]) -> None:
@@ -98,17 +100,21 @@ def _line(interval: Interval, base_s: float) -> str:
     return f"Tag={tag},{start_s:.3f},{interval.length_s:.3f},{longest_ms:.3f},{encode(values)}"
 
 
-def _interval(tag: str, start_s: float, length_s: float, found: Any) -> Interval:
-    """ValueError for what has no place in a log."""
+def _time_s(ms: Any) -> float:
+    """Of one in milliseconds, which a log can have: as a date, too."""
+    if not 0 <= ms < _MAX_MS:
+        raise ValueError("a time is out of range")
+    return float(ms) / 1e3
+
+
+def _checked(found: Any) -> Distribution:
     distribution = msgspec.convert(found, Distribution)
     edges, counts = distribution.bucket_edges_ns, distribution.bucket_counts
     if len(edges) != len(counts) or edges != sorted(set(edges)):
         raise ValueError("its buckets are not rising, or not as many as their counts")
     if not all(0 <= edge <= _MAX_VALUE for edge in edges) or min(counts, default=1) <= 0 or sum(counts) > _MAX_VALUE:
         raise ValueError("a bucket is out of range")
-    if not 0 <= start_s <= _MAX_S or not 0 <= length_s <= _MAX_S:
-        raise ValueError("a time is out of range")
-    return Interval(tag, start_s, length_s, distribution)
+    return distribution
 
 
 def _values(distribution: Distribution) -> list[tuple[int, int]]:

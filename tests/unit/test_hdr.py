@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 from pathlib import Path
 from typing import Any
@@ -93,26 +92,21 @@ def test_the_lines_of_a_migration_and_of_bench(tmp_path: Path) -> None:
         {"bucket-edges-ns": [1], "bucket-counts": [-1]},
         {"bucket-edges-ns": "x", "bucket-counts": [1]},
         {"bucket-edges-ns": [1], "bucket-counts": [1.5]},
-        {"bucket-edges-ns": [1, 2], "bucket-counts": [1 << 61, 1 << 61]},
-        {"bucket-edges-ns": [1], "bucket-counts": [0]},
+        {"bucket-edges-ns": [4096, 4097, 4098], "bucket-counts": [1 << 61] * 3},  # one bucket in a log
     ],
 )
 def test_what_is_no_distribution_is_refused(wrong: dict[str, Any]) -> None:
     line = {"event": "measurement", "elapsed-ms": 8.0, "figure": "f", "name": "n"}
     line["distributions"] = {"us": {"count": 1, "sum-ns": 1, "max-ns": 1, **wrong}}
-    with pytest.raises(ConfigurationError, match="not as postcopy writes it"):
+    with pytest.raises(ConfigurationError, match="is not as postcopy writes it"):
         list(intervals([line]))
 
 
-@pytest.mark.parametrize(("unix_ms", "at_ms"), [(1e300, 1.0), (-1.0, 1.0), (1.0, 1e300), (1.0, -5.0), (math.nan, 1.0)])
-def test_a_time_that_is_none_is_refused(unix_ms: float, at_ms: float) -> None:
-    recording = {
-        "origin": {"unix-ms": unix_ms},
-        "at-ms": [at_ms],
-        "latency": {"whole": as_json(distribution([5], [1]))},
-    }
-    with pytest.raises(ConfigurationError, match="a time is out of range"):
-        list(intervals([{"event": "timeline", "side": "dest", "recording": recording}]))
+@pytest.mark.parametrize("unix_ms", [1e18, 1e300, -1.0, 10**400, "x", None])
+def test_a_time_that_is_none_is_refused(unix_ms: Any) -> None:
+    recording = {"origin": {"unix-ms": unix_ms}, "at-ms": [0.0], "latency": {"whole": as_json(distribution([5], [1]))}}
+    with pytest.raises(ConfigurationError, match="line of timeline 'dest' is not as postcopy writes it"):
+        hdr_log(intervals([{"event": "timeline", "side": "dest", "recording": recording}]))
 
 
 @pytest.mark.parametrize("most", [-5, 6, 1 << 70])
