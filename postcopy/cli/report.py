@@ -52,9 +52,10 @@ def run(args: argparse.Namespace) -> int:
     if log is not None:
         write_hdr(log, intervals(reader.latencies))
     if directory is not None:
-        if not reader.migrations:
+        found = pictures(reader)
+        if not found:
             raise ConfigurationError("--svg: there is no migration in these lines, so there is no picture")
-        for name, picture in pictures(reader.migrations[-1]).items():
+        for name, picture in found.items():
             _write("--svg", os.path.join(directory, f"{name}.svg"), picture)
     _write("--output", target, draw(reader))
     return 0

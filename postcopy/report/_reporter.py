@@ -23,7 +23,7 @@ import trio
 from postcopy._child import python
 from postcopy._files import absolute, check_new_file
 from postcopy._stop import Stop
-from postcopy.errors import ConfigurationError
+from postcopy.errors import ConfigurationError, leaves
 from postcopy.output import Output
 from postcopy.records import Json
 from postcopy.wire import one_line
@@ -113,8 +113,9 @@ class Reporter:
         try:
             with trio.move_on_after(RENDER_S):
                 reason = await _child(command, data, niceness)
-        except OSError as error:
-            reason = error.strerror or str(error)
+        except* (OSError, MemoryError) as group:  # no process, no descriptor
+            error = next(leaves(group))
+            reason = getattr(error, "strerror", None) or str(error) or "out of memory"
         if not reason:
             self._in_file = known
         else:

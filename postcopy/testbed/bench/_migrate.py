@@ -29,7 +29,7 @@ from postcopy._files import check_new_file
 from postcopy.errors import ConfigurationError, MigrationError
 from postcopy.machines.toy.machine import explain_no_kvm
 from postcopy.output.words import format_duration
-from postcopy.records import Json
+from postcopy.records import Json, as_json
 from postcopy.records.commands import DemoResult
 from postcopy.records.results import Measurement, Value
 from postcopy.records.timeline import Recording, Timeline
@@ -381,12 +381,15 @@ async def measure_migrate(rounds: int, args: argparse.Namespace) -> list[Measure
             kept.write(text.encode() + b"\n")
 
         cells = await compare(plan, rounds, _tell, recorded)
+        measurements = [*(cell.record() for cell in cells), conditions(plan, cells)]
         if args.report is not None:
+            for measurement in measurements:
+                kept.write(json.dumps({"event": "measurement", **as_json(measurement)}).encode() + b"\n")
             kept.seek(0)
             command = python("-m", "postcopy", "report", "-", "--output", args.report)
             if (await trio.run_process(command, stdin=kept, check=False)).returncode == 0:
                 _tell(f"report: {args.report}")
-    return [*(cell.record() for cell in cells), conditions(plan, cells)]
+    return measurements
 
 
 def _tell(text: str) -> None:

@@ -127,6 +127,30 @@ async def test_what_cannot_be_drawn_is_a_message(tmp_path: Path, caplog: pytest.
     assert "postcopy: report:" not in said.getvalue()
 
 
+async def test_without_a_process_to_draw_the_command_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where no process can be started any more: what it moves is worth more than the page."""
+    reporter, _, _ = make(tmp_path / "page.html")
+    monkeypatch.setattr(reporter_module, "python", lambda *arguments: [str(tmp_path / "none"), *arguments])
+    went_on = False
+
+    async def command(stop: Stop) -> bool:
+        nonlocal went_on
+        take(reporter, dest())
+        take(reporter, ended())
+        with trio.fail_after(60):
+            while "was not drawn" not in caplog.text:  # noqa: ASYNC110 -- a log is looked at
+                await trio.sleep(0.01)
+        went_on = True
+        return True
+
+    with caplog.at_level(logging.WARNING):
+        assert await reporter.around(command)(Stop())
+    assert went_on
+    assert "was not drawn: No such file or directory" in caplog.text
+
+
 async def test_what_is_wrong_is_said_before_anything_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def command(stop: Stop) -> bool:
         raise AssertionError("it has begun")
