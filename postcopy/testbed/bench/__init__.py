@@ -175,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
             check_new_file(f"--{option}", path)
     began_s = time.monotonic()
     lines = [run_line("bench", _asked(args))]
-    reached = True
+    reached, interrupted = True, False
     if args.json:
         print(lines[0], flush=True)
     for name in names:
@@ -186,6 +186,9 @@ def run(args: argparse.Namespace) -> int:
             print(f"postcopy: error: {name}: {error}", file=sys.stderr)
             reached = False
             continue
+        except KeyboardInterrupt:  # what was measured before is kept
+            interrupted = True
+            break
         if measurements is None:
             print(f"postcopy: warning: {name} is left out: {args.within:g} s are over", file=sys.stderr)
             continue
@@ -208,6 +211,8 @@ def run(args: argparse.Namespace) -> int:
         except ConfigurationError as error:  # what was measured is worth having
             print(f"postcopy: error: --hdr: {error}", file=sys.stderr)
             reached = False
+    if interrupted:
+        raise KeyboardInterrupt
     return 0 if reached else 1
 
 

@@ -193,6 +193,23 @@ def test_what_is_not_measured_in_time_is_left_out(
     assert "--hdr: no line has a distribution" in said.err
 
 
+def test_what_was_measured_before_ctrl_c_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def measure_fault(rounds: int) -> list[Measurement]:
+        return [ratio("a fault", [{"p50": 2.0}] * rounds, "p50", None, 2.5)]
+
+    async def measure_bulk(rounds: int) -> list[Measurement]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("postcopy.testbed.bench._fault.measure_fault", measure_fault)
+    monkeypatch.setattr("postcopy.testbed.bench._bulk.measure_bulk", measure_bulk)
+    monkeypatch.setattr("postcopy.testbed.bench.QUICK", ("fault", "bulk", "fault"))
+    path = tmp_path / "x.jsonl"
+    assert main(["bench", "--quick", "--output", str(path)]) == 1
+    assert [parse_line(line)["event"] for line in path.read_text().splitlines()] == ["run", "measurement"]
+
+
 def test_options_that_make_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
     for words, complaint in (
         (("fault", "--quick"), "--quick chooses figures"),

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import signal
 from collections.abc import Sequence
 
 import pytest
+import trio
 
 from postcopy.errors import MigrationError
 from postcopy.records import as_json
@@ -177,6 +180,30 @@ async def test_a_working_set_is_recorded_by_pure_demand_that_is_not_shown(monkey
     ]
     assert [cell.rounds[0][columns.PREVENTED] for cell in found] == [-2.0, -3.0]
     assert len(said) == 4
+
+
+async def test_what_was_measured_before_ctrl_c_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = 0
+
+    async def migrate(arguments: Sequence[str], deadline_s: float, recorded: object) -> dict[str, float | None]:
+        nonlocal asked
+        asked += 1
+        if asked < 3:
+            return faults(asked)
+        signal.raise_signal(signal.SIGINT)
+        await trio.sleep_forever()
+        raise AssertionError
+
+    monkeypatch.setattr(_migrate, "migrate", migrate)
+    args = argparse.Namespace(
+        rounds=1, policies=("precopy", "hybrid"), workloads=("zipf", "disk"), kind="rv64", memory=16 << 20,
+        bandwidth=0, delay=0.0, report=None, json=False,
+    )  # fmt: skip
+    one, other, about = await _migrate.measure_migrate(1, args)
+    assert [one.name, other.name] == ["zipf, precopy", "zipf, hybrid"]
+    assert about.reached is False
+    assert about.note is not None
+    assert about.note.endswith("Interrupted: this is not all of it.")
 
 
 async def test_a_cell_that_fails_is_shown_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
