@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from postcopy._files import replacing, write_all
+from postcopy._files import write_output
 from postcopy.errors import ConfigurationError
 from postcopy.records import Json
 from postcopy.records.timeline import Distribution
@@ -65,14 +65,15 @@ def intervals(lines: Iterable[Json]) -> Iterator[Interval]:
                     length_s = _time_s(line["elapsed-ms"])
                     yield Interval(f"{name}:{value}", began_s, length_s, _checked(found))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise ConfigurationError(f"a line of {event} {name[:100]!r} is not as postcopy writes it: {error}") from None
+            raise ConfigurationError(
+                f"a line of {event} {name[:100]!r} is not as postcopy writes it: {error}"
+            ) from None
 
 
 def write_hdr(path: str, found: Iterable[Interval]) -> None:
-    """The log as a file, whole or not at all. `ConfigurationError` where there is nothing to write."""
-    text = hdr_log(found)
-    with replacing(path, 0o644) as fd:
-        write_all(fd, text.encode())
+    """The log as the file that `--hdr` names, whole or not at all. `ConfigurationError` where there is nothing to
+    write, `ResourceError` where it cannot be written."""
+    write_output("--hdr", path, hdr_log(found))
 
 
 def hdr_log(found: Iterable[Interval]) -> str:
@@ -110,14 +111,14 @@ def _checked(found: Any) -> Distribution:
     edges, counts = distribution.bucket_edges_ns, distribution.bucket_counts
     if len(edges) != len(counts) or edges != sorted(set(edges)):
         raise ValueError("its buckets are not rising, or not as many as their counts")
-    if not all(0 <= edge <= _MAX_VALUE for edge in edges) or not all(0 < count for count in counts) or sum(counts) > _MAX_VALUE:
+    if not all(0 <= edge <= _MAX_VALUE for edge in edges) or min(counts, default=1) <= 0 or sum(counts) > _MAX_VALUE:
         raise ValueError("a bucket is out of range")
     return distribution
 
 
 def _values(distribution: Distribution) -> list[tuple[int, int]]:
     edges, most = distribution.bucket_edges_ns, distribution.max_ns
-    if len(edges) > 1 and not edges[-2] < most <= edges[-1]:
+    if not (edges[-2] + 1 if len(edges) > 1 else 0) <= most <= edges[-1]:
         most = edges[-1]
     return list(zip([*edges[:-1], most], distribution.bucket_counts, strict=True))
 

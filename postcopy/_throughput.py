@@ -54,8 +54,8 @@ def joined(here: Points, there: Points, pause_ms: float | None, running_ms: floa
     moment at which the machine runs there. None: that did not happen."""
     if pause_ms is None or running_ms is None or running_ms < pause_ms:
         return _rises(here)
-    # Until its first report there, the destination does not know the count.
-    least = max((count for at_ms, count in here if at_ms <= running_ms), default=0.0)
+    # It has stopped here, and until its first report there the destination does not know the count.
+    least = max((count for _, count in here), default=0.0)
     before = [point for point in here if point[0] < pause_ms]
     after = [(at_ms, count) for at_ms, count in there if at_ms > running_ms]
     return [*_rises(before), *_rises([(pause_ms, least), (running_ms, least), *after], paused=True)]

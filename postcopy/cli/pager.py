@@ -16,7 +16,7 @@ from postcopy._child import python
 from postcopy._host import run_record
 from postcopy._stop import Stop
 from postcopy.cli._parser import written
-from postcopy.handler import RECORD_VERSION, Handler, in_keeper, keep, open_store
+from postcopy.handler import OLDEST_VERSION, RECORD_VERSION, Handler, in_keeper, keep, open_store
 from postcopy.net import check_reachable
 from postcopy.output import Output
 from postcopy.records import as_json
@@ -49,7 +49,7 @@ async def _run(
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if in_keeper():  # which is the job of the shell
         output.job = os.getppid()
-    formats = (RECORD_VERSION, RECORD_VERSION)
+    formats = (OLDEST_VERSION, RECORD_VERSION)
     async with open_store(formats=formats, log_json="log_json" in given, burst=config.restart_burst) as store:
         if output.records:  # not before: a spare may never serve
             output.emit("run", run_record("pager", written(given)))

@@ -63,7 +63,8 @@ class Article:
         drawn: dict[str, _charts.Draw | None] = {}
         if (timeline := self._timeline) is not None:
             self._clock = _charts.Clock(*_charts.interesting(migration, timeline, self._marks), self._begun_ms)
-            self._spans = _charts.spans(self._marks, self._clock.last_ms)
+            spans = _charts.spans(self._marks, self._clock.last_ms)
+            self._spans = [span for span in spans if span.kind != "pause" or migration.runs]
             drawn["over-time"] = _charts.over_time(migration, self._clock, self._marks, self._spans)
             drawn["residency"] = _charts.residency(timeline, self._clock, self._spans)
         if self._parts:
@@ -162,7 +163,11 @@ class Article:
             if count
         ]
         there = {span.kind for span in self._spans}
-        return legend + [(kind, word) for kind, word in (("pause", "the pause"), ("cut", "cut off")) if kind in there]
+        return legend + [
+            (kind, word)
+            for kind, word in (("pause", "the pause"), ("cut", "cut, since it was noticed"))
+            if kind in there
+        ]
 
     @property
     def _there(self) -> str:
@@ -214,7 +219,7 @@ class Article:
         yield "<h2>The pause</h2>"
         if "pause" not in self.pictures:
             why = "The stages of a pause are not among these lines."
-            if migration.text("kind") == "image":
+            if not migration.runs:
                 why = "An image does not run, so nothing was paused."
             elif not migration.number("downtime-ms") and _words.status_of(migration) not in _words.GOOD:
                 why = "The pause did not end in a switchover: the machine did not begin to run at the destination."

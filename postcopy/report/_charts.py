@@ -8,10 +8,11 @@ page shows the one that is readable. The residency map is a raster, of one colou
 
 from __future__ import annotations
 
+import contextlib
 import html
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,10 +126,20 @@ def interesting(migration: Migration, timeline: Timeline, marks: Sequence[Mark])
     return max(first, begin - _BEFORE * around), min(last, end + _AFTER * around)
 
 
+@contextlib.contextmanager
+def _drawing() -> Iterator[None]:
+    """With these settings and matplotlib's own. It has read a file matplotlibrc, too, which in the current directory
+    may be another user's, and could have it run LaTeX."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_SETTINGS)
+        yield
+
+
 def as_svg(draw: Draw, name: str) -> str:
     """Both widths, for the page."""
     parts = []
-    with matplotlib.rc_context(_SETTINGS):
+    with _drawing():
         for width, shown in WIDTHS.items():
             parts.append(f'<div class="{shown}">{svg_of(draw(width), f"{name}-{shown}")}</div>')
     return "".join(parts)
@@ -136,7 +147,7 @@ def as_svg(draw: Draw, name: str) -> str:
 
 def as_file(draw: Draw, colours: str, legend: Sequence[tuple[str, str]]) -> str:
     """A picture for itself; `colours`: a style sheet of the variables; `legend`: which of them is what, above it."""
-    with matplotlib.rc_context(_SETTINGS):
+    with _drawing():
         svg = svg_of(draw(WIDE), "p")
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
     assert size is not None

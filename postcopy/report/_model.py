@@ -74,7 +74,7 @@ def number_of(value: object, most: float = MAX_NUMBER, least: float = 0.0) -> fl
     """None for what is no number, or no sensible one."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if least <= value <= most else None  # (an int may be larger than any float)
+    return float(value) if least <= value <= most else None  # an integer may be larger than any float
 
 
 def object_of(value: object) -> Json:
@@ -189,6 +189,11 @@ class Migration:
 
     def text(self, key: str) -> str:
         return next((text for side in (self.dest, self.source) if side is not None and (text := side.text(key))), "")
+
+    @property
+    def runs(self) -> bool:
+        """Whether it is a machine, which can stand still; an image is not."""
+        return self.text("kind") != "image"
 
     @property
     def timelines(self) -> list[tuple[Side, Timeline]]:

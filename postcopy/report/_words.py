@@ -38,6 +38,8 @@ class Part:
 def pause_parts(migration: Migration) -> list[Part]:
     """In order. Those of the source follow each other; those of the destination, of whose place only the part of the
     source is known within which they lie, are put into its middle."""
+    if not migration.runs:
+        return []
     lengths = {name: migration.number("downtime-breakdown-us", name) for name in PARTS}
     found, at = [], 0.0
     for name in _AT_SOURCE:
@@ -144,7 +146,8 @@ def lead(migration: Migration, guest: Throughput | None) -> Iterator[str]:
     error, status = migration.text("error"), status_of(migration)
     downtime, total = migration.number("downtime-ms"), migration.number("total-ms")
     size = migration.number("ram", "total")
-    memory = f"all of its memory ({size_of(size)})" if size else "all of its memory"
+    what = "all of its memory" if migration.runs else "all of the image"
+    memory = f"{what} ({size_of(size)})" if size else what
     if status not in GOOD:
         before = not downtime and not any(mark.what == "commit" for mark in marks_of(migration))
         where = " before the machine was the destination's" if before and "source" in migration.sides else ""
@@ -154,12 +157,12 @@ def lead(migration: Migration, guest: Throughput | None) -> Iterator[str]:
         elif migration.main.name != "pager":
             why = f": {error}" if error else ""
             yield f"The migration has not ended as far as is known here; its last status was {status}{why}."
-    if downtime:
+    if downtime and migration.runs:
         yield f"The machine stood still for {ms(downtime)}" + (
             f", and {memory} had arrived {ms(total)} after the request to pause." if total else "."
         )
     elif total:
-        yield f"{memory[0].upper()}{memory[1:]} had arrived after {ms(total)}; the machine did not run meanwhile."
+        yield f"{memory[0].upper()}{memory[1:]} had arrived after {ms(total)}."
     latency = latency_of(migration)
     if latency.get("count"):
         count = latency["count"]
@@ -193,7 +196,7 @@ def _back(guest: Throughput) -> str:
 
 def cards(migration: Migration, guest: Throughput | None) -> Iterator[tuple[str, str, str]]:
     """The numbers to be seen first: label, value, and what belongs to it."""
-    if downtime := migration.number("downtime-ms"):
+    if migration.runs and (downtime := migration.number("downtime-ms")):
         parts = [part for part in pause_parts(migration) if part.side == "source"]
         most = max(parts, key=lambda part: part.length_us, default=None)
         yield "Downtime", ms(downtime), f"longest part: {PARTS[most.name]}, {us(most.length_us)}" if most else ""
@@ -202,7 +205,7 @@ def cards(migration: Migration, guest: Throughput | None) -> Iterator[tuple[str,
         yield (
             "Total time",
             ms(total),
-            "from the request to pause until the last page had arrived",
+            f"from the {'request to pause' if migration.runs else 'switchover'} until the last page had arrived",
         )
     latency = latency_of(migration)
     if latency.get("count"):
@@ -245,6 +248,8 @@ def blocktimes(migration: Migration) -> list[float]:
 
 def phases(migration: Migration) -> list[tuple[str, str, float, str]]:
     """Where the time went, on the outside: kind, label, milliseconds, what happened in it."""
+    if not migration.runs:
+        return []
     marks = {mark.what: mark.at_ms for mark in reversed(marks_of(migration))}
     downtime, total = migration.number("downtime-ms") or 0.0, migration.number("total-ms") or 0.0
     found = []
@@ -253,7 +258,7 @@ def phases(migration: Migration) -> list[tuple[str, str, float, str]]:
         what = (
             f"{format_count(round(rounds), 'round')} of precopy; the machine runs at the source"
             if rounds
-            else "prepared while the machine runs at the source"
+            else "the machine runs at the source"
         )
         found.append(("before", "before the pause", marks["pause"] - marks["offer"], what))
     if downtime:

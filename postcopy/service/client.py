@@ -24,6 +24,8 @@ from postcopy.wire import one_line
 
 ANSWER_TIMEOUT_S = 60.0
 BUSY_POLL_S = 0.02
+MAX_EVENTS = 10_000
+"""That come before an answer; a process drops events long before so many wait for a reader."""
 
 
 class ProcessGoneError(PeerError):
@@ -79,6 +81,8 @@ class ControlClient:
                 line = await self._next()
                 if "event" in line:
                     self._events.append(line)
+                    if len(self._events) > MAX_EVENTS:
+                        raise PeerError(f"{self._path}: {MAX_EVENTS} events came in place of the answer to {command}")
                 elif line.get("id") in (self._requests, None):
                     value = self._value(line)
                     self._check(f"the answer to {command}", value, ANSWERS.get(command, ()))

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import timelines
@@ -130,6 +131,14 @@ def test_it_needs_nothing_beside_it() -> None:
     assert "default-src 'none'" in page
     assert len(set(re.findall(r' id="([^"]*)"', page))) == len(re.findall(r' id="([^"]*)"', page))
     assert len(page) < 1 << 20
+
+
+def test_a_matplotlibrc_changes_nothing() -> None:
+    """One is read from the current directory."""
+    draw = _charts.pause([("source", "stop", 0.0, 90.0)])
+    with matplotlib.rc_context({"text.usetex": True, "font.size": 40, "savefig.bbox": "tight"}):
+        picture = _charts.as_svg(draw, "p")
+    assert picture == _charts.as_svg(draw, "p")
 
 
 def test_colours_are_those_of_the_style_sheet() -> None:
@@ -352,8 +361,7 @@ def _without_operations() -> Json:
 
 def _image() -> Json:
     line = changed(source(), "kind", to="image")
-    line |= {"downtime-ms": 0.0, "total-ms": 812.0}
-    del line["downtime-breakdown-us"]
+    line["total-ms"] = 812.0
     del line["recording"]["series"]["guest-operations"]
     return line
 
@@ -402,7 +410,11 @@ def _vm() -> Json:
         ),
         ([_one_sample()], ["one moment only, so there is nothing to draw over time", "One access waited"], 1),
         ([_without_operations()], ["vm1 (qemu, 256 MiB)"], 4),
-        ([_image()], ["the machine did not run meanwhile", "An image does not run, so nothing was paused."], 2),
+        (
+            [_image()],
+            ["All of the image (256 MiB) had arrived after 812 ms.", "An image does not run, so nothing was paused."],
+            2,
+        ),
         ([_result()], ["No timeline is among these lines", "20 accesses had to wait"], 1),
         ([_vm()], ["Virtual machine vm1", "2,113 accesses had to wait for a page"], 3),
         ([run("dest")], ["No migration", "There is no migration in the lines"], 0),
@@ -431,6 +443,9 @@ def test_what_is_missing(lines: list[Json], said: list[str], pictures_there: int
     for each in said:
         assert each in seen
     assert pictures(page_of(text(*lines))) == pictures_there
+    if "All of the image" in seen:
+        assert "stood still" not in seen
+        assert "stands still" not in seen
     assert "nan" not in seen.lower().split()
     assert "inf" not in seen.lower().split()
 
@@ -481,9 +496,10 @@ def _set(*path: str | int, to: Any) -> Callable[[Json], None]:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (_set("series", "demand", to=[1, 2, 3]), "demand has 3 values for 326 times, and was left out"),
-        (_set("series", "demand", to=[-1] * 326), "demand is no list of sensible numbers"),
-        (_set("series", "demand", to=[1e300] * 326), "demand is no list of sensible numbers"),
+        (_set("series", "demand", to=[1, 2, 3]), "demand has 3 values for 384 times, and was left out"),
+        (_set("series", "demand", to=[-1] * 384), "demand is no list of sensible numbers"),
+        (_set("series", "demand", to=[1e300] * 384), "demand is no list of sensible numbers"),
+        (_set("series", "demand", to=[10**400] * 384), "demand is no list of sensible numbers"),
         (_set("series", "demand", to="many"), "demand is no list of sensible numbers"),
         (_set("series", "received-bytes", 5, to={}), "received-bytes is no list of sensible numbers"),
         (_set("at-ms", to=[0] * 5000), "at-ms is no list of 1 to 4096 times"),
@@ -536,7 +552,7 @@ def test_what_makes_no_sense_is_left_out_and_named(spoil: Callable[[Json], None]
         _set("blocks", to=[{"name": "b", "bytes": 1e15, "page-size": 1e15}] * 500),
         _set("origin", to={"unix-ms": 1e300, "monotonic-ns": -1}),
         lambda line: line["ram"].update({"total": 10**400, "page-size": 10**400, "transferred": -(10**400)}),
-        _set("series", "received-bytes", to=[10**400] * 326),
+        _set("series", "received-bytes", to=[10**400] * 384),
         _set("marks", to=[{"moment-ms": 3e12, "what": "pause"}, {"moment-ms": 0, "what": "running"}] * 200),
     ],
 )

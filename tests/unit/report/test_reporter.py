@@ -289,6 +289,18 @@ def test_from_standard_input(tmp_path: Path) -> None:
     assert os.stat(target).st_mode & 0o777 == 0o644
 
 
+def test_a_matplotlib_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('libfreetype.so.6: cannot open')")
+    command = [sys.executable, "-P", "-m", "postcopy", "report", "-", "--output", str(tmp_path / "page.html")]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100, check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("postcopy: error: report: matplotlib cannot be loaded: libfreetype.so.6")
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -300,6 +312,8 @@ def test_from_standard_input(tmp_path: Path) -> None:
         (["good.jsonl", "--svg", "none"], "--svg none: no such directory"),
         (["good.jsonl", "--svg", "."], "--svg: there is no migration in these lines"),
         (["good.jsonl", "--hdr", "none/log"], "--hdr none/log: directory"),
+        (["good.jsonl", "--output", "./good.jsonl"], "--output ./good.jsonl: that is read, and would be replaced"),
+        (["good.jsonl", "--hdr", "good.jsonl"], "--hdr good.jsonl: that is read, and would be replaced"),
     ],
 )  # fmt: skip
 def test_what_is_asked_for_wrongly(
