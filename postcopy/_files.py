@@ -179,6 +179,17 @@ def replacing(path: str, mode: int = 0o600, *, durable: bool = True) -> Iterator
         os.close(at)
 
 
+def write_output(option: str, path: str, text: str, *, durable: bool = True) -> None:
+    """A file that a command was asked for by `option`, for others to read too, whole or not at all. Blocks on I/O.
+    `ResourceError` when it cannot be written."""
+    try:
+        with replacing(path, 0o644, durable=durable) as fd:
+            write_all(fd, text.encode("utf-8", "replace"))
+    except OSError as error:
+        why = explain_unwritable(error, os.path.dirname(path) or ".")
+        raise ResourceError(f"{option} {path}: {why}", "name another file") from error
+
+
 @contextlib.contextmanager
 def new_directory(path: str) -> Iterator[Path]:
     """A directory to fill, which is `path` when the block has ended; removed when it is left by an exception. Files in

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from postcopy._files import replacing, write_all
+from postcopy._files import write_output
 from postcopy.errors import ConfigurationError
 from postcopy.records import Json
 from postcopy.records.timeline import Distribution
@@ -27,6 +27,7 @@ from postcopy.records.timeline import Distribution
 _DIGITS = 3
 _HALF_BITS = 10  # 2 ** 11 values of one bucket size are the fewest that have three significant digits
 _MAX_VALUE = (1 << 62) - 1
+_MAX_MS = 100 * 365.25 * 86400e3
 _COUNTS, _COMPRESSED = 0x1C849303 | 0x10, 0x1C849304 | 0x10  # cookies of V2, with the word size of its counts
 _LEGEND = '"StartTimestamp","Interval_Length","Interval_Max","Interval_Compressed_Histogram"'
 
@@ -54,24 +55,25 @@ def intervals(lines: Iterable[Json]) -> Iterator[Interval]:
             elif event == "timeline":
                 recording = line["recording"]
                 name = ":".join(str(line[key]) for key in ("side", "machine", "vm") if key in line)
-                start_s, at_ms = recording["origin"]["unix-ms"] / 1e3, recording["at-ms"]
+                start_s, at_ms = _time_s(recording["origin"]["unix-ms"]), recording["at-ms"]
                 for stage, found in recording.get("latency", {}).items():
-                    length_s = at_ms[-1] / 1e3 if at_ms else 0.0
+                    length_s = _time_s(at_ms[-1]) if at_ms else 0.0
                     yield Interval(f"{name}:{stage}", start_s, length_s, _checked(found))
             elif event == "measurement":
                 name = f"{line['figure']}:{line['name']}"
                 for value, found in line.get("distributions", {}).items():
-                    length_s = line["elapsed-ms"] / 1e3
+                    length_s = _time_s(line["elapsed-ms"])
                     yield Interval(f"{name}:{value}", began_s, length_s, _checked(found))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise ConfigurationError(f"a line {event} {name[:100]!r}: {error}: not as postcopy writes it") from None
+            raise ConfigurationError(
+                f"a line of {event} {name[:100]!r} is not as postcopy writes it: {error}"
+            ) from None
 
 
 def write_hdr(path: str, found: Iterable[Interval]) -> None:
-    """The log as a file, whole or not at all. `ConfigurationError` where there is nothing to write."""
-    text = hdr_log(found)
-    with replacing(path, 0o644) as fd:
-        write_all(fd, text.encode())
+    """The log as the file that `--hdr` names, whole or not at all. `ConfigurationError` where there is nothing to
+    write, `ResourceError` where it cannot be written."""
+    write_output("--hdr", path, hdr_log(found))
 
 
 def hdr_log(found: Iterable[Interval]) -> str:
@@ -97,19 +99,26 @@ def _line(interval: Interval, base_s: float) -> str:
     return f"Tag={tag},{start_s:.3f},{interval.length_s:.3f},{longest_ms:.3f},{encode(values)}"
 
 
+def _time_s(ms: Any) -> float:
+    """Of one in milliseconds, which a log can have: as a date, too."""
+    if not 0 <= ms < _MAX_MS:
+        raise ValueError("a time is out of range")
+    return float(ms) / 1e3
+
+
 def _checked(found: Any) -> Distribution:
     distribution = msgspec.convert(found, Distribution)
     edges, counts = distribution.bucket_edges_ns, distribution.bucket_counts
     if len(edges) != len(counts) or edges != sorted(set(edges)):
         raise ValueError("its buckets are not rising, or not as many as their counts")
-    if not all(0 <= edge <= _MAX_VALUE for edge in edges) or not all(0 < count <= _MAX_VALUE for count in counts):
+    if not all(0 <= edge <= _MAX_VALUE for edge in edges) or min(counts, default=1) <= 0 or sum(counts) > _MAX_VALUE:
         raise ValueError("a bucket is out of range")
     return distribution
 
 
 def _values(distribution: Distribution) -> list[tuple[int, int]]:
     edges, most = distribution.bucket_edges_ns, distribution.max_ns
-    if len(edges) > 1 and not edges[-2] < most <= edges[-1]:
+    if not (edges[-2] + 1 if len(edges) > 1 else 0) <= most <= edges[-1]:
         most = edges[-1]
     return list(zip([*edges[:-1], most], distribution.bucket_counts, strict=True))
 

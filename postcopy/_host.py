@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 _INIT_PID_NS, _INIT_USER_NS = 0xEFFFFFFC, 0xEFFFFFFD  # inodes of the first namespaces, fixed in the kernel
 _MAX_OPTIONS, _MAX_OPTION_CHARACTERS = 100, 200
 _NOT_TOLD = (
-    "tls", "peer_file", "control", "user", "protection", "command",
+    "tls", "peer_file", "control", "user", "protection", "command", "qemu", "listen", "connect",
     "json", "log_", "output", "report", "hdr", "html", "svg",
 )  # fmt: skip
-"""How the names of options begin whose values say where secrets are, or say nothing of what was measured."""
+"""How the names of options begin whose values say where secrets are, may be secrets (in a command line of QEMU), or say
+nothing of what was measured."""
 
 
 def read(path: str, at_most: int = -1) -> str:

@@ -314,7 +314,7 @@ def written(given: Mapping[str, Any]) -> dict[str, Any]:
     table = {option.key: option for group in options_of(given["command"]) or () for option in group}
     found = {}
     for key, value in given.items():
-        if (option := table.get(key)) is not None and isinstance(value, str | int | float | tuple):
+        if (option := table.get(key)) is not None:
             words = [word for word in option.to_arguments(value) if word != f"--{option.name}"]
             found[option.name] = True if option.flag else words
     return found

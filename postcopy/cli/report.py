@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from postcopy._files import check_new_file, explain_unwritable, open_regular, replacing, write_all
+from postcopy._files import check_new_file, open_regular, write_output
 from postcopy._hdr import intervals, write_hdr
 from postcopy.errors import ConfigurationError, ResourceError
 from postcopy.report import explain_missing
@@ -27,24 +28,26 @@ OPTIONS = (
         path("hdr", "write the latencies of the faults to FILE, as an HdrHistogram log", "FILE.hlog"),
     ),
 )  # fmt: skip
-MODE = 0o644  # a page is to be shown to others
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes it. `ConfigurationError` for what cannot be read as such lines, or written."""
-    target = getattr(args, "output", OUTPUT)
+    target, log = getattr(args, "output", OUTPUT), getattr(args, "hdr", None)
     if reason := explain_missing():
         raise ConfigurationError(f"report: {reason}")
-    check_new_file("--output", target)
+    for option, written in (("--output", target), ("--hdr", log)):
+        if written is not None:
+            check_new_file(option, written)
+            if any(os.path.realpath(name) == os.path.realpath(written) for name in args.files):
+                raise ConfigurationError(f"{option} {written}: that is read, and would be replaced; name another file")
     directory = getattr(args, "svg", None)
     if directory is not None and not os.path.isdir(directory):
         raise ConfigurationError(f"--svg {directory}: no such directory; make it first")
-    # Only now: a second of processor time.
-    from postcopy.report import Reader, draw, pictures
-
-    log = getattr(args, "hdr", None)
-    if log is not None:
-        check_new_file("--hdr", log)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it keeps its cache of fonts is nobody's concern
+    try:  # only now: a second of processor time
+        from postcopy.report import Reader, draw, pictures
+    except (ImportError, AttributeError, ValueError) as error:  # its parts do not fit, or MPLBACKEND is none
+        raise ResourceError(f"report: matplotlib cannot be loaded: {error}", "install it again") from error
     reader = Reader(keep_latencies=log is not None)
     for name in args.files:
         with _opened(name) as file:
@@ -52,11 +55,12 @@ def run(args: argparse.Namespace) -> int:
     if log is not None:
         write_hdr(log, intervals(reader.latencies))
     if directory is not None:
-        if not reader.migrations:
+        found = pictures(reader)
+        if not found:
             raise ConfigurationError("--svg: there is no migration in these lines, so there is no picture")
-        for name, picture in pictures(reader.migrations[-1]).items():
-            _write("--svg", os.path.join(directory, f"{name}.svg"), picture)
-    _write("--output", target, draw(reader))
+        for name, picture in found.items():
+            write_output("--svg", os.path.join(directory, f"{name}.svg"), picture, durable=False)
+    write_output("--output", target, draw(reader), durable=False)
     return 0
 
 
@@ -71,12 +75,3 @@ def _opened(name: str) -> Iterator[BinaryIO]:
         raise ConfigurationError(f"{name}: {error.strerror}") from error
     with os.fdopen(fd, "rb") as file:
         yield file
-
-
-def _write(option: str, target: str, text: str) -> None:
-    try:
-        with replacing(target, MODE, durable=False) as fd:
-            write_all(fd, text.encode("utf-8", "replace"))
-    except OSError as error:
-        why = explain_unwritable(error, os.path.dirname(target) or ".")
-        raise ResourceError(f"{option} {target}: {why}", "name another file") from error

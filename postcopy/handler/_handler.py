@@ -66,7 +66,7 @@ from postcopy.records import pager as records
 from postcopy.records.control import Command, Commands, Done, EndedMachine
 from postcopy.records.timeline import VmTimeline
 from postcopy.service import schema
-from postcopy.service._contain import contained
+from postcopy.service._contain import contained, contained_call
 from postcopy.service._socket_file import listen
 from postcopy.service.config import PagerConfig
 from postcopy.service.options import is_name
@@ -212,11 +212,11 @@ class Handler:
         with trio.move_on_after(TRIAL_S):
             while not unfit and not all(vm.served.is_set() for vm in self.vms):  # noqa: ASYNC110 -- or are gone
                 await trio.sleep(0.01)
-        self._unfit = None
-        if unfit:
+        if unfit:  # still on trial: what fails from here on must not be killed either
             for each in lost:
                 each.fds.close()
             raise ResourceError(f"this engine cannot serve what is here, and gives way to the one before: {unfit[0]}")
+        self._unfit = None
 
     async def _until_end(self) -> None:
         async def see_through() -> None:
@@ -586,7 +586,7 @@ class Handler:
             lost=self._lost,
             recovered=self._recovered,
             recorded=self._recorded,
-            records=self._output.records and sum(vm.recorder is not None for vm in self.vms) < MOST_RECORDED,
+            records=self._output.records and sum(vm.is_recorded for vm in self.vms) < MOST_RECORDED,
             leave=self._is_left,
         )
         vm = Vm(key, fds, about, source, options)
@@ -641,13 +641,16 @@ class Handler:
             reason = "its process was killed"
         elif not vm.ended and not vm.complete:
             self._left += 1
+        contained_call(f"telling how {vm.about.name} was served", partial(self._emit_timeline, vm))
+        self._output.emit("vm-ended", records.VmEnded(vm=vm.about.name, reason=reason, figures=self._record(vm)))
+        self._output.say(f"{self.side}: {vm.about.name}: {reason}")
+
+    def _emit_timeline(self, vm: Vm) -> None:
         if (recorder := vm.recorder) is not None and (recording := recorder.recording()) is not None:
             self._output.emit(
                 "timeline",
                 VmTimeline(side=self.side, vm=vm.about.name, figures=self._record(vm), recording=recording),
             )
-        self._output.emit("vm-ended", records.VmEnded(vm=vm.about.name, reason=reason, figures=self._record(vm)))
-        self._output.say(f"{self.side}: {vm.about.name}: {reason}")
 
     def _lost(self, vm: Vm) -> None:
         if self._unfit is not None and not vm.lost.is_set():  # for good: in this version

@@ -75,6 +75,7 @@ class Live:
         self._keyboard_fd = keyboard_fd
         self._job = job
         self._typed = ""
+        self._stopping = False  # by Ctrl-Z, or has stopped
         self._mode: list[object] | None = None  # of the keyboard, before it was changed here
 
     @property
@@ -96,6 +97,8 @@ class Live:
 
     def draw(self, rows: Sequence[Row]) -> None:
         """What is the same as before is not written again."""
+        if self._stopping:
+            return
         if not self._in_foreground():
             self._writer.forget()
             return
@@ -113,13 +116,14 @@ class Live:
     def clear(self) -> None:
         """The terminal is as it was, or will be soon."""
         self._writer.show(None)
-        if self._mode is not None:
+        mode, self._mode = self._mode, None
+        # (in the background the keyboard is another program's, and SIGTTOU would stop this one)
+        if mode is not None and self._in_foreground():
             with contextlib.suppress(termios.error):  # it has hung up
-                termios.tcsetattr(self._keyboard_fd or 0, termios.TCSANOW, self._mode)  # type: ignore[arg-type]
-            self._mode = None
+                termios.tcsetattr(self._keyboard_fd or 0, termios.TCSANOW, mode)  # type: ignore[arg-type]
 
     async def key(self) -> str:
-        """The next one that is pressed: its character, `enter`, `up`, ... Never returns where there is no keyboard."""
+        """The next one that is pressed: its character, or a name, as `up`. Never returns where there is no keyboard."""
         while True:
             if (found := _KEY.search(self._typed)) is not None:
                 self._typed = self._typed[found.end() :]
@@ -143,9 +147,13 @@ class Live:
 
     def _in_foreground(self) -> bool:
         try:
-            return os.tcgetpgrp(self._fd) == os.getpgid(self._job)
+            foreground = os.tcgetpgrp(self._fd)
         except OSError:  # it is not the terminal of this session
             return True
+        try:
+            return foreground == os.getpgid(self._job)
+        except ProcessLookupError:  # the shell's job has ended, and another program may have the terminal
+            return False
 
     def _take_keyboard(self) -> None:
         """Keys come one by one, and are not written to the terminal."""
@@ -170,6 +178,7 @@ class Live:
             return
         with trio.open_signal_receiver(signal.SIGTSTP) as signals:
             async for _ in signals:
+                self._stopping = True
                 self.clear()
                 with trio.move_on_after(GIVE_BACK_S):
                     while not self._writer.settled:  # noqa: ASYNC110 -- the writer's thread knows no Trio
@@ -177,6 +186,7 @@ class Live:
                 handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
                 signal.raise_signal(signal.SIGTSTP)  # and is stopped, until SIGCONT
                 signal.signal(signal.SIGTSTP, handler)
+                self._stopping = False
 
 
 @asynccontextmanager

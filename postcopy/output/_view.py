@@ -77,7 +77,7 @@ class View:
             str(vm["name"]),
             format_size(vm["memory"]),
             str(vm["status"]),
-            f"{100 * vm['resident'] / vm['memory']:.0f} %",
+            f"{100 * vm['resident'] / (vm['memory'] or 1):.0f} %",
             str(vm["faults"]) + (f" ({vm['pending-faults']} waiting)" if vm["pending-faults"] else ""),
             format_duration(latency["p99"] / 1e6) if latency["count"] else "",
             f"{replayed['hit-rate']:.0f} %" if replayed.get("hit-rate") is not None else "",

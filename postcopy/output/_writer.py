@@ -307,6 +307,7 @@ class Writer:
                     # They came after what was queued, all of which is written.
                     note, self._dropped = self._dropped, 0
                     self._writing = Kind.LOG
+                    self._in_line = False
                     return self._uncovered() + self._encode(self._dropped_line(note)), Kind.LOG, note
                 if self._shown != self._wanted and self._error is None and not (self._in_line and self._wanted):
                     self._writing = Kind.PROGRESS

@@ -10,6 +10,7 @@ import html
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 
+from postcopy._throughput import WINDOW_MS
 from postcopy.records import Json
 from postcopy.report import _charts, _words
 from postcopy.report._html import esc, figure, table
@@ -22,7 +23,7 @@ _KIND_WORDS = {
     "zero": "zero, never sent",
 }  # fmt: skip
 _STAGE_WORDS = {
-    "sent": "until requested", "received": "until received", "placed": "until placed and woken", "total": "all of it",
+    "sent": "until requested", "received": "until received", "placed": "until placed and woken", "total": "in all",
 }  # fmt: skip
 _STAGE_PLACES = {
     "sent": "until the request was on its way (destination)",
@@ -53,7 +54,7 @@ class Article:
         self._migration, self._name = migration, name
         self._timeline = migration.main.timeline
         self._marks = _words.marks_of(migration)
-        self._guest = _words.guest_of(migration, _charts.operations(migration))
+        self._guest = _words.guest_of(migration)
         self._parts = _words.pause_parts(migration)
         self._stages, self._latency = _words.waits(migration), _words.latency_of(migration)
         self._begun_ms = next((mark.at_ms for mark in self._marks if mark.what == "offer"), None)
@@ -62,7 +63,8 @@ class Article:
         drawn: dict[str, _charts.Draw | None] = {}
         if (timeline := self._timeline) is not None:
             self._clock = _charts.Clock(*_charts.interesting(migration, timeline, self._marks), self._begun_ms)
-            self._spans = _charts.spans(self._marks, self._clock.last_ms)
+            spans = _charts.spans(self._marks, self._clock.last_ms)
+            self._spans = [span for span in spans if span.kind != "pause" or migration.runs]
             drawn["over-time"] = _charts.over_time(migration, self._clock, self._marks, self._spans)
             drawn["residency"] = _charts.residency(timeline, self._clock, self._spans)
         if self._parts:
@@ -80,7 +82,7 @@ class Article:
             yield f"<h2 class=name>{name}{f': {esc(differs)}' if differs else ''}</h2>"
         yield f"<p class=about>{self._about()}</p>"
         story = " ".join(map(html.escape, _words.lead(self._migration, self._guest)))
-        yield f"<p class=lead>{story or 'Nothing is known of how it went.'}</p>"
+        yield f"<p class=lead>{story or 'These lines do not say how it went.'}</p>"
         yield from self._cards()
         for section in (
             self._phases, self._over_time, self._pause, self._residency, self._waits, self._what_happened,
@@ -126,7 +128,7 @@ class Article:
         known = [(stage, self._stages[stage].sum_us) for stage in _STAGE_PLACES if stage in self._stages]
         whole_us = sum(length for _, length in known)
         if len(known) == len(_STAGE_PLACES) and whole_us:
-            yield "<h3>Of all that accesses waited for pages</h3>"
+            yield "<h3>Where the time of requested pages went</h3>"
             yield from _strip([
                 (stage, length, f"{100 * length / whole_us:.0f} %", _STAGE_PLACES[stage]) for stage, length in known
             ])  # fmt: skip
@@ -161,7 +163,11 @@ class Article:
             if count
         ]
         there = {span.kind for span in self._spans}
-        return legend + [(kind, word) for kind, word in (("pause", "the pause"), ("cut", "cut off")) if kind in there]
+        return legend + [
+            (kind, word)
+            for kind, word in (("pause", "the pause"), ("cut", "cut, since it was noticed"))
+            if kind in there
+        ]
 
     @property
     def _there(self) -> str:
@@ -177,29 +183,33 @@ class Article:
             )
             return
         if "over-time" not in self.pictures:
-            few = "one moment only" if len(timeline.at_ms) < 2 else "nothing that moved"
+            few = "one moment only" if len(timeline.at_ms) < 2 else "no page, no byte and no operation of the guest"
             yield f"<p class=missing>The timeline has {few}, so there is nothing to draw over time.</p>"
             return
         captions = []
         if "duplicate" in timeline.pages and (twice := timeline.pages["duplicate"][-1]):
-            captions.append(f"{grouped(twice)} pages arrived again and were dropped.")
+            captions.append(f"{grouped(twice)} pages arrived a second time and were dropped.")
         captions.append(_words.speed(migration))
         if self._guest is not None:
-            before, after = _charts.si(self._guest.before), _charts.si(self._guest.after)
+            before, least = _charts.si(self._guest.before), _charts.si(self._guest.least)
             captions.append(
-                f"The guest made {before} operations a second before the switchover, {after} at its slowest after it."
+                f"The guest did {before} operations a second before, and {least} at its lowest (mean of"
+                f" {WINDOW_MS / 1e3:g} s)."
             )
         elif len(migration.sides) == 1 and _charts.operations(migration):
-            captions.append("Of the guest only this host's part is known.")
+            captions.append("Of the guest's operations only those on this host are known.")
         whole_ms = float(timeline.at_ms[-1] - timeline.at_ms[0])
         if self._clock.length_ms < 0.9 * whole_ms:
             captions.append(
-                f"Of {ms(whole_ms)} that were recorded, those are shown in which pages moved, and some around them."
+                f"{ms(whole_ms)} were recorded; shown is the part in which pages were transferred, and some time"
+                " around it."
             )
         if len(migration.timelines) > 1 and not migration.one_host:
-            captions.append("The two sides are put together by the wall clocks of two hosts, which may differ.")
+            captions.append("The times of the two sides are aligned by the wall clocks of two hosts, which may differ.")
         if migration.main.name == "source":
-            captions.append("These pages and bytes were sent: when they were placed only the destination knows.")
+            captions.append(
+                "Pages and bytes are those that were sent; only the destination knows when they were placed."
+            )
         yield from self._drawn("over-time", "Pages, throughput, guest and waiting threads over time", captions)
 
     def _pause(self) -> Iterator[str]:
@@ -209,10 +219,10 @@ class Article:
         yield "<h2>The pause</h2>"
         if "pause" not in self.pictures:
             why = "The stages of a pause are not among these lines."
-            if migration.text("kind") == "image":
+            if not migration.runs:
                 why = "An image does not run, so nothing was paused."
             elif not migration.number("downtime-ms") and _words.status_of(migration) not in _words.GOOD:
-                why = "The migration came to no end of a pause: the machine did not begin to run at the destination."
+                why = "The pause did not end in a switchover: the machine did not begin to run at the destination."
             yield f"<p class=missing>{why}</p>"
             return
         captions = ["From the request to pause until the destination said that the machine runs there."]
@@ -229,7 +239,7 @@ class Article:
         timeline = self._timeline
         if timeline is None or "residency" not in self.pictures:
             return
-        yield f"<h2>What of the memory {self._there}, and when</h2>"
+        yield f"<h2>Residency: which part of the memory {self._there}</h2>"
         captions = []
         if len(timeline.blocks) > 1:
             names = ", ".join(f"{label} {size_of(size)}" for label, size, _ in timeline.blocks[:8])
@@ -238,12 +248,12 @@ class Article:
 
     def _waits(self) -> Iterator[str]:
         stages, latency = self._stages, self._latency
-        yield "<h2>How long a missing page took</h2>"
+        yield "<h2>Fault latency</h2>"
         if self._migration.dest is None:
-            yield "<p class=missing>Only the destination knows that in detail, and its lines are not here.</p>"
+            yield "<p class=missing>Only the destination knows it, and its lines are not among these.</p>"
             return
         if not latency.get("count"):
-            what = "No access met a missing page" if latency else "Nothing is known of it"
+            what = "No access met a missing page" if latency else "These lines have no latencies"
             yield f"<p class=missing>{what}, so there is nothing to draw.</p>"
             return
         known = [stage for stage in STAGES if stage in stages]
@@ -252,12 +262,12 @@ class Article:
         elif latency["count"] == 1:
             yield f"<p class=missing>One access waited, for {us(latency['max'])}: a distribution needs more.</p>"
         if known:
-            header = ("stage", "count", "p50", "p90", "p99", "p99.9", "longest")
+            header = ("stage", "faults", "p50", "p90", "p99", "p99.9", "max")
             yield from table(header, [_row(_STAGE_WORDS[stage], stages[stage]) for stage in known])
         if {"sent", "total"} <= stages.keys() and stages["sent"].count < stages["total"].count:
             yield (
-                "<p class=note>A thread whose page came without its own request, as by background push, is in the last"
-                " line only.</p>"
+                "<p class=note>A thread whose page came without a request of its own, as by background push, is counted"
+                " in the last line only.</p>"
             )
         blocked = _words.blocktimes(self._migration)
         if len(blocked) > 1:
@@ -266,7 +276,7 @@ class Article:
     def _what_happened(self) -> Iterator[str]:
         if not self._marks:
             return
-        yield "<h2>What happened, and when</h2>"
+        yield "<h2>Events</h2>"
         rows = [
             (_moment(mark.at_ms - (self._begun_ms or 0.0)), esc(_MARK_WORDS.get(mark.what, mark.what)), esc(mark.text))
             for mark in self._marks
@@ -278,7 +288,7 @@ class Article:
         yield from table(("", ""), list(self._machine()), numbers_from=9)
         sides = [side for side in _words.sides_of(self._migration) if side.run]
         if not sides:
-            yield "<p class=missing>Which host and which version this was is not among these lines.</p>"
+            yield "<p class=missing>These lines do not say which host and which version it was.</p>"
         together = len(sides) == 2 and sides[0].run == sides[1].run
         for side in sides[:1] if together else sides:
             who = {"source": "Source", "dest": "Destination"}.get(side.name, "Pager")

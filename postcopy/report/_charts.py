@@ -8,10 +8,11 @@ page shows the one that is readable. The residency map is a raster, of one colou
 
 from __future__ import annotations
 
+import contextlib
 import html
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from postcopy.output.words import format_duration, format_speed
-from postcopy.report._model import KINDS, Array, Histogram, Mark, Migration, Side, Timeline
+from postcopy.report._model import KINDS, Array, Cell, Histogram, Mark, Migration, Side, Timeline
 from postcopy.units import format_size
 
 WIDE, NARROW = 660, 300  # points: 880 and 400 pixels of CSS
@@ -52,7 +53,7 @@ _SETTINGS: Any = {
     "axes.titley": 1.0, "figure.dpi": 72, "lines.linewidth": 1.6,
     "xtick.major.size": 3, "ytick.major.size": 0, "ytick.major.pad": 4,
 }  # fmt: skip
-_MARK_WORDS = {"all-there": "all there", "lost": "cut", "offer": "begin"}
+_MARK_WORDS = {"all-there": "last page", "lost": "cut", "offer": "begin"}
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def interesting(migration: Migration, timeline: Timeline, marks: Sequence[Mark])
     if (moved := bytes_of(migration.main)) is not None:
         share = np.maximum.accumulate(np.nan_to_num(moved)) / np.nanmax(moved)
         times += [float(at_ms[np.searchsorted(share, part)]) for part in (0.01, 0.99)]
+    times = [at for at in times if first <= at <= last]
     if not times:
         return first, last
     begin, end = min(times), max(times)
@@ -124,10 +126,20 @@ def interesting(migration: Migration, timeline: Timeline, marks: Sequence[Mark])
     return max(first, begin - _BEFORE * around), min(last, end + _AFTER * around)
 
 
+@contextlib.contextmanager
+def _drawing() -> Iterator[None]:
+    """With these settings and matplotlib's own. It has read a file matplotlibrc, too, which in the current directory
+    may be another user's, and could have it run LaTeX."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_SETTINGS)
+        yield
+
+
 def as_svg(draw: Draw, name: str) -> str:
     """Both widths, for the page."""
     parts = []
-    with matplotlib.rc_context(_SETTINGS):
+    with _drawing():
         for width, shown in WIDTHS.items():
             parts.append(f'<div class="{shown}">{svg_of(draw(width), f"{name}-{shown}")}</div>')
     return "".join(parts)
@@ -135,7 +147,7 @@ def as_svg(draw: Draw, name: str) -> str:
 
 def as_file(draw: Draw, colours: str, legend: Sequence[tuple[str, str]]) -> str:
     """A picture for itself; `colours`: a style sheet of the variables; `legend`: which of them is what, above it."""
-    with matplotlib.rc_context(_SETTINGS):
+    with _drawing():
         svg = svg_of(draw(WIDE), "p")
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
     assert size is not None
@@ -261,7 +273,7 @@ def over_time(migration: Migration, clock: Clock, marks: Sequence[Mark], found: 
     if guest := operations(migration):
         panels.append((1, "Operations of the guest, a second", lambda axes: _guest(axes, clock, guest)))
     if _moves(timeline, "faults-waiting"):
-        panels.append((0.8, "Threads that wait for a page", lambda axes: _waiting(axes, clock, timeline)))
+        panels.append((0.8, "Threads that wait for a page (the most)", lambda axes: _waiting(axes, clock, timeline)))
     if not panels:
         return None
 
@@ -416,7 +428,7 @@ def residency(timeline: Timeline, clock: Clock, found: Sequence[Span]) -> Draw |
         at = np.clip(np.searchsorted(timeline.at_ms, columns, side="right") - 1, 0, len(timeline.at_ms) - 1)
         colours = LinearSegmentedColormap.from_list("resident", [(*_rgb(_RASTER), 0.0), (*_rgb(_RASTER), 1.0)])
         axes.imshow(
-            levels[at].T, origin="lower", aspect="auto", interpolation="nearest", cmap=colours, vmin=0, vmax=1.15,
+            levels[at].T, origin="lower", aspect="auto", interpolation="nearest", cmap=colours, vmin=0, vmax=72,
             extent=(clock(begin), clock(end), 0, 100), zorder=1,
         )  # fmt: skip
         clock.set_up(axes, found, width)
@@ -501,8 +513,8 @@ def latency(stages: dict[str, Histogram]) -> Draw | None:
                 room.append((middle - half, middle + half))
                 ticks[float(at_nines)] = text
         axes.set_xticks(list(ticks), list(ticks.values()))
-        axes.set_title("Took at most")
-        axes.set_xlabel("of all faults")
+        axes.set_title("Latency, at most")
+        axes.set_xlabel("of the faults (percentile)")
         axes.spines["left"].set_visible(False)
         _margins(figure, height, width)
         return figure
@@ -541,3 +553,60 @@ def pause(parts: Sequence[tuple[str, str, float, float]]) -> Draw:
         return figure
 
     return draw
+
+
+# ---- ways to migrate, compared
+
+_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("downtime", "downtime", lambda ms: format_duration(ms / 1e3)),
+    ("total", "total time", lambda ms: format_duration(ms / 1e3)),
+    ("faults-over-working-set", "faults / working set", lambda share: f"{100 * share:.0f} %"),
+    ("dip", "dip of throughput", lambda share: f"{100 * share:.0f} %"),
+)
+_ROW, _HEAD = 13.0, 20.0  # points
+
+
+def policies(cells: Sequence[Cell]) -> Draw:
+    """A bar for each policy, by workload and quantity. All bars of a quantity have one scale."""
+    most = {name: max((cell.values.get(name, 0.0) for cell in cells), default=0.0) for name, _, _ in _COLUMNS}
+    workloads = {cell.workload: [one for one in cells if one.workload == cell.workload] for cell in cells}
+
+    def draw(width: int) -> Figure:
+        across = 4 if width == WIDE else 2
+        parts = [_COLUMNS[at : at + across] for at in range(0, len(_COLUMNS), across)]
+        height = sum(len(parts) * (_HEAD + _ROW * len(group)) for group in workloads.values()) + 8
+        figure = Figure(figsize=(width / 72, height / 72))
+        figure.patch.set_alpha(0)
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set_axis_off()
+        axes.set_xlim(0, width)
+        axes.set_ylim(height, 0)
+        left = 2.0 + min(FONT_PT * 0.56 * max(len(cell.policy) for cell in cells) + 8, 0.3 * width)
+        column = (width - left) / across
+        y = 0.0
+        for workload, group in workloads.items():
+            for columns in parts:
+                y += _HEAD
+                base = y - 6
+                axes.text(2, base, _shorter(workload, left), fontweight="bold")
+                for number, (_, title, _) in enumerate(columns):
+                    axes.text(left + number * column, base, title, color=COLOURS["muted"])
+                for cell in group:
+                    y += _ROW
+                    axes.text(2, y - 6, _shorter(cell.policy, left))
+                    for number, (name, _, shown) in enumerate(columns):
+                        value, x = cell.values.get(name), left + number * column
+                        length = (column - 56) * max(0.0, value or 0.0) / (most[name] or 1.0)
+                        if value is not None:
+                            axes.barh(y - 9, max(length, 1.0), left=x, height=8, color=COLOURS["background"], lw=0)
+                        said = shown(value) if value is not None else "failed" if cell.failure else "-"
+                        colour = COLOURS["cut" if cell.failure else "fg"]
+                        axes.text(x + (length + 4 if value is not None else 0), y - 6, said, color=colour)
+        return figure
+
+    return draw
+
+
+def _shorter(text: str, room: float) -> str:
+    most = max(4, int((room - 8) / (FONT_PT * 0.56)))
+    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -8,6 +8,7 @@ values, a text so many characters; what is not like that is left out, and `Probl
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,11 +26,15 @@ MAX_FAULTS = 4096
 MAX_BUCKETS = 4096
 MAX_MARKS = 256
 MAX_BLOCKS = 64
+MAX_CELLS = 256
+MAX_VALUES = 64
+MAX_ROUNDS = 1024
 _SAME_BOOT_MS = 50.0  # wall clocks are adjusted in small steps
 MAX_TEXT = 300
+MAX_FIELDS = 1024  # of an object or a list, beside the recording
 MAX_NUMBER = 2.0**53
 MAX_MS = 100 * 365.25 * 86400e3
-_LEVELS = np.full(128, -1.0)
+_LEVELS = np.full(128, -1, dtype=np.int8)
 _LEVELS[[ord(digit) for digit in DIGITS]] = np.arange(64)
 
 KINDS = ("precopied", "zero", "background", "prefetched", "demand")
@@ -69,7 +74,7 @@ def number_of(value: object, most: float = MAX_NUMBER, least: float = 0.0) -> fl
     """None for what is no number, or no sensible one."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) and least <= value <= most else None
+    return float(value) if least <= value <= most else None  # an integer may be larger than any float
 
 
 def object_of(value: object) -> Json:
@@ -123,7 +128,7 @@ class Timeline:
     at_ms: Array
     pages: dict[str, Array] = field(default_factory=dict)  # cumulative, by kind
     series: dict[str, Array] = field(default_factory=dict)  # the others, by their names in `records.timeline.Series`
-    residency: Array | None = None  # columns x bins, 0 to 1
+    residency: NDArray[np.int8] | None = None  # columns x bins, 0 to 63
     faults: Faults | None = None
     latency: dict[str, Histogram] = field(default_factory=dict)
     marks: list[Mark] = field(default_factory=list)
@@ -186,6 +191,11 @@ class Migration:
         return next((text for side in (self.dest, self.source) if side is not None and (text := side.text(key))), "")
 
     @property
+    def runs(self) -> bool:
+        """Whether it is a machine, which can stand still; an image is not."""
+        return self.text("kind") != "image"
+
+    @property
     def timelines(self) -> list[tuple[Side, Timeline]]:
         return [(side, side.timeline) for side in self.sides.values() if side.timeline is not None]
 
@@ -209,7 +219,33 @@ class Migration:
         return len(begun) > 1 and max(begun) - min(begun) < _SAME_BOOT_MS
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A policy with a workload, as `bench migrate` has measured it: medians of the rounds, by name."""
+
+    workload: str
+    policy: str
+    values: dict[str, float]
+    rounds: int
+    failure: str
+
+
 # ---- from JSON
+
+
+def cell_of(fields: Mapping[str, Any]) -> Cell | None:
+    """Of a line `measurement`; None where it is about something else."""
+    workload, comma, policy = text_of(fields.get("name"), 80).partition(", ")
+    if fields.get("figure") != "migrate" or not comma:
+        return None
+    values, most = {}, 0
+    for name, value in list(object_of(fields.get("values")).items())[:MAX_VALUES]:
+        rounds = list_of(object_of(value).get("rounds"), MAX_ROUNDS)
+        known = [number for one in rounds if (number := number_of(one, least=-MAX_NUMBER)) is not None]
+        most = max(most, len(known))
+        if known:
+            values[text_of(name, 40)] = statistics.median(known)
+    return Cell(workload, policy, values, most, text_of(fields.get("note")))
 
 
 def timeline_of(fields: Mapping[str, Any], problems: Problems) -> Timeline | None:
@@ -236,7 +272,9 @@ def timeline_of(fields: Mapping[str, Any], problems: Problems) -> Timeline | Non
         elif name in _SERIES:
             found.series[name] = values
         else:
-            found.pages[name] = np.maximum.accumulate(np.nan_to_num(values))
+            found.pages[name] = np.nan_to_num(values)
+            if name != "zero":  # such a page may be written while it has not been given away
+                np.maximum.accumulate(found.pages[name], out=found.pages[name])
     found.residency = _residency(recording.get("map"), len(at_ms), about, problems)
     found.faults = _faults(object_of(recording.get("fault-sample")))
     found.every = int(number_of(object_of(recording.get("fault-sample")).get("every"), 2.0**40, 1) or 1)
@@ -268,7 +306,7 @@ def _numbers(value: object, most: int, largest: float) -> Array | None:
     return None if None in found else np.array(found, dtype=np.float64)
 
 
-def _residency(value: object, length: int, about: str, problems: Problems) -> Array | None:
+def _residency(value: object, length: int, about: str, problems: Problems) -> NDArray[np.int8] | None:
     if value is None:
         return None
     bins = number_of(object_of(value).get("bins"), 1024, 1)
@@ -277,11 +315,11 @@ def _residency(value: object, length: int, about: str, problems: Problems) -> Ar
     if not good or not all(isinstance(one, str) and one.isascii() and len(one) == bins for one in columns):
         problems.add(f"{about}: its residency is not one text of as many characters for each time, and was left out")
         return None
-    levels = _LEVELS[np.frombuffer("".join(columns).encode(), dtype=np.uint8).reshape(length, -1)]
+    levels: NDArray[np.int8] = _LEVELS[np.frombuffer("".join(columns).encode(), dtype=np.uint8).reshape(length, -1)]
     if (levels < 0).any():
         problems.add(f"{about}: its residency has characters that are none of base64, and was left out")
         return None
-    return np.asarray(levels / 63, dtype=np.float64)
+    return levels
 
 
 def _faults(value: Json) -> Faults | None:

@@ -15,8 +15,8 @@ from postcopy import __version__
 from postcopy.output.words import format_count
 from postcopy.report import _charts, _words
 from postcopy.report._article import Article
-from postcopy.report._html import esc, table
-from postcopy.report._model import Migration
+from postcopy.report._html import esc, figure, table
+from postcopy.report._model import Cell, Migration
 from postcopy.report._read import Reader
 from postcopy.report._words import grouped, ms, us
 
@@ -32,12 +32,15 @@ def page(reader: Reader) -> str:
     heading = f"Migration of {_words.title(drawn[0])}" if len(migrations) == 1 else f"{len(migrations)} migrations"
     if len(migrations) == 1 and drawn[0].main.name == "pager":
         heading = f"Virtual machine {_words.title(drawn[0])}"
-    if not migrations:
+    cells = list(reader.cells.values())
+    if cells:
+        heading = "Ways to migrate, compared"
+    elif not migrations:
         heading = "No migration"
-    body = [*_problems(reader)]
-    if not migrations:
+    body = [*_problems(reader), *_comparison(cells, reader.conditions)]
+    if not migrations and not cells:
         body.append(
-            "<p class=lead>The lines that were read tell of no migration. A report is made of what"
+            "<p class=lead>There is no migration in the lines that were read. A report is made of what"
             " <code>postcopy source</code>, <code>dest</code>, <code>daemon</code>, <code>pager</code> or"
             " <code>demo</code> writes with <code>--json</code>.</p>"
         )
@@ -64,9 +67,34 @@ def _problems(reader: Reader) -> Iterator[str]:
     found = list(reader.problems.texts)
     if found:
         more = f"<li>and {reader.problems.more} more</li>" if reader.problems.more else ""
-        yield "<section class=problems><h2>Not all that was read makes sense</h2><ul>"
+        yield "<section class=problems><h2>A part of the input was not used</h2><ul>"
         yield from (f"<li>{esc(text)}</li>" for text in found)
         yield f"{more}</ul></section>"
+
+
+def _comparison(cells: Sequence[Cell], conditions: str) -> Iterator[str]:
+    """Of `bench migrate`: the page begins with what it was run for."""
+    if not cells:
+        return
+    yield "<section><h2>By workload and policy</h2>"
+    rounds = max(cell.rounds for cell in cells)
+    caption = (
+        f"{'One round' if rounds == 1 else f'Medians of {rounds} rounds'}. Bars of one quantity have one scale; shorter"
+        " is better. Faults are those that waited for the network. The dip is the part of the guest's throughput that"
+        " was lost at its lowest: 100 % is a standstill."
+    )
+    picture = _charts.as_svg(_charts.policies(cells), "policies")
+    yield from figure(picture, "Downtime, total time, faults and dip of throughput, by workload and policy", caption)
+    if conditions:
+        yield f"<p class=note>{html.escape(conditions)}</p>"
+    failures = [cell for cell in cells if cell.failure]
+    if failures:
+        yield "<ul>"
+        yield from (
+            f"<li class=bad>{esc(cell.workload)}, {esc(cell.policy)}: {esc(cell.failure)}</li>" for cell in failures
+        )
+        yield "</ul>"
+    yield "</section>"
 
 
 def _overview(migrations: Sequence[Migration], drawn: Sequence[Migration], forgotten: int) -> Iterator[str]:
@@ -79,11 +107,11 @@ def _overview(migrations: Sequence[Migration], drawn: Sequence[Migration], forgo
         "options",
         "status",
         "downtime",
-        "all there",
-        "waits",
+        "total time",
+        "faults",
         "p50",
         "p99",
-        "longest",
+        "max",
         "sent / memory",
     )
     rows: list[tuple[str, ...]] = []
@@ -101,7 +129,7 @@ def _overview(migrations: Sequence[Migration], drawn: Sequence[Migration], forgo
             *(us(latency[key]) if latency.get("count") and key in latency else "" for key in ("p50", "p99", "max")),
             f"{moved / size:.2f}" if moved and size else "",
         ))  # fmt: skip
-    yield "<section><h2>All of them</h2>"
+    yield "<section><h2>All migrations</h2>"
     if not any(differences.values()):  # that column says nothing
         header, rows = (header[0], *header[2:]), [(cells[0], *cells[2:]) for cells in rows]
     yield from table(header, rows, numbers_from=2)
@@ -114,8 +142,15 @@ def style() -> str:
     return resources.files("postcopy.report").joinpath("style.css").read_text(encoding="utf-8")
 
 
-def pictures(migration: Migration) -> dict[str, str]:
-    """Those of one migration as files of their own, by what they show: SVG, which is light or dark as what shows it."""
+def pictures(reader: Reader) -> dict[str, str]:
+    """Of the last migration, and of a comparison, as files of their own, by what they show: SVG, which is light or dark
+    as what shows it."""
     colours = style().partition("* {")[0].replace("color-scheme: light dark;", "")
-    article = Article(migration)
-    return {name: _charts.as_file(draw, colours, article.legend(name)) for name, draw in article.pictures.items()}
+    found = {}
+    for migration in reader.migrations[-1:]:
+        article = Article(migration)
+        for name, draw in article.pictures.items():
+            found[name] = _charts.as_file(draw, colours, article.legend(name))
+    if reader.cells:
+        found["policies"] = _charts.as_file(_charts.policies(list(reader.cells.values())), colours, ())
+    return found

@@ -9,13 +9,25 @@ are forgotten.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
 from postcopy.errors import ConfigurationError
 from postcopy.records import Json
-from postcopy.report._model import Migration, Problems, Side, object_of, text_of, timeline_of
+from postcopy.report._model import (
+    MAX_CELLS,
+    MAX_FIELDS,
+    MAX_TEXT,
+    Cell,
+    Migration,
+    Problems,
+    Side,
+    cell_of,
+    object_of,
+    text_of,
+    timeline_of,
+)
 
 MAX_LINE_BYTES = 2 << 20
 MAX_BYTES = 256 << 20
@@ -28,6 +40,10 @@ class Reader:
 
     def __init__(self, *, keep_latencies: bool = False) -> None:
         self.problems = Problems()
+        self.cells: dict[tuple[str, str], Cell] = {}
+        """Of `bench migrate`, by workload and policy."""
+        self.conditions = ""
+        """Under which they were measured."""
         self.latencies: list[Json] = []
         """Of each line that has distributions, as much as says what they are of; where they are to be kept."""
         self._keep_latencies = keep_latencies
@@ -85,7 +101,13 @@ class Reader:
             }
             self.latencies.append({**fields, "recording": part} if event == "timeline" else fields)
         if event == "run":
-            self._run = fields
+            self._run = _short(fields)
+            return
+        if event == "measurement":
+            if (cell := cell_of(fields)) is not None and len(self.cells) < MAX_CELLS:
+                self.cells[cell.workload, cell.policy] = cell
+            elif fields.get("figure") == "migrate":
+                self.conditions = text_of(fields.get("note"), 1000)
             return
         if "vm" in fields:  # of a pager
             fields = {**fields, **object_of(fields.get("figures")), "side": "pager", "machine": fields["vm"]}
@@ -119,11 +141,25 @@ class Reader:
         one.run = self._run or one.run
         if event == "timeline" and (timeline := timeline_of(fields, self.problems)) is not None:
             one.timeline = timeline
-        one.facts.update((key, value) for key, value in fields.items() if value is not None and key not in _COLUMNS)
+        one.facts.update(
+            (key, value) for key, value in _short(fields).items() if value is not None and key not in _COLUMNS
+        )
 
 
 _COLUMNS = frozenset({"recording", "figures"})
 """What is not kept as it is."""
+
+
+def _short(value: Any, depth: int = 3) -> Any:
+    """As much of it as a page can show: a line may be made of anything, and the last one of each side is kept."""
+    if isinstance(value, str):
+        return value[: MAX_TEXT + 1]
+    if isinstance(value, dict):
+        found = list(value.items())[:MAX_FIELDS] if depth else []
+        return {key[:MAX_TEXT]: _short(one, depth - 1) for key, one in found}
+    if isinstance(value, list):
+        return [one for one in value[:MAX_FIELDS] if isinstance(one, int | float)]
+    return value
 
 
 def read(files: Iterable[tuple[str, BinaryIO]]) -> Reader:

@@ -23,7 +23,7 @@ import trio
 from postcopy._child import python
 from postcopy._files import absolute, check_new_file
 from postcopy._stop import Stop
-from postcopy.errors import ConfigurationError
+from postcopy.errors import ConfigurationError, leaves
 from postcopy.output import Output
 from postcopy.records import Json
 from postcopy.wire import one_line
@@ -64,6 +64,8 @@ class Reporter:
             self._run = _line(event, fields)
         elif event in _KEPT:
             about = fields.get("migration-id") or fields.get("vm") or ""
+            if not about and (self._lines or fields.get("side") in ("daemon", "pager")):
+                return  # the end of a process, which has been in other migrations or in none
             key = (str(about), str(fields.get("side")))
             of_one = self._lines.pop(key, {})
             self._lines[key] = of_one
@@ -91,7 +93,7 @@ class Reporter:
             finally:
                 # (when it was asked to end at once this is cancelled, too)
                 if self._in_file < self._known:
-                    await self._draw()
+                    await self._draw_at_the_end(stop)
                 if self._in_file:
                     self._output.say(f"postcopy: report: {self._path}")
             return done
@@ -104,6 +106,21 @@ class Reporter:
             self._due = trio.Event()
             await self._draw(_NICENESS)
 
+    async def _draw_at_the_end(self, stop: Stop) -> None:
+        """Until it is done, or a signal comes, which ends the drawing only: how the command ends is decided."""
+        async with trio.open_nursery() as nursery:
+
+            async def give_up() -> None:
+                await changes.wait()
+                log.warning("--report %s was not drawn: ended by %s", self._path, stop.by)
+                nursery.cancel_scope.cancel()
+
+            stop.warned()  # else the next signal ends everything from outside
+            changes = stop.changes
+            nursery.start_soon(give_up)
+            await self._draw()
+            nursery.cancel_scope.cancel()
+
     async def _draw(self, niceness: int = 0) -> None:
         """What can be drawn can wait for what is moved: `niceness` of the child, while something may be."""
         known = self._known  # there may be more when it is done
@@ -113,8 +130,9 @@ class Reporter:
         try:
             with trio.move_on_after(RENDER_S):
                 reason = await _child(command, data, niceness)
-        except OSError as error:
-            reason = error.strerror or str(error)
+        except* (OSError, RuntimeError, MemoryError) as group:  # no process, descriptor or thread
+            error = next(leaves(group))
+            reason = getattr(error, "strerror", None) or str(error) or "out of memory"
         if not reason:
             self._in_file = known
         else:
@@ -122,9 +140,13 @@ class Reporter:
 
 
 async def _child(command: list[str], data: bytes, niceness: int) -> str:
-    """Why it failed; empty when it did not."""
+    """Why it failed; empty when it did not. In a process group of its own: Ctrl-C is for the command, and what is being
+    drawn is drawn."""
     async with trio.open_nursery() as nursery:
-        ended = partial(trio.run_process, command, stdin=data, capture_stdout=True, capture_stderr=True, check=False)
+        ended = partial(
+            trio.run_process, command, stdin=data, capture_stdout=True, capture_stderr=True, check=False,
+            process_group=0,
+        )  # fmt: skip
         done: list[CompletedProcess[bytes]] = []
 
         async def run(task_status: trio.TaskStatus[trio.Process]) -> None:

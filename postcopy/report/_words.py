@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from postcopy._throughput import BACK, Throughput, joined, throughput
 from postcopy.output.words import format_count, format_duration, format_speed
 from postcopy.report._charts import bytes_of
-from postcopy.report._model import Array, Histogram, Mark, Migration, Side, object_of, text_of
+from postcopy.report._model import Histogram, Mark, Migration, Side, object_of, text_of
 from postcopy.units import format_size
 
-_BEFORE_MS = 2000.0  # of the guest's progress, to compare with
-_BACK = 0.9
 GOOD = ("completed", "reclaimed")
 PARTS = {
     "stop": "stop the vCPUs", "dirty": "find what was written since", "state": "save the device state",
@@ -39,6 +38,8 @@ class Part:
 def pause_parts(migration: Migration) -> list[Part]:
     """In order. Those of the source follow each other; those of the destination, of whose place only the part of the
     source is known within which they lie, are put into its middle."""
+    if not migration.runs:
+        return []
     lengths = {name: migration.number("downtime-breakdown-us", name) for name in PARTS}
     found, at = [], 0.0
     for name in _AT_SOURCE:
@@ -106,49 +107,23 @@ def latency_of(migration: Migration) -> dict[str, float]:
     return {name: value for name, value in known.items() if value is not None} if known["count"] is not None else {}
 
 
-@dataclass(frozen=True)
-class Guest:
-    """Its operations a second."""
-
-    before: float
-    after: float  # at its least, over a tenth of a second or three columns, while pages were missing
-    back_ms: float | None  # after `running`, until it was back at 90 %; None: it was not, as far as was recorded
-
-
-def guest_of(migration: Migration, guest: Sequence[tuple[str, Array, Array]]) -> Guest | None:
-    """`guest`: as `_charts.operations` gives it. None where too little is known of it on one of both sides."""
+def guest_of(migration: Migration) -> Throughput | None:
+    """None where too little is known of it. Where there is too little before the first round, what it was before the
+    pause is what it is compared with."""
     marks = marks_of(migration)
-    pause = next((mark for mark in marks if mark.what == "pause"), None)
-    running = next((mark for mark in marks if mark.what == "running"), None)
-    if pause is None or running is None or len(guest) < 2:
+    pause_ms = next((mark.at_ms for mark in marks if mark.what == "pause"), None)
+    running_ms = next((mark.at_ms for mark in marks if mark.what == "running"), None)
+    if pause_ms is None:
         return None
-    at_ms = np.concatenate([at[:-1] for _, at, _ in guest])
-    lengths = np.concatenate([np.diff(at) for _, at, _ in guest])
-    done = np.concatenate([np.maximum(np.diff(counted), 0) for _, _, counted in guest])
-    offer = next((mark.at_ms for mark in marks if mark.what == "offer" and mark.at_ms < pause.at_ms), pause.at_ms)
-    end_ms = offer if (at_ms < offer - 200).sum() >= 3 else pause.at_ms
-
-    def mean(begin: float, end: float) -> float | None:
-        chosen = (at_ms >= begin) & (at_ms + lengths <= end)
-        span = lengths[chosen].sum()
-        return float(done[chosen].sum() / span * 1e3) if span > 0 else None
-
-    before = mean(end_ms - _BEFORE_MS, end_ms)
-    starts = np.flatnonzero(at_ms >= running.at_ms)
-    if not before or len(starts) < 3:
-        return None
-    window_ms = max(100.0, 3 * float(np.median(lengths[starts])))
-    least, back = before, None
-    for start in starts:
-        begin = float(at_ms[start])
-        if begin + window_ms > at_ms[-1] + lengths[-1]:
-            break
-        now = mean(begin, begin + window_ms + 1e-6)
-        if now is not None:
-            least = min(least, now)
-            if back is None and now >= _BACK * before:
-                back = max(0.0, begin - running.at_ms)
-    return Guest(before, least, back)
+    points: dict[str, list[tuple[float, float]]] = {"source": [], "dest": []}
+    for side, timeline in migration.timelines:
+        if side.name in points and (counts := timeline.series.get("guest-operations")) is not None:
+            known = ~np.isnan(counts)
+            at_ms = (timeline.at_ms + migration.offset_ms(side))[known]
+            points[side.name] = list(zip(at_ms.tolist(), counts[known].tolist(), strict=True))
+    found = joined(points["source"], points["dest"], pause_ms, running_ms)
+    begin_ms = next((mark.at_ms for mark in marks if mark.what == "round"), pause_ms)
+    return throughput(found, min(begin_ms, pause_ms), pause_ms) or throughput(found, pause_ms, pause_ms)
 
 
 def marks_of(migration: Migration) -> list[Mark]:
@@ -166,12 +141,13 @@ def marks_of(migration: Migration) -> list[Mark]:
     return sorted(found.values(), key=lambda mark: mark.at_ms)
 
 
-def lead(migration: Migration, guest: Guest | None) -> Iterator[str]:
+def lead(migration: Migration, guest: Throughput | None) -> Iterator[str]:
     """The story in a few sentences."""
     error, status = migration.text("error"), status_of(migration)
     downtime, total = migration.number("downtime-ms"), migration.number("total-ms")
     size = migration.number("ram", "total")
-    memory = f"all of its memory ({size_of(size)})" if size else "all of its memory"
+    what = "all of its memory" if migration.runs else "all of the image"
+    memory = f"{what} ({size_of(size)})" if size else what
     if status not in GOOD:
         before = not downtime and not any(mark.what == "commit" for mark in marks_of(migration))
         where = " before the machine was the destination's" if before and "source" in migration.sides else ""
@@ -181,12 +157,12 @@ def lead(migration: Migration, guest: Guest | None) -> Iterator[str]:
         elif migration.main.name != "pager":
             why = f": {error}" if error else ""
             yield f"The migration has not ended as far as is known here; its last status was {status}{why}."
-    if downtime:
+    if downtime and migration.runs:
         yield f"The machine stood still for {ms(downtime)}" + (
-            f", and {memory} had arrived after {ms(total)}." if total else "."
+            f", and {memory} had arrived {ms(total)} after the request to pause." if total else "."
         )
     elif total:
-        yield f"{memory[0].upper()}{memory[1:]} had arrived after {ms(total)}; the machine did not run meanwhile."
+        yield f"{memory[0].upper()}{memory[1:]} had arrived after {ms(total)}."
     latency = latency_of(migration)
     if latency.get("count"):
         count = latency["count"]
@@ -205,38 +181,38 @@ def lead(migration: Migration, guest: Guest | None) -> Iterator[str]:
         each = f"after {ms(total_ms)}" if recovered == 1 else f"{ms(total_ms)} in all"
         yield f"The connection was lost {times(round(recovered))}, and the migration went on ({each})."
     if guest is not None:
-        share = round(100 * guest.after / guest.before)
-        back = (
-            "it was not back at 90 % as far as was recorded"
-            if guest.back_ms is None
-            else (
-                f"it was back at 90 % {ms(guest.back_ms)} after it ran there"
-                if guest.back_ms
-                else "it was at 90 % or above at once"
-            )
-        )
-        yield f"At its slowest, after the switchover, the guest made {share} % of its progress before it; {back}."
+        least = f"{100 * guest.least / guest.before:.0f} %"
+        if guest.dip <= 1 - BACK:
+            yield f"The guest's throughput never fell below {least} of what it was before."
+        else:
+            yield f"The guest's throughput fell to {least} of what it was before; {_back(guest)}."
 
 
-def cards(migration: Migration, guest: Guest | None) -> Iterator[tuple[str, str, str]]:
+def _back(guest: Throughput) -> str:
+    if guest.back_ms is None:
+        return "it was not back at 90 % when the recording ended"
+    return f"it was back at 90 % {ms(guest.back_ms)} after the pause began"
+
+
+def cards(migration: Migration, guest: Throughput | None) -> Iterator[tuple[str, str, str]]:
     """The numbers to be seen first: label, value, and what belongs to it."""
-    if downtime := migration.number("downtime-ms"):
+    if migration.runs and (downtime := migration.number("downtime-ms")):
         parts = [part for part in pause_parts(migration) if part.side == "source"]
         most = max(parts, key=lambda part: part.length_us, default=None)
-        yield "Downtime", ms(downtime), f"most of it: {PARTS[most.name]}, {us(most.length_us)}" if most else ""
+        yield "Downtime", ms(downtime), f"longest part: {PARTS[most.name]}, {us(most.length_us)}" if most else ""
     total, size = migration.number("total-ms"), migration.number("ram", "total")
     if total:
         yield (
-            "Until all was there",
+            "Total time",
             ms(total),
-            f"{size_of(size)}, since the request to pause" if size else "",
+            f"from the {'request to pause' if migration.runs else 'switchover'} until the last page had arrived",
         )
     latency = latency_of(migration)
     if latency.get("count"):
         shown = [f"{name} {us(latency[name])}" for name in ("p50", "p99", "max") if name in latency]
-        yield "Waits for a page", _grouped(latency["count"]), ", ".join(shown)
+        yield "Faults that waited", _grouped(latency["count"]), ", ".join(shown)
     elif latency:
-        yield "Waits for a page", "0", "no access met a missing page"
+        yield "Faults that waited", "0", "no access met a missing page"
     if blocked := blocktimes(migration):
         yield (
             "vCPUs waited",
@@ -252,9 +228,10 @@ def cards(migration: Migration, guest: Guest | None) -> Iterator[tuple[str, str,
             ", ".join(filter(None, (over, f"{_grouped(twice)} pages twice" if twice else ""))),
         )
     if guest is not None:
-        value = f"{100 * guest.after / guest.before:.0f} %"
-        back = "not back at 90 % here" if guest.back_ms is None else f"back at 90 % after {ms(guest.back_ms)}"
-        yield "Guest at its slowest", value, back
+        back = (
+            "not back at 90 % in the recording" if guest.back_ms is None else f"back at 90 % after {ms(guest.back_ms)}"
+        )
+        yield "Guest throughput, lowest", f"{100 * guest.least / guest.before:.0f} %", back
     if recovered := migration.number("recoveries", "count"):
         longest = migration.number("recoveries", "max-ms")
         yield "Recoveries", _grouped(recovered), f"the longest took {ms(longest)}" if longest is not None else ""
@@ -263,7 +240,7 @@ def cards(migration: Migration, guest: Guest | None) -> Iterator[tuple[str, str,
 def blocktimes(migration: Migration) -> list[float]:
     given = (migration.dest or migration.main).facts.get("blocktime-ms")
     return (
-        [float(one) for one in given[:1024] if isinstance(one, int | float) and 0 <= one < 1e12]
+        [float(one) for one in given if isinstance(one, int | float) and 0 <= one < 1e12]
         if isinstance(given, list)
         else []
     )
@@ -271,6 +248,8 @@ def blocktimes(migration: Migration) -> list[float]:
 
 def phases(migration: Migration) -> list[tuple[str, str, float, str]]:
     """Where the time went, on the outside: kind, label, milliseconds, what happened in it."""
+    if not migration.runs:
+        return []
     marks = {mark.what: mark.at_ms for mark in reversed(marks_of(migration))}
     downtime, total = migration.number("downtime-ms") or 0.0, migration.number("total-ms") or 0.0
     found = []
@@ -279,7 +258,7 @@ def phases(migration: Migration) -> list[tuple[str, str, float, str]]:
         what = (
             f"{format_count(round(rounds), 'round')} of precopy; the machine runs at the source"
             if rounds
-            else "prepared while the machine runs at the source"
+            else "the machine runs at the source"
         )
         found.append(("before", "before the pause", marks["pause"] - marks["offer"], what))
     if downtime:
@@ -290,14 +269,14 @@ def phases(migration: Migration) -> list[tuple[str, str, float, str]]:
 
 
 def speed(migration: Migration) -> str:
-    """Mean throughput, of the time in which anything moved."""
+    """Mean throughput, of the intervals in which bytes moved."""
     timeline, moved = migration.main.timeline, bytes_of(migration.main)
     if timeline is None or moved is None or len(timeline.at_ms) < 2:
         return ""
     lengths, steps = np.diff(timeline.at_ms), np.maximum(np.diff(moved), 0)
     busy = steps > 0
     mean = float(steps[busy].sum() / max(lengths[busy].sum(), 1e-3) * 1e3)
-    return f"{unbroken(format_speed(mean))} on average while anything moved." if mean else ""
+    return f"Mean rate while data was transferred: {unbroken(format_speed(mean))}." if mean else ""
 
 
 def sides_of(migration: Migration) -> list[Side]:

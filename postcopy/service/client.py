@@ -24,6 +24,8 @@ from postcopy.wire import one_line
 
 ANSWER_TIMEOUT_S = 60.0
 BUSY_POLL_S = 0.02
+MAX_EVENTS = 10_000
+"""That come before an answer; a process drops events long before so many wait for a reader."""
 
 
 class ProcessGoneError(PeerError):
@@ -79,6 +81,8 @@ class ControlClient:
                 line = await self._next()
                 if "event" in line:
                     self._events.append(line)
+                    if len(self._events) > MAX_EVENTS:
+                        raise PeerError(f"{self._path}: {MAX_EVENTS} events came in place of the answer to {command}")
                 elif line.get("id") in (self._requests, None):
                     value = self._value(line)
                     self._check(f"the answer to {command}", value, ANSWERS.get(command, ()))
@@ -153,9 +157,11 @@ class ControlClient:
 
 def _printable(value: Any) -> Any:
     """All text in it made one line each, with nothing that moves a cursor: it is shown in a terminal, and any process
-    may have made a socket of this path. A number without an end, as 1e999, is none."""
+    may have made a socket of this path. A number without an end, as 1e999, is none, nor is one that no count can be."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, int):
+        return value if abs(value) < 2**64 else None
     if isinstance(value, str):
         return value if value.isprintable() else one_line(value, len(value))
     if isinstance(value, list):

@@ -574,9 +574,13 @@ class Service(abc.ABC):
 
     def emit_timeline(self, owned: Owned, migration: Migration) -> None:
         """How a migration came about, where that was recorded: once, when it has ended."""
-        machine = migration.machine or owned.machine
-        if (record := report.timeline(owned.name, machine.kind if machine else None, migration)) is not None:
-            self.output.emit("timeline", record)
+
+        def emit() -> None:
+            machine = migration.machine or owned.machine
+            if (record := report.timeline(owned.name, machine.kind if machine else None, migration)) is not None:
+                self.output.emit("timeline", record)
+
+        contained_call("telling how a migration came about", emit)  # what comes after it is needed
 
     def emit_ended(self, owned: Owned, migration: Migration) -> None:
         self.emit_timeline(owned, migration)

@@ -43,7 +43,11 @@ CASES = [
     (f"{SOURCE} --max-bandwidth 100", 2, "'100' has no unit; write 100MiB/s (bytes) or 100mbit (bits)"),
     (f"{SOURCE} --vcpus 0", 2, "1 to 8 vcpus"),
     (f"{SOURCE} --vcpus 9", 2, "1 to 8 vcpus"),
-    (f"{SOURCE} --workload dance", 2, "--workload: idle, dirty, random, disk or echo, not 'dance'"),
+    (
+        f"{SOURCE} --workload dance",
+        2,
+        "--workload: idle, dirty, random, disk, echo, sequential, zipf or phases, not 'dance'",
+    ),
     (f"{SOURCE} --workload radnom", 2, "not 'radnom'; did you mean random?"),
     (f"{SOURCE} --image x", 2, "--image has no meaning"),
     (f"{SOURCE} --bulk-channels 0", 2, "from 1 to 16"),

@@ -97,16 +97,14 @@ def open_browser() -> Iterator[Browser]:
 
 
 @contextlib.contextmanager
-def open_page(browser: Browser, path: Path, *, width: int, scheme: str, scripts: bool = False) -> Iterator[Page]:
-    """A file, in a window of this width, light or dark."""
+def open_page(browser: Browser, path: Path, *, scripts: bool = False) -> Iterator[Page]:
+    """A file, to be looked at in any way (`Page.show`)."""
     target = browser.call("Target.createTarget", url="about:blank")["targetId"]
     session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
     page = Page(browser, session, path.as_uri())
     page.call("Page.enable")
     page.call("Network.enable")
     page.call("Log.enable")
-    page.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
-    page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     page.call("Emulation.setScriptExecutionDisabled", value=not scripts)
     page.call("Page.navigate", url=page.url)
     browser.wait_event("Page.loadEventFired", session)
@@ -122,6 +120,12 @@ class Page:
 
     def call(self, method: str, **parameters: Any) -> Json:
         return self._browser.call(method, self._session, **parameters)
+
+    def show(self, width: int, scheme: str, medium: str = "screen") -> None:
+        """In a window of this width, light or dark, on a screen or on paper (print)."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.call("Emulation.setEmulatedMedia", media=medium, features=features)
 
     def evaluate(self, expression: str) -> Any:
         """Ours, not the page's: scripts may be off there."""

@@ -10,7 +10,7 @@ import math
 import random
 from typing import Any
 
-from postcopy.records.timeline import DIGITS
+from postcopy.records.timeline import COLUMNS, DIGITS
 
 Json = dict[str, Any]
 
@@ -31,7 +31,8 @@ PARTS = {
 
 
 def _at_ms() -> list[float]:
-    return [round(20 * column, 1) for column in range(int(END_MS / 20) + 1)]
+    """As many as a recording has at most."""
+    return [round(END_MS * column / (COLUMNS - 1), 3) for column in range(COLUMNS)]
 
 
 def _ramp(at_ms: float, begin: float, end: float, top: float) -> int:

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from pathlib import Path
 
 import pytest
 
+from postcopy import _files
 from postcopy._files import (
     check_new_file,
     explain_bad_name,
@@ -19,8 +21,9 @@ from postcopy._files import (
     replacing,
     write_all,
     write_new,
+    write_output,
 )
-from postcopy.errors import ConfigurationError
+from postcopy.errors import ConfigurationError, ResourceError
 
 
 def _write(path: Path, data: bytes = b"new") -> None:
@@ -96,6 +99,19 @@ def test_names_that_are_none(path: str) -> None:
 def test_names_that_could_be(tmp_path: Path) -> None:
     for path in ("x" * 255, "/", ".", "a/b", "\udcff", "-"):
         assert not explain_bad_name(path)
+
+
+def test_an_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_output("--hdr", str(tmp_path / "log"), "before")
+
+    def write_to_a_full_disk(fd: int, data: bytes) -> None:
+        os.write(fd, data[:2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(_files, "write_all", write_to_a_full_disk)
+    with pytest.raises(ResourceError, match=r"--hdr .*log: cannot write into .*: No space left"):
+        write_output("--hdr", str(tmp_path / "log"), "after")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("log", "before")]
 
 
 def test_directories(tmp_path: Path) -> None:

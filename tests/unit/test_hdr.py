@@ -92,13 +92,28 @@ def test_the_lines_of_a_migration_and_of_bench(tmp_path: Path) -> None:
         {"bucket-edges-ns": [1], "bucket-counts": [-1]},
         {"bucket-edges-ns": "x", "bucket-counts": [1]},
         {"bucket-edges-ns": [1], "bucket-counts": [1.5]},
+        {"bucket-edges-ns": [4096, 4097, 4098], "bucket-counts": [1 << 61] * 3},  # one bucket in a log
     ],
 )
 def test_what_is_no_distribution_is_refused(wrong: dict[str, Any]) -> None:
     line = {"event": "measurement", "elapsed-ms": 8.0, "figure": "f", "name": "n"}
     line["distributions"] = {"us": {"count": 1, "sum-ns": 1, "max-ns": 1, **wrong}}
-    with pytest.raises(ConfigurationError, match="not as postcopy writes it"):
+    with pytest.raises(ConfigurationError, match="is not as postcopy writes it"):
         list(intervals([line]))
+
+
+@pytest.mark.parametrize("unix_ms", [1e18, 1e300, -1.0, 10**400, "x", None])
+def test_a_time_that_is_none_is_refused(unix_ms: Any) -> None:
+    recording = {"origin": {"unix-ms": unix_ms}, "at-ms": [0.0], "latency": {"whole": as_json(distribution([5], [1]))}}
+    with pytest.raises(ConfigurationError, match="line of timeline 'dest' is not as postcopy writes it"):
+        hdr_log(intervals([{"event": "timeline", "side": "dest", "recording": recording}]))
+
+
+@pytest.mark.parametrize("most", [-5, 6, 1 << 70])
+def test_a_longest_time_that_is_not_in_its_bucket_is_the_end_of_that(most: int) -> None:
+    text = hdr_log([Interval("a", 1.0, 1.0, distribution([5], [3], max_ns=most))])
+    read = HdrHistogram.decode(text.splitlines()[-1].rpartition(",")[2])
+    assert (read.get_total_count(), read.get_max_value()) == (3, 5)
 
 
 def test_nothing_to_write_is_said_and_leaves_no_file(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 
 from rich.console import Console
 
-from postcopy._files import check_new_file, replacing, write_all
+from postcopy._files import check_new_file, write_output
 from postcopy._native import lib
 from postcopy.dataplane.histogram import Histogram
 from postcopy.errors import ErrorLine
@@ -86,8 +86,7 @@ async def measure_contention(rounds: int, args: argparse.Namespace) -> list[Meas
             ]
             figures.append(ratio(f"{call} p50, {scene.name} / none", values, "p50", "idle-p50", 1.5))
     if args.svg is not None:
-        with replacing(args.svg, 0o644) as fd:
-            write_all(fd, _svg(figures).encode())
+        write_output("--svg", args.svg, _svg(figures))
     return figures
 
 

@@ -8,26 +8,13 @@ one time: here milliseconds since the origin of the source's.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from postcopy._throughput import joined, throughput
 from postcopy.output.words import format_duration
 from postcopy.records.commands import DemoResult
 from postcopy.records.timeline import Recording
-
-WINDOW_MS = 200.0
-"""Throughput is a mean over so long. A guest says how far it is every few hundred operations: shorter windows would
-show that."""
-BEFORE_MS = 800.0
-"""What it was before the migration: over at most so long. (The machine runs a second longer than it needs to begin.)"""
-BACK = 0.9
-"""Of the throughput before: it is back when so much ..."""
-STEADY = 3
-"""... is reached in so many windows in a row."""
-
-Points = Sequence[tuple[float, float]]
-"""Milliseconds, rising, and the operations that the guest had done by then."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +83,10 @@ def values(result: DemoResult, here: Recording, there: Recording) -> dict[str, f
     if begin_ms is not None and pause_ms is not None:
         for name, end_ms in (("total", moment(there, "all-there", shift_ms)), ("eviction", moment(here, "ended"))):
             found[name] = None if end_ms is None else end_ms - begin_ms
-        points = joined(operations(here), operations(there, shift_ms), moment(there, "running", shift_ms, last=True))
-        found["dip"], found["back"] = dip_and_back(points, begin_ms, pause_ms)
+        running_ms = moment(there, "running", shift_ms, last=True)
+        points = joined(operations(here), operations(there, shift_ms), pause_ms, running_ms)
+        if (guest := throughput(points, begin_ms, pause_ms)) is not None:
+            found["dip"], found["back"] = guest.dip, guest.back_ms
     return found
 
 
@@ -124,55 +113,3 @@ def moment(recording: Recording, what: str, shift_ms: float = 0.0, *, last: bool
 def operations(recording: Recording, shift_ms: float = 0.0) -> list[tuple[float, float]]:
     counts = recording.series.guest_operations or []
     return [(at_ms + shift_ms, float(count)) for at_ms, count in zip(recording.at_ms, counts, strict=False)]
-
-
-def joined(here: Points, there: Points, running_ms: float | None) -> list[tuple[float, float]]:
-    """The guest's count over time, which goes on at the destination from the moment at which it runs there."""
-    if running_ms is None:
-        return list(here)
-    before = [point for point in here if point[0] < running_ms]
-    least = before[-1][1] if before else 0.0  # until its first report there, the destination does not know the count
-    return before + [(at_ms, max(count, least)) for at_ms, count in there if at_ms >= running_ms]
-
-
-def count_at(points: Points, at_ms: float) -> float:
-    """Between two points: on the straight line between them."""
-    number = bisect_left(points, (at_ms, -1.0))
-    if number == 0:
-        return points[0][1]
-    if number == len(points):
-        return points[-1][1]
-    (from_ms, low), (to_ms, high) = points[number - 1], points[number]
-    return low + (high - low) * (at_ms - from_ms) / (to_ms - from_ms)
-
-
-def rate(points: Points, begin_ms: float, end_ms: float) -> float:
-    """Operations a millisecond."""
-    return (count_at(points, end_ms) - count_at(points, begin_ms)) / (end_ms - begin_ms)
-
-
-def windows(points: Points, begin_ms: float) -> list[float]:
-    """The rates of whole windows from `begin_ms` on, as far as the points go."""
-    count = int((points[-1][0] - begin_ms) // WINDOW_MS) if points else 0
-    return [rate(points, begin_ms + n * WINDOW_MS, begin_ms + (n + 1) * WINDOW_MS) for n in range(count)]
-
-
-def dip_and_back(points: Points, begin_ms: float, pause_ms: float) -> tuple[float | None, float | None]:
-    """How far the throughput fell at most since the beginning, as a part of what it was before; and how long after the
-    pause it was back. None: not known, or for the second one that it was not back as long as it was recorded."""
-    if not points or points[0][0] > begin_ms - WINDOW_MS:
-        return None, None
-    before = rate(points, max(points[0][0], begin_ms - BEFORE_MS), begin_ms)
-    rates = windows(points, begin_ms)
-    if before <= 0 or not rates:
-        return None, None
-    return max(0.0, 1 - min(rates) / before), _back_ms(windows(points, pause_ms), BACK * before)
-
-
-def _back_ms(rates: Iterable[float], enough: float) -> float | None:
-    steady = 0
-    for number, value in enumerate(rates):
-        steady = steady + 1 if value >= enough else 0
-        if steady == STEADY:
-            return (number + 1 - STEADY) * WINDOW_MS
-    return None

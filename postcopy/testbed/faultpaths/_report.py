@@ -68,7 +68,7 @@ def from_json(value: Any, run: Json | None = None) -> Run:
             value.get("remote"),
             run,
         )
-    except (KeyError, TypeError, ValueError, AttributeError, msgspec.ValidationError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, msgspec.ValidationError) as error:
         what = f"without {error}" if isinstance(error, KeyError) else f"in which {one_line(str(error), 200)}"
         raise ConfigurationError(f"{_kind_of(value)}, {what}: {NOT_OURS}") from None
 

@@ -14,7 +14,7 @@ import msgspec
 from rich.console import Console
 from rich.status import Status
 
-from postcopy._files import check_new_file, replacing, write_all
+from postcopy._files import check_new_file, write_output
 from postcopy._host import run_record
 from postcopy.errors import ConfigurationError
 from postcopy.records import VERSION
@@ -213,21 +213,13 @@ def _chosen(text: str, kind: type[T], option: str) -> list[T]:
 
 def _write(found: Run, args: argparse.Namespace) -> None:
     if args.html is not None:
-        _write_file("--html", args.html, _report.to_html(found))
+        write_output("--html", args.html, _report.to_html(found))
     if args.json:
         emit_json(_report.to_json(found))
     elif args.markdown:
         sys.stdout.write(_report.to_markdown(found))
     else:
         _report.print_text(found, sys.stdout)
-
-
-def _write_file(option: str, path: str, text: str) -> None:
-    try:
-        with replacing(path, 0o644) as fd:
-            write_all(fd, text.encode())
-    except OSError as error:
-        raise ConfigurationError(f"{option}: cannot write {path!r}: {error.strerror}") from None
 
 
 def _list(operations: list[Operation], as_json: bool) -> int:
@@ -283,10 +275,10 @@ def _run_merge(args: argparse.Namespace) -> int:
     found = _merge.matrix(reports, _core.operations(), _expect.load(args.expectations))
     tables, title = _merge.sections(found), "What kernels do with a page that is withheld"
     if args.output is not None:
-        _write_file("--output", args.output, "".join(f"{_merge.line_of(report)}\n" for report in reports))
+        write_output("--output", args.output, "".join(f"{_merge.line_of(report)}\n" for report in reports))
     if args.html is not None:
         lead = [("bad" if found.conflicts else "good", found.summary), *(("note", report.words) for report in reports)]
-        _write_file("--html", args.html, to_html(title, lead, tables, _merge.LEGEND))
+        write_output("--html", args.html, to_html(title, lead, tables, _merge.LEGEND))
     if args.json:
         emit_json(found.as_json())
     elif args.markdown:

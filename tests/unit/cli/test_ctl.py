@@ -257,8 +257,12 @@ STATUS = {
 
 
 @pytest.mark.parametrize(
-    "answer", [{}, {"machines": "x"}, {"machines": [{}]}, {"commands": [1]}, STATUS | {"pid": float("1e999")}]
-)
+    "answer",
+    [
+        {}, {"machines": "x"}, {"machines": [{}]}, {"commands": [1]}, STATUS | {"pid": float("1e999")},
+        STATUS | {"pid": 10**400},
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("request_", ["status", "commands", "migrate", "start", "top"])
 async def test_answers_that_are_none(tmp_path: Path, request_: str, answer: dict[str, Any]) -> None:
     """Of a socket that is no postcopy's."""

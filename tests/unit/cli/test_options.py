@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
+from postcopy._host import run_record
 from postcopy.cli import make_parser
 from postcopy.cli._commands import COMMANDS
-from postcopy.cli._parser import Parser, defaults_of, options_of, values
+from postcopy.cli._parser import Parser, defaults_of, options_of, values, written
 from postcopy.dataplane.ahead import Prefetch, Way
 from postcopy.errors import ConfigurationError
 from postcopy.machines.kinds import MachineOptions
@@ -211,8 +212,8 @@ def test_a_table_is_in_the_parser() -> None:
     """Each option of `source`, given on the command line, comes out under the name of the record's field."""
     others = {"machine", "listen", "connect", "peer-file", "hold"}
     given = [option for option in all_options("source") if option.name not in others]
-    written = [word for option in given for word in ([f"--{option.name}", *(WRITTEN.get(option.name) or ("",))[:1]])]
-    told = parsed("source", *filter(None, written), "--connect", "host:7")
+    words = [word for option in given for word in ([f"--{option.name}", *(WRITTEN.get(option.name) or ("",))[:1]])]
+    told = parsed("source", *filter(None, words), "--connect", "host:7")
     assert told.keys() == {option.key for option in given} | {"connect", "command"}
 
 
@@ -240,6 +241,16 @@ def test_every_option_is_of_a_record(command: str) -> None:
     own = {"json", "log_level", "log_json", "user", "peer_file", "hold", "path", "reclaim", "force"}
     own |= {"tls", "tls_hostname", "tls_authz", "insecure", "report"}  # of which `Protection` and `Route` are made
     assert {option.key for option in all_options(command)} <= known | own
+
+
+def test_what_a_run_is_said_to_be() -> None:
+    """As a user writes it, with the policies; a command line may have passwords in it."""
+    secret = f"{sys.executable} -object secret,id=a,data=hunter2"
+    more = ("--prefetch", "both:4", "--run-for", "3", "--verify", "--pager", "process", "--tls", "/etc/keys")
+    told = run_record("dest", written(parsed("dest", "--listen", ":7", "--qemu", secret, *more)))["options"]
+    assert told == {"prefetch": "both:4", "run-for": "3", "verify": "yes", "pager": "process"}
+    told = run_record("source", written(parsed("source", "--machine", "rv64", "--precopy", "auto", "--connect", "a:7")))
+    assert told["options"] == {"machine": "rv64", "precopy": "auto"}
 
 
 def test_an_option_that_repeats() -> None:
@@ -297,8 +308,8 @@ def test_a_program_is_looked_for_as_a_shell_does(tmp_path: Path, monkeypatch: py
         options.parse_program("fc")
     program.chmod(0o700)
     monkeypatch.chdir(tmp_path.parent)
-    for written in ("fc", str(program), f"{tmp_path.name}/fc"):
-        assert options.parse_program(written) == str(program)
+    for name in ("fc", str(program), f"{tmp_path.name}/fc"):
+        assert options.parse_program(name) == str(program)
 
 
 def test_ctl_sends_numbers() -> None:
@@ -325,11 +336,11 @@ def test_the_demo_passes_on_what_a_side_has() -> None:
     """All that was said, to each side that has such an option; but how the demo itself writes its log."""
     own = {"chaos", "report", "lab", "tls", "insecure", "deadline", "image", "machine", "json", "log-json"}
     given = [option for option in all_options("demo") if option.name not in own]
-    written = to_arguments(
+    words = to_arguments(
         table("demo"), {option.key: True if option.flag else option.parse(WRITTEN[option.name][0]) for option in given}
     )
-    told = parsed("demo", "--machine", "rv64", *written)
-    source, dest = demo("--machine", "rv64", *written, "--json", "--log-json")
+    told = parsed("demo", "--machine", "rv64", *words)
+    source, dest = demo("--machine", "rv64", *words, "--json", "--log-json")
     for side, command in ((source, "source"), (dest, "dest")):
         taken = {option.key for option in all_options(command)} & {option.key for option in given}
         assert {key: side[key] for key in taken} == {key: told[key] for key in taken}

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
 import itertools
 import logging
 import os
 import select
+import signal
 import struct
 import termios
 import threading
@@ -257,7 +259,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[TextIO, TextIO, 
 
     def wait_for(text: str) -> Screen:
         deadline = time.monotonic() + 30
-        while text not in screen.text:
+        while text not in screen.text or not screen.breaks_lines:  # a picture that has come in part
             assert select.select([controlling], [], [], max(0, deadline - time.monotonic()))[0], screen.text
             screen.feed(os.read(controlling, 4096).decode())
         return screen
@@ -291,6 +293,54 @@ async def test_the_terminal_is_given_back(terminal: Terminal, whole: bool) -> No
     assert wait_for("the end").text == "the end"
     assert screen.as_it_was
     assert output.close()
+
+
+async def test_nothing_is_drawn_when_the_job_of_the_shell_has_ended(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a keeper that was killed, while its engine goes on: the terminal is the shell's again."""
+    monkeypatch.setattr(os, "tcgetpgrp", lambda fd: 7)
+    jobs = {8: 7}
+    monkeypatch.setattr(os, "getpgid", lambda pid: jobs[pid] if pid in jobs else os.kill(2**22 + 1, 0))  # ESRCH
+    output = Output(False, *terminal[:2])
+    output.job = 8
+    async with output.open_live() as (live, frames):
+        live.draw(frames.below(NOW, *live.size))
+        assert output._stderr._wanted is not None
+        jobs.clear()
+        live.draw(frames.below(NOW, *live.size))
+        assert output._stderr._wanted is None
+
+
+async def test_nothing_is_drawn_while_the_terminal_is_given_back(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-Z, while its task that draws goes on: another picture would stay there as long as it is stopped."""
+    stdout, stderr, wait_for = terminal
+    output = Output(False, stdout, stderr)
+    output.start()
+    send, receive = trio.open_memory_channel[int](1)
+    monkeypatch.setattr(trio, "open_signal_receiver", lambda *_: contextlib.nullcontext(receive))
+    wanted: list[object] = []
+    monkeypatch.setattr(signal, "raise_signal", lambda _: wanted.append(output._stderr._wanted))
+    async with output.open_live(whole=True) as (live, frames):
+        live.draw(frames.whole({"side": "daemon", "machines": []}, *live.size))
+        wait_for("0 machines")
+
+        def draws(writer: Writer) -> bool:
+            live.draw(frames.whole({"side": "pager", "vms": []}, *live.size))
+            with writer._changed:
+                return not writer._busy
+
+        monkeypatch.setattr(Writer, "settled", property(draws))
+        await send.send(signal.SIGTSTP)
+        with trio.fail_after(30):
+            while not wanted:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        assert wanted == [None]
+        live.draw(frames.whole({"side": "daemon", "machines": []}, *live.size))  # it goes on
+        assert output._stderr._wanted is not None
+    output.close()
 
 
 async def test_no_line_is_torn_by_a_picture_or_tears_it(terminal: Terminal) -> None:

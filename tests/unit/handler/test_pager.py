@@ -33,7 +33,7 @@ from postcopy.handler._handler import check
 from postcopy.handler._image import Image
 from postcopy.handler._metrics import VmMetrics
 from postcopy.handler._source import ImageSource
-from postcopy.handler._store import LocalStore
+from postcopy.handler._store import LocalStore, kind_of
 from postcopy.handler._vm import Descriptors
 from postcopy.lazy._source import SourceBlock
 from postcopy.machines.firecracker.handshake import Credentials
@@ -456,6 +456,57 @@ async def test_another_process_goes_on(tmp_path: Path, image: Path, monkeypatch:
         nursery.cancel_scope.cancel()
 
 
+async def test_another_version_goes_on_from_version_1(tmp_path: Path, image: Path) -> None:
+    """Which had counters of another size: they begin anew."""
+    async with trio.open_nursery() as nursery:
+        store = KeptStore()
+        async with served(tmp_path, store, image=str(image)) as first:
+            vmm = await _hold(nursery, first.socket)
+            assert await vmm.reads(content(), 0, 64)
+            store.leave.set()
+        (kept,) = (fds for fds in store.kept.values() if len(fds) > 1)
+        for fd in kept:
+            if kind_of(fd) == "memfd:postcopy-vm":
+                about = msgspec.json.decode(os.pread(fd, 1 << 16, 0)) | {"version": 1}
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, msgspec.json.encode(about), 0)
+            elif kind_of(fd) == "memfd:postcopy-metrics":
+                older = os.memfd_create("postcopy-metrics")
+                os.ftruncate(older, 65536)
+                os.dup2(older, fd)
+                os.close(older)
+        second = KeptStore()
+        second.taken, store.kept = {"vm": kept}, {}
+        os.unlink(tmp_path / "s")
+        async with served(tmp_path, second, image=str(image)) as after:
+            assert (await after.said.wait("vm-connected"))["taken-over"]
+            assert await vmm.reads(content(), 0, PAGES)
+            figures = await after.figures()
+            assert figures["resident"] == PAGES * PAGE
+            assert 0 < figures["faults"] <= PAGES - 64
+        nursery.cancel_scope.cancel()
+
+
+async def test_so_many_are_recorded_at_once(tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of those that are taken over, all in one moment."""
+    monkeypatch.setattr(_handler, "MOST_RECORDED", 1)
+    async with trio.open_nursery() as nursery:
+        store = KeptStore()
+        async with served(tmp_path, store, image=str(image)) as first:
+            for number in (1, 2):
+                await _hold(nursery, first.socket)
+                await first.said.wait("vm-connected", number)
+            store.leave.set()
+        second = LocalStore()
+        second.taken = {f"vm{number}": fds for number, fds in enumerate(store.kept.values()) if len(fds) > 1}
+        store.kept = {}
+        os.unlink(tmp_path / "s")
+        async with served(tmp_path, second, image=str(image)) as after:
+            await after.said.wait("vm-connected", 2)
+            assert sum(vm.recorder is not None for vm in after.handler.vms) == 1
+        nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize("kill", [False, True])
 async def test_one_that_cannot_be_taken_over(
     tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch, kill: bool
@@ -497,7 +548,7 @@ class NotReadyStore(KeptStore):
         raise AssertionError("it cannot serve")
 
 
-@pytest.mark.parametrize("part", ["reading", "opening", "serving"])
+@pytest.mark.parametrize("part", ["reading", "opening", "serving", "serving later"])
 async def test_an_upgrade_that_cannot_serve_kills_nothing(
     tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
@@ -530,11 +581,23 @@ async def test_an_upgrade_that_cannot_serve_kills_nothing(
 
                 patch.setattr(_handler, "ImageSource", second_fails)
             else:
+                numbers, given_up = itertools.count(1), threading.Event()
 
                 def refuses(*_: object) -> None:
+                    if part == "serving later" and next(numbers) == 2:
+                        assert given_up.wait(DEADLINE_S)  # in a thread, which nothing ends before
                     raise CoreError(errno.EINVAL, "no more of them")
 
+                pass_trial = Handler._pass_trial
+
+                async def passes(*arguments: Any) -> None:
+                    try:
+                        await pass_trial(*arguments)
+                    finally:
+                        given_up.set()
+
                 patch.setattr(Pager, "arm_at", refuses)
+                patch.setattr(Handler, "_pass_trial", passes)
             config = PagerConfig(socket=str(tmp_path / "s"), image=str(image), kill_when_lost=True)
             with pytest.raises(ExceptionGroup) as raised:
                 await Handler(config, Said(), trial).run(Stop())

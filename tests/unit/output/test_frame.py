@@ -167,6 +167,12 @@ def test_virtual_machines_of_a_pager() -> None:
     ]
 
 
+def test_a_virtual_machine_without_memory() -> None:
+    now = pager(VM | {"memory": 0, "resident": 0})
+    assert View().machines(now)[1][0][3] == "0 %"
+    assert "db.mem.71" in "\n".join(written(frames().below(now, 108, 22)))
+
+
 def test_machines_that_have_no_room_are_counted() -> None:
     """Those that migrate are seen first."""
     rows = written(frames().below(process(50, 2), 79, 6))

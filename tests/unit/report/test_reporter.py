@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import io
 import logging
@@ -110,6 +111,57 @@ async def test_a_command_that_is_ended_at_once_does_not_wait_for_its_page(tmp_pa
     assert not path.exists()
 
 
+@pytest.mark.parametrize("asked", [False, True])
+async def test_a_signal_ends_the_drawing_and_not_the_command(
+    asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether or not it was a signal that has ended the command: it has done what was asked."""
+    monkeypatch.setattr(reporter_module, "python", lambda *arguments: ["sleep", "1000"])
+    reporter, _, said = make(tmp_path / "page.html")
+    stop, result = Stop(), []
+
+    async def command(stop: Stop) -> bool:
+        if asked:
+            stop.ask("SIGTERM")
+        take(reporter, dest())
+        return True
+
+    async def run() -> None:
+        result.append(await reporter.around(command)(stop))
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            while not result:
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                assert not stop.ask("Ctrl-C")
+    assert result == [True]
+    assert "was not drawn: ended by Ctrl-C" in caplog.text
+    assert said.getvalue() == ""
+
+
+@pytest.mark.parametrize("lines", [[dest(), ended()], []])
+async def test_the_end_of_a_daemon_is_not_drawn(lines: list[Json], tmp_path: Path) -> None:
+    """It would be the same page again, for which the process would wait; or a page about nothing."""
+    path = tmp_path / "page.html"
+    reporter, _, _ = make(path)
+
+    async def command(stop: Stop) -> bool:
+        for line in lines:
+            take(reporter, line)
+        if lines:
+            with trio.fail_after(100):
+                await drawn(path)
+                while not reporter._in_file:  # noqa: ASYNC110
+                    await trio.sleep(0.02)
+        take(reporter, {"event": "result", "side": "daemon", "status": "completed", "error": None})
+        path.unlink(missing_ok=True)
+        return True
+
+    assert await reporter.around(command)(Stop())
+    assert not path.exists()
+
+
 async def test_what_cannot_be_drawn_is_a_message(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     directory = tmp_path / "pages"
     directory.mkdir()
@@ -125,6 +177,40 @@ async def test_what_cannot_be_drawn_is_a_message(tmp_path: Path, caplog: pytest.
         assert await reporter.around(command)(Stop())
     assert f"was not drawn: --output {directory / 'page.html'}: directory {directory} does not exist" in caplog.text
     assert "postcopy: report:" not in said.getvalue()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EAGAIN, "no more processes"), RuntimeError("can't start new thread"), MemoryError("none")]
+)
+async def test_no_process_to_draw_it(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The command, which may have machines, goes on."""
+    tried = trio.Event()
+
+    async def run_process(*arguments: object, **options: object) -> None:
+        tried.set()
+        raise error
+
+    monkeypatch.setattr(trio, "run_process", run_process)
+    reporter, _, said = make(tmp_path / "page.html")
+
+    async def command(stop: Stop) -> bool:
+        take(reporter, dest())
+        take(reporter, ended())
+        await tried.wait()
+        await trio.testing.wait_all_tasks_blocked()
+        return True
+
+    assert await reporter.around(command)(Stop())
+    assert caplog.text.count("was not drawn") == 2  # then, and at the end
+    assert error.args[-1] in caplog.text
+    assert "postcopy: report:" not in said.getvalue()
+
+
+async def test_ctrl_c_is_not_for_what_draws() -> None:
+    says = "import os, sys; sys.exit(f'in group {os.getpgrp() - os.getpid()}')"  # 0: its own
+    assert await reporter_module._child([sys.executable, "-c", says], b"", 0) == "in group 0"
 
 
 async def test_what_is_wrong_is_said_before_anything_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +276,18 @@ def test_from_standard_input(tmp_path: Path) -> None:
     assert os.stat(target).st_mode & 0o777 == 0o644
 
 
+def test_a_matplotlib_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('libfreetype.so.6: cannot open')")
+    command = [sys.executable, "-P", "-m", "postcopy", "report", "-", "--output", str(tmp_path / "page.html")]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100, check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("postcopy: error: report: matplotlib cannot be loaded: libfreetype.so.6")
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -201,6 +299,8 @@ def test_from_standard_input(tmp_path: Path) -> None:
         (["good.jsonl", "--svg", "none"], "--svg none: no such directory"),
         (["good.jsonl", "--svg", "."], "--svg: there is no migration in these lines"),
         (["good.jsonl", "--hdr", "none/log"], "--hdr none/log: directory"),
+        (["good.jsonl", "--output", "./good.jsonl"], "--output ./good.jsonl: that is read, and would be replaced"),
+        (["good.jsonl", "--hdr", "good.jsonl"], "--hdr good.jsonl: that is read, and would be replaced"),
     ],
 )  # fmt: skip
 def test_what_is_asked_for_wrongly(

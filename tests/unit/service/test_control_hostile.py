@@ -21,7 +21,7 @@ import trio
 import trio.testing
 
 from postcopy.errors import ConfigurationError, PeerError, ResourceError
-from postcopy.records import Record
+from postcopy.records import VERSION, Record
 from postcopy.service import server as server_module
 from postcopy.service.client import ControlClient, _connect
 from postcopy.service.options import check_control_path
@@ -109,6 +109,28 @@ def deaf(path: Path) -> Iterator[Any]:
             return sockets
 
         yield connect
+
+
+async def test_events_without_end_in_place_of_an_answer(path: Path) -> None:
+    listener = socket.socket(socket.AF_UNIX)
+    with listener, trio.fail_after(DEADLINE_S):
+        listener.bind(str(path))
+        listener.listen()
+
+        async def flood(stream: trio.SocketStream) -> None:
+            greeting = {"postcopy": {"version": "0.1.0", "schema": VERSION, "side": "daemon", "pid": 7}}
+            with suppress(trio.BrokenResourceError):
+                await stream.send_all(json.dumps(greeting).encode() + b"\n")
+                while True:
+                    await stream.send_all(b'{"event": "progress", "data": {}}\n' * 1000)
+
+        async with trio.open_nursery() as nursery:
+            served = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
+            nursery.start_soon(trio.serve_listeners, flood, [served])
+            async with ControlClient.open(str(path)) as client:
+                with pytest.raises(PeerError, match="10000 events came in place of the answer to status"):
+                    await client.execute("status")
+            nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("says", [b"", b'{"execute": "events"}\n', b'{"execute": "status"}\n', b'{"execute": "end"}\n'])

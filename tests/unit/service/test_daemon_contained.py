@@ -376,6 +376,22 @@ async def test_mistake_of_what_is_shown_or_heard(
     assert "announcing what has changed: a mistake" in caplog.text
 
 
+async def test_mistake_of_what_was_recorded(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The end of the migration is told all the same."""
+
+    def fail(*_: Any) -> None:
+        raise KeyError("a mistake")
+
+    monkeypatch.setattr("postcopy.service.report.timeline", fail)
+    said: list[str] = []
+    async with running() as there, running(with_machine=False) as here:
+        here.daemon.output.listeners.append(lambda event, fields: said.append(event))
+        await here.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", used_memory=MIB)
+        await here.ask("migrate", to=str(there.address))
+        await here.until(lambda: "migration-ended" in said)
+    assert "telling how a migration came about: a mistake" in caplog.text
+
+
 # ---- peers that do what no peer should
 
 

@@ -35,6 +35,7 @@ class Engine:
     lost = trio.Event()
     migration_id = machine_name = peer = ""
     attempt, may_try_again, ready_ns = 1, False, 0
+    recorder = None
 
     def __init__(self, machine: Machine, link: Any, options: Any, *, peer: Any, on_change: Callable[[], None]) -> None:
         self.machine = machine

@@ -659,6 +659,7 @@ def test_many_hosts_of_one_kernel_are_counted(
         (json.dumps(OLD | {"system": [3]}), "Expected `object`, got `array`"),
         (json.dumps(OLD | {"system": {"kernel": {}}}), "`$[...]`"),
         (json.dumps(OLD | {"system": {}}), "at `$.kernel`"),
+        (json.dumps(OLD | {"seconds": 10**400}), "in which int too large"),
     ],
 )
 def test_a_bad_file_is_refused_as_a_whole(
