@@ -546,7 +546,10 @@ def test_the_community_file_has_this_version_s_cells_and_nothing_unexpected() ->
     assert not _merge.is_seen(System("7.1.0"))
 
 
-def test_what_newer_kernels_are_expected_to_do_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_newer_kernels_are_expected_to_do_is_marked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     status, merged = merge(capsys)
     assert status == 0
     new = [kernel["kernel"] for kernel in merged["kernels"] if kernel["read-from-source"]]
@@ -591,7 +594,7 @@ def test_reports_of_all_versions_are_merged_and_written(
 
 
 def test_reports_of_one_kernel_that_do_not_agree(
-    no_community: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    no_community: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused = {"missing": {"anon": {"refused EFAULT": ["user.load"], "blocked": ["user.store"]}}}
     seen = {"missing": {"anon": {"blocked S": ["user.load", "user.store"]}}}
@@ -603,6 +606,7 @@ def test_reports_of_one_kernel_that_do_not_agree(
     assert load["6.1.9"] == ["blocked S", "refused EFAULT"]
     assert load["6.1.10"] == ["refused EFAULT"]
     assert store["6.1.9"] == ["blocked S"]  # a state that was not seen contradicts none
+    monkeypatch.setenv("COLUMNS", "160")
     assert main(["faultpaths", "merge", str(path)]) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert "Conflicts: reports of one kernel that do not agree" in out
