@@ -34,7 +34,7 @@ static uint64_t page_at(const struct pc_view_map *map, uint64_t byte)
 /* How many of [first, end) are there; of more than `words` words of the map, as far as an even sample says. */
 static double count_pages(const uint64_t *map, uint64_t first, uint64_t end, uint64_t words)
 {
-    uint64_t lines = words / LINE_WORDS, here = 0, looked = 0;
+    uint64_t lines = words < LINE_WORDS ? 1 : words / LINE_WORDS, here = 0, looked = 0;
 
     if ((end - first) / 64 <= words)
         return (double)pc_bits_count(map, first, end - first);

@@ -12,7 +12,9 @@
 /* ---- region.c: the memory of a cell ---- */
 /* Maps the region with everything but the page in it, opens the userfaultfd and registers. False: said why it is unavailable. */
 bool pc_fp_region_open(struct pc_fp_cell *cell);
-/* The enum pc_uffd_mode that the region of a cell is registered with. */
+/* How the region of a cell is mapped (mmap(2)). */
+int pc_fp_region_prot(int backing);
+/* The enum pc_uffd_mode that it is registered with. */
 uint64_t pc_fp_register_mode(int mode);
 /* Answers an event: gives the page as the cell's mode has it. */
 void pc_fp_region_give(struct pc_fp_cell *cell);

@@ -86,7 +86,7 @@ static bool call(struct pc_fp_locks *locks, int kind, bool same, uint64_t *ns)
     if (same && (kind == PC_FP_LOCK_MMAP || kind == PC_FP_LOCK_MUNMAP))
         locks->pages_left--;
     if (kind == PC_FP_LOCK_MPROTECT)
-        (void)mprotect(at, bytes, PROT_READ | PROT_WRITE | (same ? PROT_EXEC : 0));
+        (void)mprotect(at, bytes, same ? pc_fp_region_prot(locks->cell->spec->backing) : PROT_READ | PROT_WRITE);
     if (kind == PC_FP_LOCK_REGISTER && !same)
         (void)pc_uffd_unregister(uffd, (uintptr_t)at, bytes);
     return worked;

@@ -112,13 +112,18 @@ static bool make_guest_memfd(struct pc_fp_cell *cell, uint64_t bytes)
     return true;
 }
 
+int pc_fp_region_prot(int backing)
+{
+    return PROT_READ | PROT_WRITE | (backing == PC_FP_GUEST_MEMFD ? 0 : PROT_EXEC);
+}
+
 static bool map_region(struct pc_fp_cell *cell)
 {
     int backing = cell->spec->backing;
     uint64_t bytes, guard;
     uint8_t *reserved;
     int flags = MAP_FIXED | (backing == PC_FP_ANON || backing == PC_FP_MEMFD_PRIVATE ? MAP_PRIVATE : MAP_SHARED);
-    int prot = PROT_READ | PROT_WRITE | (backing == PC_FP_GUEST_MEMFD ? 0 : PROT_EXEC);
+    int prot = pc_fp_region_prot(backing);
     uint64_t before = 1; /* pages in front of the page */
 
     cell->memfd = -1;

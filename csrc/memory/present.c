@@ -248,14 +248,34 @@ int pc_memory_present(const struct pc_memory *memory, uint64_t *present_words)
     }
 }
 
+/* The end, at most `limit`, of the data that begins at a page, or -errno. `behind`: how many pages from `limit` on are known to be data:
+ * SEEK_HOLE looks at those too, each in a quarter of the time that a system call takes. */
+static int64_t data_end(const struct pc_memory *memory, uint64_t page, uint64_t limit, uint64_t behind)
+{
+    uint64_t unit = memory->page_bytes;
+    off_t hole;
+
+    if (behind / 4 > limit - page) {
+        do
+            page++;
+        while (page < limit && lseek(memory->fd, (off_t)(page * unit), SEEK_DATA) == (off_t)(page * unit));
+        return (int64_t)page;
+    }
+    hole = lseek(memory->fd, (off_t)(page * unit), SEEK_HOLE);
+    if (hole < 0)
+        return errno == ENXIO ? -ENODATA : -errno; /* it was cut off just now */
+    return (int64_t)pc_least(pc_round_up((uint64_t)hole, unit) / unit, limit);
+}
+
 int pc_memory_present_more(const struct pc_memory *memory, uint64_t *present, uint64_t *more)
 {
-    uint64_t pages = memory->size_bytes / memory->page_bytes, page = 0, end;
-    uint64_t known = 0; /* the next page that is known, as long as it is beyond `page` */
+    uint64_t pages = memory->size_bytes / memory->page_bytes, page = 0;
+    uint64_t known = 0, unknown = 0; /* the next pages that are known, [known, unknown), as long as they are beyond `page` */
     int error = memory->kind == PC_MEMORY_MEMFD ? pc_file_holds(memory->fd, memory->size_bytes, memory->page_bytes) : -EINVAL;
 
     while (!error && (page = pc_bitmap_next(present, pages, page, 0)) < pages) {
-        off_t data = lseek(memory->fd, (off_t)(page * memory->page_bytes), SEEK_DATA), hole;
+        off_t data = lseek(memory->fd, (off_t)(page * memory->page_bytes), SEEK_DATA);
+        int64_t end;
 
         if (data < 0)
             return errno == ENXIO ? 0 : -errno;
@@ -264,15 +284,16 @@ int pc_memory_present_more(const struct pc_memory *memory, uint64_t *present, ui
             return 0;
         if (pc_bitmap_next(present, page + 1, page, 1) == page)
             continue;
-        if (known <= page)
+        if (known <= page) {
             known = pc_bitmap_next(present, pages, page, 1);
-        hole = lseek(memory->fd, data, SEEK_HOLE);
-        if (hole < 0)
-            return errno == ENXIO ? -ENODATA : -errno; /* it was cut off just now */
-        end = pc_least(pc_round_up((uint64_t)hole, memory->page_bytes) / memory->page_bytes, known);
-        pc_bitmap_set_range(present, page, end - page);
-        pc_bitmap_set_range(more, page, end - page);
-        page = end;
+            unknown = pc_bitmap_next(present, pages, known, 0);
+        }
+        end = data_end(memory, page, known, unknown - known);
+        if (end < 0)
+            return (int)end;
+        pc_bitmap_set_range(present, page, (uint64_t)end - page);
+        pc_bitmap_set_range(more, page, (uint64_t)end - page);
+        page = (uint64_t)end;
     }
     return error;
 }

@@ -219,10 +219,11 @@ static void forget_pending(struct shard *shard, struct fault *fault, uint64_t no
 
     account_blocked(shard, fault, now_ns);
     remove_pending(shard->pending, fault);
-    other = was.unrequested ? find_pending(shard, was.block, was.page) : NULL;
-    if (other)
-        other->unrequested = true;
-    else if (was.unrequested)
+    other = was.unrequested || was.late ? find_pending(shard, was.block, was.page) : NULL;
+    if (other) {
+        other->unrequested = other->unrequested || was.unrequested;
+        other->late = other->late || was.late;
+    } else if (was.unrequested)
         pc_atomic_clear_bit(shard->pager->blocks[was.block]->requested, was.page); /* it will not be requested */
 }
 
@@ -265,6 +266,7 @@ static void request_page(struct shard *shard, struct fault *fault)
     struct pending *pending = shard->pending;
 
     fault->unrequested = true;
+    fault->late = false; /* this request says that a thread waits */
     if (pc_bits_test(block->claimed, fault->page))
         return;
     if (pc_is_local(block, fault->page)) {
@@ -345,7 +347,6 @@ void pc_request_late(struct shard *shard, uint64_t now_ns)
             shard->late_ns = fault->event_ns;
             break;
         }
-        fault->late = false;
         request_page(shard, fault);
     }
 }

@@ -75,7 +75,7 @@ static bool follow(struct shard *shard, struct stream *stream, uint64_t page, bo
     uint64_t stride = (uint64_t)labs(stream->stride), most = DEPTH_BYTES / shard->pager->blocks[stream->block]->memory.page_bytes;
     uint64_t steps, passed;
 
-    if ( distance > (stream->reach + 1 + stream->depth) * stride)
+    if (distance > (stream->reach + 1 + stream->depth) * stride)
         return false;
     steps = stride == 1 ? distance : distance / stride;
     if (steps * stride != distance)
@@ -85,7 +85,7 @@ static bool follow(struct shard *shard, struct stream *stream, uint64_t page, bo
         return true;
     if (steps <= stream->reach + 1) {
         passed = steps < 64 ? (UINT64_C(1) << steps) - 1 : UINT64_MAX;
-        if (counted)
+        if (counted && steps <= 64)
             passed &= ~(UINT64_C(1) << (steps - 1));
         COUNT(shard->pager, prefetch_hits, pc_bits_popcount(stream->asked & passed));
         stream->asked = steps < 64 ? stream->asked >> steps : 0;

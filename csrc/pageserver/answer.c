@@ -8,6 +8,19 @@
 
 #define REQUEST_BYTES (REQUESTS_PER_TURN * PC_FRAME_HEADER_BYTES)
 #define REPETITIONS_MAX 4096 /* answered to one connection at real-time priority */
+#define OUT_OF_THE_WAY_BYTES (4 * 1024 * 1024)
+
+/* Where the push goes on after a request: behind the page that a thread waits for, which touches that next. What follows a page that was
+ * requested ahead is most likely requested too: pushed beside that it would be sent twice, so the push keeps out of its way. */
+static void move_push(struct pc_pageserver *server, const struct pc_frame *request)
+{
+    const struct source_block *block = server->blocks[request->block];
+    uint64_t page = request->first_page + request->pages;
+
+    if (request->request_id & PC_PAGER_REQUEST_AHEAD)
+        page += OUT_OF_THE_WAY_BYTES / block->page_bytes;
+    __atomic_store_n(&server->push_from, PLACE(request->block, page < block->pages ? page : block->pages), __ATOMIC_RELAXED);
+}
 
 static void mark_sent(struct pc_pageserver *server, struct source_block *block, uint64_t page)
 {
@@ -115,7 +128,7 @@ static int answer_request(struct channel *channel, struct batch *batch, const ui
         if (!error && batch->frame_count >= REQUESTS_PER_TURN)
             error = pc_batch_send(batch, channel);
     }
-    __atomic_store_n(&server->push_from, PLACE(request.block, request.first_page + request.pages), __ATOMIC_RELAXED);
+    move_push(server, &request);
     return error;
 }
 

@@ -5,7 +5,8 @@
  * An urgent channel has a thread that answers requests in the order they come, at once, even for a page that is on its
  * way in bulk: the destination drops the second copy, and a fault never waits for what is queued in a bulk
  * connection. A bulk channel has a thread that claims runs of pages not yet sent, from a cursor that all bulk threads
- * share and every request moves to the page after its own: what the machine touches next is most likely near.
+ * share and every request moves to the page after its own: what the machine touches next is most likely near. (One that was
+ * made ahead of a fault moves it further, as more such requests will follow.)
  *
  * From pc_pageserver_serve on the machine is paused for good, so that memory is read without a lock and sent straight
  * from where it lies. Before that it may be pushed (precopy), in rounds: each run is copied first, and zeros, checksum and

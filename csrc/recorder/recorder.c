@@ -2,7 +2,7 @@
  *
  * Looks at what a pager or page server counts, at regular times, and keeps that in bounded memory, however long it takes.
  *
- * Nothing is in the way of a fault: counters and maps are read as they are, by a thread of low priority, which takes no more than a
+ * Nothing is in the way of a fault: counters and maps are read as they are, by a thread of its own, which takes no more than a
  * hundredth of a processor: a look that takes long puts the next one off. While nothing happens it looks less often, 16 periods apart at
  * last, and the last column moves on instead of a new one being kept; a column is kept after an eighth of the phase's time nevertheless,
  * for what the guest does meanwhile.
@@ -24,6 +24,7 @@
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "core/clock.h"
 #include "core/runtime.h"
@@ -74,6 +75,8 @@ static void set_sample(struct pc_recorder *recorder, uint64_t every)
 
 static void take_fault(struct pc_recorder *recorder, const struct pc_record_fault *fault)
 {
+    if (!fault->number) /* no fault has that number, which would be in every sample: what another process counts is not trusted */
+        return;
     while (recorder->fault_count == PC_RECORD_FAULTS) {
         uint32_t kept = 0;
 
@@ -208,10 +211,19 @@ static void look(struct pc_recorder *recorder, bool ends)
     recorder->floats = same && !ends;
 }
 
+/* Of this thread. The time on the clock would count what others do meanwhile, and on a busy host put the next look off for long. */
+static uint64_t processor_ns(void)
+{
+    struct timespec now;
+
+    (void)clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
+
 /* Looks, and begins the next phase when it is time. How long to wait then. */
 static uint64_t take_turn(struct pc_recorder *recorder, bool phase_began)
 {
-    uint64_t began_ns = pc_now_ns(), cost_ns, wait_ns;
+    uint64_t began_ns = pc_now_ns(), before_ns = processor_ns(), cost_ns, wait_ns;
 
     pthread_mutex_lock(&recorder->lock);
     look(recorder, phase_began);
@@ -221,7 +233,7 @@ static uint64_t take_turn(struct pc_recorder *recorder, bool phase_began)
         recorder->period_ns = recorder->first_period_ns;
         recorder->quiet = 0;
     }
-    cost_ns = pc_now_ns() - began_ns;
+    cost_ns = processor_ns() - before_ns;
     recorder->cost_ns += cost_ns;
     wait_ns = recorder->period_ns << (recorder->quiet < QUIET_PERIODS_LOG ? recorder->quiet : QUIET_PERIODS_LOG);
     pthread_mutex_unlock(&recorder->lock);

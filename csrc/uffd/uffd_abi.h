@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The kernel's userfaultfd ABI up to Linux 7.3, in the kernel's own names. What no kernel here has shown is read-write protection
- * (RWP): its numbers are those of include/uapi/linux/userfaultfd.h as commits 6eab8f2cc646 and 2d427bb01639 have made it, which were
- * merged for 7.3.
+ * The kernel's userfaultfd ABI up to Linux 7.3, in the kernel's own names, without UFFDIO_SET_MODE (7.3). Read-write protection (RWP)
+ * has been run on no kernel yet: its numbers are those of include/uapi/linux/userfaultfd.h after commits 6eab8f2cc646 and 2d427bb01639
+ * and, for RWP_ASYNC, 45347e3d32c1, all for 7.3.
  *
  * <linux/userfaultfd.h> is not used: distributions ship headers years older than the kernels that run (Debian 12: 6.1, without
  * POISON and MOVE), and what a kernel can do is found out at run time, not where this was compiled. The asserts below hold the

@@ -14,7 +14,7 @@ import trio
 
 from postcopy._child import python
 from postcopy._stop import Stop
-from postcopy.handler import RECORD_VERSION, Handler, in_keeper, keep, open_store
+from postcopy.handler import OLDEST_VERSION, RECORD_VERSION, Handler, in_keeper, keep, open_store
 from postcopy.net import check_reachable
 from postcopy.output import Output
 from postcopy.records import as_json
@@ -45,7 +45,7 @@ async def _run(config: PagerConfig, operating: OperatingOptions, output: Output,
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if in_keeper():  # which is the job of the shell
         output.job = os.getppid()
-    formats = (RECORD_VERSION, RECORD_VERSION)
+    formats = (OLDEST_VERSION, RECORD_VERSION)
     async with open_store(formats=formats, log_json=log_json, burst=config.restart_burst) as store:
         handler = Handler(config, output, store)
         patient = bool(store.deaths or store.taken)

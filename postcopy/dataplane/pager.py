@@ -30,6 +30,7 @@ from postcopy.memory.bitmap import Bitmap
 from postcopy.memory.workingset import Run
 from postcopy.uffd import How, parse_how, probe
 
+_RUNS_AT_ONCE = 4096
 DISCARDED_AT_ONCE = 64
 """Discarding so many pages takes no longer than having another thread do it, and the machine may be waiting for it."""
 
@@ -267,10 +268,10 @@ class Pager(CoreDataPlane, PagerCounters):
         self._check_range(block, first_page, pages)
         return self._call("requesting pages", "request_range", block, first_page, pages)
 
-    def request_runs(self, runs: Sequence[Run]) -> None:
-        """Asks for the pages of these runs that are armed, missing, and were not asked for, in their order, a window at
-        a time beside what threads wait for: a working set that the source has."""
-        self._call("requesting pages", "request_runs", page_runs(runs), len(runs))
+    def request_runs(self, runs: Any) -> None:
+        """Asks for the pages of these `page_runs` that are armed, missing, and were not asked for, in their order, a
+        window at a time beside what threads wait for: a working set that the source has."""
+        self._call("requesting pages", "request_runs", runs, len(runs))
 
     def set_prefetch(self, policy: Prefetch) -> None:
         """What is asked for ahead of faults from now on; at first nothing."""
@@ -344,8 +345,12 @@ class Pager(CoreDataPlane, PagerCounters):
 
 
 def page_runs(runs: Sequence[Run]) -> Any:
-    """For the core."""
-    return ffi.new("struct pc_page_run[]", [(first_page, pages, block) for block, first_page, pages in runs])
+    """For the core. A million of them take some tenths of a second, in which other threads of Python run too."""
+    packed: Any = ffi.new("struct pc_page_run[]", len(runs))
+    for at in range(0, len(runs), _RUNS_AT_ONCE):
+        some = runs[at : at + _RUNS_AT_ONCE]
+        packed[at : at + len(some)] = [(first_page, pages, block) for block, first_page, pages in some]
+    return packed
 
 
 def new_metrics() -> int:

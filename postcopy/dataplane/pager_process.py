@@ -33,7 +33,6 @@ import socket
 import subprocess
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,12 +47,11 @@ from postcopy.dataplane._events import ChannelKind, Event, EventType
 from postcopy.dataplane._pager_child import MESSAGE_BYTES
 from postcopy.dataplane.ahead import NO_PREFETCH, Prefetch
 from postcopy.dataplane.compression import Compression
-from postcopy.dataplane.pager import PagerCounters, PagerStatistics, page_runs
+from postcopy.dataplane.pager import PagerCounters, PagerStatistics
 from postcopy.dataplane.recorder import Recorder
 from postcopy.errors import BusyError, CoreError, MigrationError, PostcopyError, check
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
-from postcopy.memory.workingset import Run
 from postcopy.tls import DataChannel
 from postcopy.uffd import How, Userfaultfd, parse_how, probe
 
@@ -366,7 +364,7 @@ class ProcessPager(PagerCounters):
         self._compression = Compression(0)
         self._prefetch = NO_PREFETCH
         self._touches = -1  # where first touches are logged
-        self._runs: Sequence[Run] = ()
+        self._runs: Any = ()
         self._disarmed = False
         self._deaths_in_a_row = 0
         self._received_at_death = 0
@@ -387,11 +385,11 @@ class ProcessPager(PagerCounters):
         states_fd = check(lib.pc_states_new(memory.pages), "making page states")
         try:
             number = self._add_block(memory, memory.pages, lambda: self._give_block(memory, states_fd), states_fd)
-            check(lib.pc_metrics_add_states(self._counters, states_fd, memory.pages, memory.page_bytes), "mapping them")
-            return number
         except BaseException:
             os.close(states_fd)
             raise
+        check(lib.pc_metrics_add_states(self._counters, states_fd, memory.pages, memory.page_bytes), "mapping them")
+        return number
 
     def set_zero(self, block: int, zero: Bitmap) -> None:
         self._check_length(block, zero)
@@ -470,7 +468,7 @@ class ProcessPager(PagerCounters):
         self._post("requesting pages", "request_range", block, first_page, pages)
         return pages - self.received(block).part(first_page, pages).count()
 
-    def request_runs(self, runs: Sequence[Run]) -> None:
+    def request_runs(self, runs: Any) -> None:
         self._give_runs(runs)
         self._runs = runs
 
@@ -669,10 +667,9 @@ class ProcessPager(PagerCounters):
     def _give_touches(self) -> None:
         self._post("recording first touches", "record_touches", fds=(self._touches,))
 
-    def _give_runs(self, runs: Sequence[Run]) -> None:
+    def _give_runs(self, runs: Any) -> None:
         self._check_open()
-        packed = ffi.buffer(page_runs(runs))
-        self._process.post(_file_call("requesting pages", "request_runs", (len(runs),), packed))
+        self._process.post(_file_call("requesting pages", "request_runs", (len(runs),), ffi.buffer(runs)))
 
     def _give_arming(self, *armed: int) -> None:
         self._post("registering memory with a userfaultfd", "arm", *armed)
@@ -700,7 +697,7 @@ class ProcessPager(PagerCounters):
                     self._give_touches()
                 for armed in () if self._disarmed else self._armed:
                     self._give_arming(*armed)
-                if self._runs and not self._disarmed:  # what has arrived of them is asked for no second time
+                if len(self._runs) and not self._disarmed:  # what has arrived of them is asked for no second time
                     self._give_runs(self._runs)
                 await self.confirm()
             except PagerDied:

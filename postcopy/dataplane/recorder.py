@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -115,8 +116,10 @@ class Recorder:
     def mark(self, what: str, text: str = "", *, at_ns: int | None = None, begins: bool = False) -> None:
         """Something happens now, or has happened; `what`: as in the record `Mark`. `begins`: what follows is recorded
         in full detail again."""
-        if len(self._marks) < self._most_marks:
-            self._marks.append(Moment(time.monotonic_ns() if at_ns is None else at_ns, what, text[:TEXT_CHARACTERS]))
+        if len(self._marks) == self._most_marks:  # of what happens most often, as rounds and cuts, one is left out
+            ((often, count),) = Counter(mark.what for mark in self._marks).most_common(1)
+            del self._marks[[number for number, mark in enumerate(self._marks) if mark.what == often][count // 2]]
+        self._marks.append(Moment(time.monotonic_ns() if at_ns is None else at_ns, what, text[:TEXT_CHARACTERS]))
         if begins:
             self.begin()
 

@@ -26,11 +26,21 @@ import trio
 from postcopy._stop import Stop
 from postcopy.handler._handler import Handler, MakeSource
 from postcopy.handler._keeper import in_keeper, keep, open_store
-from postcopy.handler._vm import RECORD_VERSION, About
+from postcopy.handler._vm import OLDEST_VERSION, RECORD_VERSION, About
 from postcopy.records import Json, Record, as_json
 from postcopy.service.config import PagerConfig
 
-__all__ = ["RECORD_VERSION", "About", "Handler", "MakeSource", "in_keeper", "keep", "open_store", "serve"]
+__all__ = [
+    "OLDEST_VERSION",
+    "RECORD_VERSION",
+    "About",
+    "Handler",
+    "MakeSource",
+    "in_keeper",
+    "keep",
+    "open_store",
+    "serve",
+]
 
 log = logging.getLogger(__name__)
 

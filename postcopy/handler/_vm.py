@@ -66,7 +66,9 @@ _SO_PEERPIDFD = 77  # <asm-generic/socket.h>, Linux 6.5
 _RECORD = "postcopy-vm"
 RECORD_VERSION = 2
 """Of all that is kept: of `About`, and of the page states, counters and touches, as C lays them out. An engine that
-knows another one is refused as a successor."""
+does not know it is refused as a successor."""
+OLDEST_VERSION = 1
+"""The first one that is gone on from. Its counters are laid out in another way: they begin anew."""
 _MAX_RECORD_BYTES = 64 << 10
 WRITE_S = 30.0
 """How long writing a working set may take."""
@@ -171,9 +173,13 @@ class Descriptors:
             if min(found.uffd, found.states, found.metrics, found.touches, found.record) < 0:
                 raise ValueError("descriptors are missing")
             about = msgspec.json.decode(os.pread(found.record, _MAX_RECORD_BYTES, 0), type=About)
-            if about.version != RECORD_VERSION:
+            if not OLDEST_VERSION <= about.version <= RECORD_VERSION:
                 raise ValueError(f"its record is of version {about.version}")
-        except (ValueError, OSError) as error:
+            if about.version < RECORD_VERSION:
+                os.close(found.metrics)
+                found.metrics = -1
+                found.metrics = new_metrics()
+        except (ValueError, OSError, PostcopyError) as error:
             found.close()
             raise ProtocolError(f"a virtual machine cannot be taken over: {error}") from error
         return found, about

@@ -8,19 +8,17 @@ Nothing depends on either: what cannot be read or written is logged, and the mig
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
 from postcopy.dataplane.ahead import NO_PREFETCH, Prefetch
-from postcopy.dataplane.pager import new_touches, read_touches
+from postcopy.dataplane.pager import new_touches, page_runs, read_touches
 from postcopy.errors import PostcopyError
 from postcopy.machines import Machine
 from postcopy.memory import workingset
-from postcopy.memory.workingset import Run
 
 if TYPE_CHECKING:
     from postcopy.dataplane.pager import Pager
@@ -42,7 +40,7 @@ class Ahead:
         self._policy = policy
         self._working_set = working_set
         self._record_to = record_to
-        self._runs: Sequence[Run] = ()
+        self._runs: Any = ()
         self._touches: FdHolder | None = None
         self._names: workingset.Blocks = ()
         self._sizes: list[tuple[int, int]] = []
@@ -59,34 +57,39 @@ class Ahead:
         if self._working_set is not None:
             try:
                 self._runs = await run_sync(self._read, self._working_set)
-            except PostcopyError as error:
-                log.warning("%s; nothing is asked for because of it", error)
+            except (PostcopyError, MemoryError) as error:
+                log.warning("%s; nothing is asked for because of it", str(error) or f"{self._working_set}: no memory")
 
-    def _read(self, path: str) -> list[Run]:
-        return workingset.read_of_machine(path, self._names).in_blocks(self._sizes)
+    def _read(self, path: str) -> Any:
+        return page_runs(workingset.read_of_machine(path, self._names).in_blocks(self._sizes))
 
     def ask(self, pager: Pager | ProcessPager) -> None:
         """For the working set, once."""
         runs, self._runs = self._runs, ()
-        if runs:
-            pager.request_runs(runs)
+        if len(runs):
+            try:
+                pager.request_runs(runs)
+            except PostcopyError as error:
+                log.warning("--working-set %s: %s; nothing is asked for because of it", self._working_set, error)
 
     async def record(self) -> None:
+        """Shielded: what is asked to end meanwhile ends when it is written. Bounded in time."""
         touches, self._touches = self._touches, None
         if touches is None or self._record_to is None:
             return
-        try:
-            found = await run_sync(self._touched, touches.fd)
-            with trio.move_on_after(WRITE_S) as scope:  # a disk may hang
-                await run_sync(workingset.write, self._record_to, found, self._names, abandon_on_cancel=True)
-            if scope.cancelled_caught:
-                log.error("--record-working-set %s: not written within %g s", self._record_to, WRITE_S)
-            else:
-                log.info("the working set, %d pages, has been written to %s", found.pages, self._record_to)
-        except PostcopyError as error:
-            log.error("%s", error)
-        finally:
-            touches.close()
+        with trio.CancelScope(shield=True):
+            try:
+                found = await run_sync(self._touched, touches.fd)
+                with trio.move_on_after(WRITE_S) as scope:  # a disk may hang
+                    await run_sync(workingset.write, self._record_to, found, self._names, abandon_on_cancel=True)
+                if scope.cancelled_caught:
+                    log.error("--record-working-set %s: not written within %g s", self._record_to, WRITE_S)
+                else:
+                    log.info("the working set, %d pages, has been written to %s", found.pages, self._record_to)
+            except (PostcopyError, MemoryError) as error:
+                log.error("%s", str(error) or f"--record-working-set {self._record_to}: no memory")
+            finally:
+                touches.close()
 
     def _touched(self, fd: int) -> workingset.WorkingSet:
         return workingset.of_machine(read_touches(fd), self._sizes)

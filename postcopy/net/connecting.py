@@ -240,7 +240,9 @@ class Caller:
             await _say_hello(stream, hello, token, version)
         except BaseException as error:
             if resumed and self._last is secured:
-                self._last = None  # a peer of before that does not take the session says nothing: the next offers none
+                # The session may be why: a peer of an older version that does not take it closes without a word. (Cut
+                # before it was resumed, a connection says nothing about that, and the next one is as quick.)
+                self._last = None
             if isinstance(error, trio.BrokenResourceError):
                 raise broken(error) from error
             raise

@@ -33,8 +33,10 @@ class Run(Record, kw_only=True):
     version: Annotated[str, doc("Of postcopy.")]
     started: Annotated[str, doc("When, in UTC: `2026-01-31T23:59:59.000Z`.")]
     options: Annotated[
-        dict[str, str], doc("What was asked for, by option; nothing that says where keys and certificates are.")
-    ]
+        dict[str, str],
+        doc("What was asked for, by option. No addresses, no command lines, nothing that says where keys and"
+            " certificates are."),
+    ]  # fmt: skip
     host: Annotated[Host, doc("Where it runs.")]
 
 
@@ -88,7 +90,9 @@ class Measurement(Record, kw_only=True):
     goal: Annotated[float | None, doc("At most that where less is better, at least where more is.", "as `result`")] = (
         None
     )
-    reached: Annotated[bool | None, doc("Whether the goal is; not there without one.")] = None
+    reached: Annotated[
+        bool | None, doc("Whether the goal is; not there without one, and where the interval of an exponent holds it.")
+    ] = None
     curve: Annotated[Curve | None, doc("Where the values are points of one.")] = None
     distributions: Annotated[dict[str, Distribution] | None, doc("Distributions of times, all rounds together.")] = None
     note: Annotated[str | None, doc("What else there is to say.")] = None
@@ -104,7 +108,11 @@ class Comparison(Record, kw_only=True):
     after: Annotated[float | None, doc("Median of those of B.", "`unit`")]
     rounds_before: Annotated[int, doc("Of A.", "rounds")]
     rounds_after: Annotated[int, doc("Of B.", "rounds")]
-    ratio: Annotated[float | None, doc("`after` over `before`; not there with too few rounds.", "1")] = None
+    ratio: Annotated[float | None, doc("`after` over `before`; only where something could be told.", "1")] = None
     low: Annotated[float | None, doc("Lower end of its 95 % confidence interval.", "1")] = None
     high: Annotated[float | None, doc("Upper end of it.", "1")] = None
-    verdict: Annotated[str, doc("What can be said.", of="worse|better|no difference seen|too few rounds")]
+    verdict: Annotated[
+        str,
+        doc("What can be said. no ratio: a round gave less than 0.",
+            of="worse|better|no difference seen|too few rounds|no ratio"),
+    ]  # fmt: skip

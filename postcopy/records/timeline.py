@@ -15,7 +15,7 @@ from postcopy.records._base import Record, doc
 from postcopy.records.migration import Counted, Kind, Name
 from postcopy.records.pager import Vm, VmName
 
-COLUMNS: Final = 384
+COLUMNS: Final = 360
 """So many at most."""
 BINS: Final = 128
 """Of the residency map, at most."""

@@ -40,7 +40,7 @@ def cpu_virtualization() -> bool | None:
     """Whether the processor says that it can run guests; None where it does not say."""
     if os.uname().machine not in ("x86_64", "i686"):
         return None
-    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
         for line in lines:
             if line.startswith("flags"):
                 return not {"vmx", "svm"}.isdisjoint(line.split())

@@ -162,13 +162,30 @@ def parse(line: str | bytes) -> Json:
 
 
 def run(function: Callable[[*Ts], Awaitable[T]], *arguments: *Ts) -> T:
-    """`trio.run` for a command without an `Output`: Ctrl-C and errors for a person come as they are, not in a group."""
+    """`trio.run` for a command without an `Output`: Ctrl-C and errors for a person come as they are, not in a group.
+    SIGTERM, and SIGHUP where it is not ignored, are as Ctrl-C: there are processes, mounts and files to end."""
+
+    async def until_told_to_end() -> T:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(_interrupt_when_told)
+            result = await function(*arguments)
+            nursery.cancel_scope.cancel()
+        return result
+
     try:
-        return trio.run(function, *arguments, strict_exception_groups=True)
+        return trio.run(until_told_to_end, strict_exception_groups=True)
     except BaseExceptionGroup as group:
         if group.subgroup(KeyboardInterrupt) is not None:
             raise KeyboardInterrupt from None
         raise known_error(group) from None
+
+
+async def _interrupt_when_told(task_status: trio.TaskStatus[None]) -> None:
+    hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+    with trio.open_signal_receiver(signal.SIGTERM, *hangup) as received:
+        task_status.started()
+        async for _ in received:
+            raise KeyboardInterrupt
 
 
 # ---- without Trio

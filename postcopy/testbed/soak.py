@@ -3,8 +3,9 @@
 
 ``python -m postcopy.testbed.soak --seconds 600`` runs one `postcopy demo` after the other, each with its own seed; each
 verifies every page of its machine. Every other one has its pager in a process of its own, which is killed a few times;
-half of either kind have a source that gives its memory back as it goes. The seed chooses the mode. The first one that
-fails ends it, and is named so that it can be run again.
+half of either kind have a source that gives its memory back as it goes. The seed chooses the mode. Of three, one asks
+for no page ahead, one along strides, one around each fault. The first one that fails ends it, and is named so that it
+can be run again.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from postcopy.units import argument, format_exact_size, parse_seconds, parse_siz
 WORKLOADS = ("random", "dirty")
 MODES = ("postcopy", "hybrid", "hybrid", "precopy", "stop-and-copy")  # chosen by the seed
 PAGERS = ("thread", "process")
+AHEAD = ("none", "adaptive", "both:16")
 PLAN = "cut:every=0.05..0.25,down=0..0.05,ways=reset+reset+reset+close+truncate"
 DEADLINE_S = 300
 PAGER_LIVES_S = (0.2, 1.0)
@@ -43,7 +45,7 @@ def _check_plan(text: str) -> str:
 
 
 def command(
-    workload: str, memory_bytes: int, seed: int, plan: str, pager: str, release: bool, tls: bool = False
+    workload: str, memory_bytes: int, seed: int, plan: str, pager: str, ahead: str, release: bool, tls: bool
 ) -> list[str]:
     machine = [
         "--machine",
@@ -60,7 +62,7 @@ def command(
     network = ["--migrate-after", "0.2", "--chaos", plan, "--seed", str(seed)]
     network += ["--mode", MODES[seed % len(MODES)]]
     more = [*(["--release-ram"] if release else []), *(["--tls"] if tls else [])]
-    return ["demo", "--json", *machine, *network, "--pager", pager, *more]
+    return ["demo", "--json", *machine, *network, "--pager", pager, "--prefetch", ahead, *more]
 
 
 async def run_one(arguments: list[str], seed: int) -> tuple[Json | None, str]:
@@ -117,7 +119,8 @@ def main(argv: list[str] | None = None) -> int:
     while time.monotonic() - began_s < args.seconds:
         workload, pager = WORKLOADS[migrations % 2], PAGERS[migrations // 2 % 2]
         release = migrations // 4 % 2 == 1
-        arguments = command(workload, args.memory, seed + migrations, args.plan, pager, release, args.tls)
+        ahead = AHEAD[migrations % len(AHEAD)]
+        arguments = command(workload, args.memory, seed + migrations, args.plan, pager, ahead, release, args.tls)
         result, reason = _processes.run(run_one, arguments, seed + migrations)
         if result is None:
             print(f"soak: FAILED: {reason}\nsoak: again with: postcopy {' '.join(arguments)}", file=sys.stderr)

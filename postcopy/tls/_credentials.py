@@ -13,14 +13,15 @@ A private key must belong to this user or to root, and nobody else may read it, 
 may be one that everybody can write: who writes ``ca-cert.pem`` says who is let in.
 
 The directory may be on a file system that is slow, or hangs. Where something was read before, a connection waits for
-it `LOOK_TIMEOUT_S`, less than a peer waits for a handshake, and goes on with that: what such a look finds is for the
-next connection. One that takes more than `READ_TIMEOUT_S` is said to hang. One thread at most is left behind in the
-kernel, and as long as it is there nobody waits.
+it `LOOK_TIMEOUT_S`, less than a peer waits for a handshake, and goes on with that: what such a look finds is used by
+the next connection. A look that takes more than `READ_TIMEOUT_S` is said to hang. One thread at most is left behind in
+the kernel.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shlex
 import stat
@@ -64,9 +65,8 @@ class Credentials:
         self._looked: dict[bool, int] = {}  # by role: the number of the last one that is done
         self._reading = trio.Lock()
         self._thread = trio.CapacityLimiter(1)
-        self._late: dict[bool, list[outcome.Maybe[_Found | None]]] = {}  # by role: of a look that took too long
-        self._began_s = 0.0  # the last look
-        self._hangs = False  # that took too long, and is not over
+        self._found: dict[bool, outcome.Maybe[_Found | None]] = {}  # by role: by a look, and not yet used
+        self._began_s = 0.0  # the look that is not over, where there is one
 
     def not_after_s(self, *, server: bool) -> int | None:
         """When the certificate of this role ends, in seconds since 1970; None for a role that has not been taken."""
@@ -77,27 +77,31 @@ class Credentials:
         then made with what was read before."""
         for server in list(self._read):
             async with self._reading:
-                await self._renewed(server, READ_TIMEOUT_S)
+                self._found.pop(server, None)  # before it was asked for
+                await self._look(server)
 
     async def context(self, *, server: bool) -> Context:
         """For the next connection; `server`: of the side that listens. `ConfigurationError` for files that are not
         there or cannot be used; `ResourceError` for a host without OpenSSL, and for a file system that does not answer.
         None of them where there are certificates that were good before."""
         asked = self._looks
-        async with self._reading:
-            if server not in self._read or self._looked.get(server, 0) <= asked:  # none has begun since
-                look = self._looks = self._looks + 1
-                try:
-                    await self._renewed(server, LOOK_TIMEOUT_S if server in self._read else READ_TIMEOUT_S)
-                    self._problems.pop(server, None)
-                except PostcopyError as error:
-                    if server not in self._read:
-                        raise
-                    if self._problems.get(server) != str(error):
-                        log.warning("%s; the certificates that were read before stay in use", error)
-                    self._problems[server] = str(error)
-                self._looked[server] = look
-            return self._read[server][0]
+        with trio.move_on_after(LOOK_TIMEOUT_S if server in self._read else math.inf):
+            async with self._reading:
+                if server not in self._read or self._looked.get(server, 0) <= asked:  # none has begun since
+                    look = self._looks = self._looks + 1
+                    try:
+                        if server in self._read:
+                            self._use_found(server)
+                        await self._look(server)
+                        self._problems.pop(server, None)
+                    except PostcopyError as error:
+                        if server not in self._read:
+                            raise
+                        if self._problems.get(server) != str(error):
+                            log.warning("%s; the certificates that were read before stay in use", error)
+                        self._problems[server] = str(error)
+                    self._looked[server] = look
+        return self._read[server][0]
 
     async def accept(self, stream: trio.SocketStream) -> TlsStream:
         """A connection that was accepted, with its handshake done. `TlsError`, `trio.BrokenResourceError`; those of
@@ -106,44 +110,36 @@ class Credentials:
         await tls.handshake()
         return tls
 
-    async def _renewed(self, server: bool, wait_s: float) -> None:
-        """With `_reading`. Waits for the files so long at most."""
-        context, known = self._read.get(server, (None, None))
-        fresh = await self._read_again(server, known, wait_s)
-        if fresh is not None:
-            self._read[server] = fresh
-            if fresh[0].not_after_s <= time.time():
-                log.warning("%s: the %s's certificate has expired: issue it again", self.directory, ROLES[server])
-            if context is not None:
-                log.info("%s: the certificates for the %s were read again", self.directory, ROLES[server])
+    async def _look(self, server: bool) -> None:
+        """Uses what the files are now, with `_reading`. Cancelled, it leaves what it finds in `_found`."""
+        if self._thread.available_tokens:
+            self._began_s = trio.current_time()
+        if trio.current_time() - self._began_s < READ_TIMEOUT_S:
+            known = self._read[server][1] if server in self._read else None
 
-    async def _read_again(self, server: bool, known: Identity | None, wait_s: float) -> _Found | None:
-        """None: they are those that are known, as far as was found out in this time."""
-        if idle := bool(self._thread.available_tokens):
-            self._hangs = False
-        if idle or (known is None and not self._hangs):
-            late = self._late.pop(server, None)  # of a look that nobody has waited for
-            if late and (found := late[0].unwrap()) is not None:
-                return found
-            answer: list[outcome.Maybe[_Found | None]] = []
-            self._late[server], self._began_s = answer, trio.current_time()
-            with trio.move_on_after(wait_s):
+            def look() -> None:
+                self._found[server] = outcome.capture(_read, self.directory, server, known)
+
+            with trio.move_on_after(READ_TIMEOUT_S):
                 try:
                     # Not on a thread of a migration, which has few: what hangs here must end no machine.
-                    await trio.to_thread.run_sync(
-                        lambda: answer.append(outcome.capture(_read, self.directory, server, known)),
-                        limiter=self._thread,
-                        abandon_on_cancel=True,
-                    )
+                    await trio.to_thread.run_sync(look, limiter=self._thread, abandon_on_cancel=True)
                 except (RuntimeError, MemoryError) as error:
-                    del self._late[server]
                     raise no_thread("reading certificates") from error
-                del self._late[server]
-                return answer[0].unwrap()
-        if known is not None and not self._hangs and trio.current_time() - self._began_s < READ_TIMEOUT_S:
-            return None
-        self._hangs = True
+                self._use_found(server)
+                return
         raise ResourceError(f"{self.directory}: its file system has not answered within {READ_TIMEOUT_S:g} s")
+
+    def _use_found(self, server: bool) -> None:
+        found = self._found.pop(server).unwrap() if server in self._found else None
+        if found is None:
+            return  # nothing was looked at, or it is as it was
+        renewed = server in self._read
+        self._read[server] = found
+        if found[0].not_after_s <= time.time():
+            log.warning("%s: the %s's certificate has expired: issue it again", self.directory, ROLES[server])
+        if renewed:
+            log.info("%s: the certificates for the %s were read again", self.directory, ROLES[server])
 
 
 def _read(directory: str, server: bool, known: Identity | None) -> _Found | None:

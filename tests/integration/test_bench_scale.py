@@ -28,10 +28,11 @@ async def curves(name: str, *points: float) -> dict[str, Measurement]:
 
 @pytest.mark.slow
 @pytest.mark.needs("uffd")
-async def test_waiting_threads_and_userfaultfds() -> None:
-    waiting = await curves("pending", 1, 50)
-    assert waiting["all answered at once"].values.keys() == {"1", "50"}
-    await curves("userfaultfds", 1, 3)
+async def test_waiting_threads_and_userfaultfds(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = await curves("pending", 50)
+    assert waiting["all answered at once"].values.keys() == {"50"}
+    monkeypatch.setattr(_scale, "STRIPED_BYTES", 8 << 20)
+    await curves("userfaultfds", 3)
 
 
 @pytest.mark.slow

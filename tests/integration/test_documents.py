@@ -101,6 +101,7 @@ ELSEWHERE = {  # page: the tests that do what it says; that its commands and opt
     "docs/operating.md": "tests/integration/test_operating.py",
     "docs/privileges.md": "tests/integration/test_privileges.py",
     "docs/probe.md": "tests/unit/testbed/test_probe.py",
+    "docs/report.md": "tests/integration/test_report.py",
     "docs/results.md": "tests/unit/testbed/test_bench_compare.py",
     "docs/salvage.md": "tests/integration/test_salvage.py",
     "docs/userfaultfd.md": "tests/packages/test_install.py",

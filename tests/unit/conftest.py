@@ -28,3 +28,9 @@ def no_more_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(threading.Thread, "start", refuse)
     yield limit
     limit.clear()
+
+
+@pytest.fixture
+def patient_tls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection waits for a look at its certificates for as long as that takes on a busy host."""
+    monkeypatch.setattr("postcopy.tls._credentials.LOOK_TIMEOUT_S", 60.0)

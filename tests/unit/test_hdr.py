@@ -109,6 +109,13 @@ def test_a_time_that_is_none_is_refused(unix_ms: Any) -> None:
         hdr_log(intervals([{"event": "timeline", "side": "dest", "recording": recording}]))
 
 
+@pytest.mark.parametrize("most", [-5, 6, 1 << 70])
+def test_a_longest_time_that_is_not_in_its_bucket_is_the_end_of_that(most: int) -> None:
+    text = hdr_log([Interval("a", 1.0, 1.0, distribution([5], [3], max_ns=most))])
+    read = HdrHistogram.decode(text.splitlines()[-1].rpartition(",")[2])
+    assert (read.get_total_count(), read.get_max_value()) == (3, 5)
+
+
 def test_nothing_to_write_is_said_and_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no line has a distribution"):
         write_hdr(str(tmp_path / "x.hlog"), intervals([RUN]))

@@ -19,7 +19,7 @@ extern "C" {
 
 /* ==== begin cffi ==== */
 struct pc_recorder;
-#define PC_RECORD_COLUMNS 384
+#define PC_RECORD_COLUMNS 360
 #define PC_RECORD_FAULTS 1000
 #define PC_RECORD_BINS 128
 #define PC_RECORD_COUNTS 48 /* for struct pc_pager_stats or pc_pageserver_stats */

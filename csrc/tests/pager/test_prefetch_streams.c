@@ -68,6 +68,16 @@ static void expect(struct script *script, const char *requests)
     }
 }
 
+static void expect_ahead(struct script *script, uint64_t first, uint64_t end)
+{
+    for (uint64_t page = first; page < end; page++) {
+        char text[32];
+
+        (void)snprintf(text, sizeof(text), "%llu", (unsigned long long)page);
+        expect(script, text);
+    }
+}
+
 /* A thread touches a page; what is requested then, which is answered. */
 static void touched(struct script *script, uint64_t page, const char *requests)
 {
@@ -281,6 +291,53 @@ static void late(void)
     close_script(&script);
 }
 
+/* The one behind the deepest stream that there can be, which was requested for another reason. */
+static void late_at_the_edge(void)
+{
+    struct toucher toucher, other;
+    struct script script;
+
+    open_script(&script, PC_PREFETCH_FORWARD, 64);
+    touch_one(&toucher, &script.rig, 0, 100);
+    expect(&script, "100!");
+    expect_ahead(&script, 101, 165);
+    answer_kept(&script);
+    join_toucher(&toucher);
+    CHECK_EQ(pc_pager_request_range(script.rig.pager, 0, 165, 1), 1);
+    expect(&script, "165");
+    touch_one(&other, &script.rig, 0, 165);
+    expect_ahead(&script, 166, 230);
+    CHECK_EQ(pager_stats(&script.rig).prefetch_hits, 65);
+    answer_kept(&script);
+    join_toucher(&other);
+    close_script(&script);
+}
+
+/* Requested on another channel as what is waited for, it is not requested for being late, too. */
+static void late_on_a_channel_that_is_lost(void)
+{
+    struct toucher toucher;
+    struct script script;
+
+    open_script(&script, PC_PREFETCH_FORWARD, 2);
+    touched(&script, 50, "50! 51 52");
+    touch_one(&toucher, &script.rig, 0, 100);
+    expect(&script, "100! 101 102");
+    answer(&script, &script.unanswered[0]);
+    join_toucher(&toucher);
+    touch_one(&toucher, &script.rig, 0, 101);
+    expect(&script, "103");
+    close(script.fd);
+    EXPECT_EVENT(&script.rig.from_pager, PC_EVENT_CHANNEL_DOWN, PC_CHANNEL_URGENT, 0, NULL);
+    script.fd = script_urgent(&script.rig, 0);
+    script.count = 0;
+    expect(&script, "101! 102 103");
+    CHECK(!speaks(script.fd, 1500));
+    answer_kept(&script);
+    join_toucher(&toucher);
+    close_script(&script);
+}
+
 /* A source that does not answer what was requested ahead holds a thread for a second; and no more than a window is asked of it. */
 static void unanswered(void)
 {
@@ -365,6 +422,8 @@ int main(int argc, char **argv)
     RUN_CASE(random_pages_cost_nothing);
     RUN_CASE(known_pages_are_left_out);
     RUN_CASE(late);
+    RUN_CASE(late_at_the_edge);
+    RUN_CASE(late_on_a_channel_that_is_lost);
     RUN_CASE(unanswered);
     RUN_CASE(runs);
     return test_end();

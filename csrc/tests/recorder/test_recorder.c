@@ -191,6 +191,12 @@ static void faults_are_sampled_evenly(void)
     look(fake.recorder, false);
     CHECK_EQ(fake.recorder->fault_count, PC_FAULT_RING - 1);
     CHECK_EQ(fake.recorder->faults[0].number, (2 * PC_FAULT_RING + 2) * every);
+    for (int i = 1; i <= 2 * PC_RECORD_FAULTS; i++) { /* a number that no fault has */
+        put_fault(&fake, 9, 0);
+        if (i % 100 == 0)
+            look(fake.recorder, false);
+    }
+    CHECK_EQ(fake.recorder->fault_count, PC_FAULT_RING - 1);
     CHECK_EQ(pc_recorder_stop(fake.recorder), 0);
     CHECK_EQ(fake.metrics->map->sample_every, 0); /* and the fault threads put nothing there any more */
     close_fake(&fake);
@@ -202,7 +208,7 @@ static void bins_are_what_is_there(void)
 {
     static uint64_t small[8], huge[1 << 15]; /* 8 GiB in pages of 4 KiB */
     struct pc_view view = {0};
-    uint8_t bins[64];
+    uint8_t bins[64], many[2048];
 
     CHECK_EQ(pc_view_bins(&view, bins, 64), 0);
     pc_view_add(&view, small, 30, 4096);
@@ -225,6 +231,8 @@ static void bins_are_what_is_there(void)
     CHECK_EQ(pc_view_bins(&view, bins, 64), 64);
     for (uint32_t bin = 0; bin < 64; bin++)
         CHECK_EQ(bins[bin], bin < 32 ? 32 : 63);
+    CHECK_EQ(pc_view_bins(&view, many, sizeof(many)), sizeof(many)); /* so many that little can be looked at of each */
+    CHECK(many[0] == 32 && many[sizeof(many) - 1] == 63);
 }
 
 /* ---- beside those at work ---- */

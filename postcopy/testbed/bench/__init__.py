@@ -36,6 +36,8 @@ is reported is the median over the rounds of the ratio within a round, so that a
   UFFDIO_COPY; and from the death of the engine to the next page, against 300 ms.
 - ``firecracker-move``: how long a microVM of 128 MiB and of 2 GiB stands still while it moves, against 25 ms; what of
   it are not Firecracker's own calls, against 5 ms; and beside it a Full snapshot and a copied file.
+- ``migrate``: a machine moves by every policy (stop-and-copy, precopy, postcopy with and without push, prefetch and a
+  working set, hybrid) while it does different things: a table of both, no goal.
 - ``qemu-move``: a virtual machine of QEMU moves by postcopy, against QEMU's own postcopy of the same (TCG; with and
   without preempt): stop to run, faults, total time; and both with the network cut in the middle.
 
@@ -62,7 +64,7 @@ import math
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import trio
@@ -152,8 +154,8 @@ def run(args: argparse.Namespace) -> int:
     if args.figures[:1] == ["compare"]:
         from postcopy.testbed.bench import _compare
 
-        if args.rounds is not None:
-            raise ConfigurationError("--rounds: compare measures nothing")
+        if idle := [name for name in _given(args, add_arguments) if name not in ("--fail-above", "--json")]:
+            raise ConfigurationError(f"{idle[0]}: compare measures nothing")
         return _compare.run(args.figures[1:], args.fail_above, args.json)
     if args.fail_above is not None:
         raise ConfigurationError("--fail-above is for compare: `postcopy bench compare A.jsonl B.jsonl`")
@@ -163,13 +165,17 @@ def run(args: argparse.Namespace) -> int:
     if unknown := [name for name in names if name not in FIGURES]:
         hint = did_you_mean(unknown[0], FIGURES) or among(FIGURES)
         raise ConfigurationError(f"no figure called {unknown[0]}{hint}")
+    for name in FIGURES:
+        add = _of(name, "add_arguments")
+        if name not in names and add is not None and (idle := _given(args, add)):
+            raise ConfigurationError(f"{idle[0]} is an option of {name}, which is not measured: name that figure too")
     names = [name for name in names if _can_be_measured(name, asked=bool(args.figures))]
     for option in ("output", "hdr"):  # now, not after minutes of measuring
         if (path := getattr(args, option)) is not None:
             check_new_file(f"--{option}", path)
     began_s = time.monotonic()
     lines = [run_line("bench", _asked(args))]
-    reached = True
+    reached, interrupted = True, False
     if args.json:
         print(lines[0], flush=True)
     for name in names:
@@ -180,6 +186,9 @@ def run(args: argparse.Namespace) -> int:
             print(f"postcopy: error: {name}: {error}", file=sys.stderr)
             reached = False
             continue
+        except KeyboardInterrupt:  # what was measured before is kept
+            interrupted = True
+            break
         if measurements is None:
             print(f"postcopy: warning: {name} is left out: {args.within:g} s are over", file=sys.stderr)
             continue
@@ -201,7 +210,17 @@ def run(args: argparse.Namespace) -> int:
         except ConfigurationError as error:  # what was measured is worth having
             print(f"postcopy: error: --hdr: {error}", file=sys.stderr)
             reached = False
+    if interrupted:
+        raise KeyboardInterrupt
     return 0 if reached else 1
+
+
+def _given(args: argparse.Namespace, add: Callable[[argparse.ArgumentParser], None]) -> list[str]:
+    """Which of the options that `add` adds to a parser are not as they are by default."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add(parser)
+    options = [action for action in parser._actions if action.option_strings]
+    return [option.option_strings[0] for option in options if getattr(args, option.dest) != option.default]
 
 
 def _asked(args: argparse.Namespace) -> dict[str, object]:

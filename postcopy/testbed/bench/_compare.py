@@ -36,8 +36,9 @@ RESAMPLES: Final = 4000
 _SEED = 20141001
 _TAIL = int(RESAMPLES * (1 - LEVEL) / 2)  # resamples beyond each end of the interval
 
-WORSE, BETTER, SAME, FEW = "worse", "better", "no difference seen", "too few rounds"
-_KINDS = {WORSE: "bad", BETTER: "good", SAME: "muted", FEW: "warn"}
+WORSE, BETTER, SAME, FEW, NEGATIVE = "worse", "better", "no difference seen", "too few rounds", "no ratio"
+_KINDS = {WORSE: "bad", BETTER: "good", SAME: "muted", FEW: "warn", NEGATIVE: "warn"}
+_WORDS = {FEW: "too few rounds to tell", NEGATIVE: "no ratio: below 0"}
 MAX_ROWS = 200
 MAX_WIDTH = 100
 
@@ -54,7 +55,7 @@ def run(paths: Sequence[str], fail_above: float | None, as_lines: bool) -> int:
         for each in found:
             print(json.dumps({"schema": VERSION, "event": "comparison", "elapsed-ms": 0.0} | as_json(each)))
     failed = [each for each in found if fail_above is not None and worse_by(each) > fail_above]
-    told = any(each.verdict != FEW for each in found)
+    told = any(each.verdict not in _WORDS for each in found)
     if not as_lines:
         _print(before, after, found)
         console = make_console(sys.stdout)
@@ -93,7 +94,10 @@ def _compared(name: str, one: Value, other: Value) -> Comparison:
         name=name, unit=one.unit, better=one.better, before=statistics.median(a) if a else None,
         after=statistics.median(b) if b else None, rounds_before=len(a), rounds_after=len(b), verdict=FEW,
     )  # fmt: skip
-    if min(len(a), len(b)) < MIN_ROUNDS or min(min(a), min(b)) < 0:
+    if min(len(a), len(b)) < MIN_ROUNDS:
+        return found
+    if min(*a, *b) < 0:
+        found.verdict = NEGATIVE
         return found
     assert found.before is not None
     assert found.after is not None
@@ -175,10 +179,10 @@ def _print(before: Results, after: Results, found: Sequence[Comparison]) -> None
 def _row(found: Comparison) -> Row:
     a, b = (f"{value:.4g}" if value is not None else "-" for value in (found.before, found.after))
     unit = f" {found.unit}" if found.unit != "1" else ""
-    between, words = "-", found.verdict
-    if found.ratio is None or found.low is None or found.high is None:
-        words = f"too few rounds to tell: {found.rounds_before} and {found.rounds_after}"
-    else:
+    between, words = "-", _WORDS.get(found.verdict, found.verdict)
+    if found.verdict == FEW:
+        words += f": {found.rounds_before} and {found.rounds_after}"
+    elif found.ratio is not None and found.low is not None and found.high is not None:
         between = f"{found.low:.3f} .. {found.high:.3f}"
         if found.verdict in (WORSE, BETTER):
             percent = 100 * (found.ratio - 1)
@@ -190,10 +194,11 @@ def _row(found: Comparison) -> Row:
 def summary(before: Results, after: Results, found: Sequence[Comparison]) -> Iterator[str]:
     """What it means, in words."""
     count = Counter(each.verdict for each in found)
-    told = len(found) - count[FEW]
+    told = len(found) - count[FEW] - count[NEGATIVE]
+    negative = f", no ratio of {count[NEGATIVE]} that are below 0 in a round" if count[NEGATIVE] else ""
     yield (
         f"{len(found)} values: {count[WORSE]} worse, {count[BETTER]} better, no difference seen in {count[SAME]},"
-        f" too few rounds to tell in {count[FEW]} ({MIN_ROUNDS} are needed on each side)."
+        f" too few rounds to tell in {count[FEW]} ({MIN_ROUNDS} are needed on each side){negative}."
     )
     if told:
         yield (

@@ -13,6 +13,7 @@ import argparse
 import io
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -72,7 +73,7 @@ WORKLOADS = {
 """The guest's program, by the name of the workload."""
 BEFORE_S = 1.0  # that the machine runs before it moves
 WINDOW_S = 1.0  # at least: how long pure demand goes on without a push
-AFTER_S = 1.0  # and, at least, after the last page may have come
+AFTER_S = 2.0  # and, at least, after the last page may have come: time to be back in
 DEADLINE_S = 120.0  # of one migration, or
 DEADLINE_PUSHES = 20  # so many times what the push takes, where that is more
 END_S = 30.0  # for a demo that has missed it, with its processes
@@ -215,9 +216,31 @@ def _busy_s() -> float:
 
 
 async def compare(plan: Plan, rounds: int, said: Callable[[str], None], recorded: Callable[[Json], None]) -> list[Cell]:
-    """Every policy with every workload, `rounds` times. `said` is told about each cell that is done. `recorded` gets
-    the lines `timeline` of all, with the cell as the machine's name."""
+    """Every policy with every workload, `rounds` times, or until the first SIGINT: minutes of work are worth having.
+    `said` is told about each cell that is done. `recorded` gets the lines `timeline` of all, with the cell as the
+    machine's name."""
     cells = {(workload, policy): Cell(policy, workload) for workload in plan.workloads for policy in plan.policies}
+    with trio.open_signal_receiver(signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def stop() -> None:
+                await anext(signals)
+                said("interrupted: what has been measured so far is shown")
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(stop)
+            await _all(plan, rounds, cells, said, recorded)
+            nursery.cancel_scope.cancel()
+    return [cell for cell in cells.values() if cell.rounds]
+
+
+async def _all(
+    plan: Plan,
+    rounds: int,
+    cells: dict[tuple[str, str], Cell],
+    said: Callable[[str], None],
+    recorded: Callable[[Json], None],
+) -> None:
     with tempfile.TemporaryDirectory(prefix="postcopy-bench-") as directory:
         for number in range(rounds):
             for workload in plan.workloads:
@@ -225,11 +248,17 @@ async def compare(plan: Plan, rounds: int, said: Callable[[str], None], recorded
                 baseline = cells.get((workload, DEMAND), Cell(DEMAND, workload))
                 if LEARNED in plan.policies and DEMAND not in plan.policies:  # it shows what there is to learn
                     await _one(plan, baseline, number, file, said, lambda _: None)
-                for policy in sorted(plan.policies, key=list(POLICIES).index):
+                for policy in order(plan.policies, number):
                     await _one(plan, cells[workload, policy], number, file, said, recorded)
                 if baseline.rounds:
                     _add_prevented([cells[workload, policy] for policy in plan.policies], baseline)
-    return list(cells.values())
+
+
+def order(policies: Sequence[str], number: int) -> list[str]:
+    """In round `number`: each comes first as often as the others, but for `DEMAND`, from which is learned."""
+    known = [policy for policy in POLICIES if policy in policies]
+    first = number % len(known)
+    return sorted([*known[first:], *known[:first]], key=lambda policy: policy != DEMAND)
 
 
 async def _one(
@@ -374,7 +403,10 @@ async def measure_migrate(rounds: int, args: argparse.Namespace) -> list[Measure
             kept.write(text.encode() + b"\n")
 
         cells = await compare(plan, rounds, _tell, recorded)
-        measurements = [*(cell.record() for cell in cells), conditions(plan, cells)]
+        about = conditions(plan, cells)
+        if sum(len(cell.rounds) for cell in cells) < rounds * len(plan.policies) * len(plan.workloads):
+            about.reached, about.note = False, f"{about.note} Interrupted: this is not all of it."
+        measurements = [*(cell.record() for cell in cells), about]
         if args.report is not None:
             for measurement in measurements:
                 kept.write(json.dumps({"event": "measurement", **as_json(measurement)}).encode() + b"\n")
@@ -382,6 +414,8 @@ async def measure_migrate(rounds: int, args: argparse.Namespace) -> list[Measure
             command = python("-m", "postcopy", "report", "-", "--output", args.report)
             if (await trio.run_process(command, stdin=kept, check=False)).returncode == 0:
                 _tell(f"report: {args.report}")
+            else:  # its error is above
+                about.reached = False
     return measurements
 
 

@@ -133,6 +133,8 @@ def _take(line: Json, results: Results, migrations: dict[str, dict[str, float]])
             _take_measurement(msgspec.convert(line, Measurement), results)
     except msgspec.ValidationError as error:
         raise ConfigurationError(f"{event}: {error}") from None
+    if results.runs and results.runs[-1].command == "bench":
+        return  # its migrations are of as many kinds as it has measurements, which say all of them
     # What a migration says last of itself is all that there is to say: of both sides, and of a demo, it is one round.
     if event in ("migration-ended", "timeline", "result") and (name := line.get("migration-id")):
         known = migrations.setdefault(one_line(str(name), MAX_NAME_CHARACTERS), {})

@@ -8,7 +8,9 @@ the real code of both sides, from the pager's bitmap to the page server's, but f
 
 from __future__ import annotations
 
+import itertools
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -50,6 +52,7 @@ READ_BYTES = 64 * 1024  # as the control connection is read
 BEFORE_PAGES_BYTES = 4096  # more than the handshakes of a recovery take, less than the first page and they
 GIVE_UP_S = 30.0
 CUTS = 25  # a round
+CUTS_OF = "{} cuts of 0.1 to 1 s, all connections reset"
 MACHINE = ["--machine", "kvm", "--memory", "256MiB", "--vcpus", "1", "--workload", "dirty", "--max-bandwidth", "2MiB/s"]
 
 
@@ -193,23 +196,22 @@ def _cut_off(size_bytes: int) -> tuple[SourceProtocol, DestinationProtocol]:
     return source, dest
 
 
-def percentiles_ms(times_ms: Sequence[float]) -> dict[str, float]:
-    ordered = sorted(times_ms)
-    return {name: ordered[int(len(ordered) * part)] for name, part in (("p50", 0.5), ("p99", 0.99))}
+def tail(what: str, rounds: Sequence[Sequence[float]]) -> Measurement:
+    """p99 of all cuts together: a round has too few for one, its 99th percentile would be its longest."""
+    times_ms = sorted(itertools.chain(*rounds))
+    found = {"p99": times_ms[int(len(times_ms) * 0.99)], "longest": times_ms[-1], "allowed": 500.0}
+    return ratio(f"{what}, p99 / 500 ms", [found], "p99", "allowed", 1.0, unit="ms", note=CUTS_OF.format(len(times_ms)))
 
 
 async def measure_recovery_time(rounds: int) -> list[Measurement]:
     """A running machine that is cut off again and again."""
-    found = [percentiles_ms(await recovery_times_ms(CUTS, number)) for number in range(rounds)]
-    note = f"{CUTS} cuts of 0.1 to 1 s in a round, all connections reset"
+    found = [await recovery_times_ms(CUTS, number) for number in range(rounds)]
+    medians = [{"p50": statistics.median(each), "allowed": 150.0} for each in found]
+    what, note = "first page after the network's return", CUTS_OF.format(f"{CUTS} times {rounds}")
     return [
-        ratio(
-            f"first page after the network's return, {name} / {allowed_ms:g} ms",
-            [{name: each[name], "allowed": allowed_ms} for each in found],
-            name, "allowed", 1.0, unit="ms", note=note,
-        )
-        for name, allowed_ms in (("p50", 150.0), ("p99", 500.0))
-    ]  # fmt: skip
+        ratio(f"{what}, p50 / 150 ms", medians, "p50", "allowed", 1.0, unit="ms", note=note),
+        tail(what, found),
+    ]
 
 
 async def measure_recovery_map(rounds: int) -> list[Measurement]:

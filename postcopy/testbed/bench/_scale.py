@@ -40,6 +40,7 @@ PUSHED_BYTES = (64 << 20, 1 << 30)
 MOVED_BYTES = 256 << 30
 """The largest sparse machine that moves as a whole; a larger one has no more to do than parts of the engine show."""
 _BARS = "▁▂▃▄▅▆▇█"
+_REACHED = {True: "reached", False: "NOT REACHED", None: "not clear"}
 
 
 Measure = Callable[[float], Awaitable[dict[str, float]]]
@@ -313,8 +314,8 @@ def _curve(name: str, dimension: Dimension, key: str, cost: Cost, done: list[Poi
         measurement.curve.fit = found
         measurement.result, measurement.better = found.exponent, "less"
         measurement.goal = cost.goal
-        # Missed only where the points cannot be those of a cost that keeps to it.
-        measurement.reached = None if cost.goal is None else found.low <= cost.goal
+        if cost.goal is not None and not found.low <= cost.goal <= found.high:
+            measurement.reached = found.high < cost.goal
     return measurement
 
 
@@ -339,7 +340,7 @@ def text_scale(measurements: Sequence[Measurement], width: int) -> str:
         "Exponent: cost = constant * x ^ exponent, with its 95 % confidence interval; at the end: between the last two"
         " points; then the straight line (memory: x in GiB). The curve is on logarithmic axes:"
         f" {_BARS[0]} is the first value, {_BARS[-1]} as many times that as x has grown. A goal is missed where the"
-        " whole interval is above it."
+        " whole interval is above it, reached where it is below, and else not clear."
     )
     return "\n".join([*lines, "", *textwrap.wrap(legend, width)])
 
@@ -356,7 +357,7 @@ def _line(measurement: Measurement, width: int) -> list[str]:
     if (grown := curve.fit) is not None:
         goal = ""
         if measurement.goal is not None:
-            goal = f"; goal {measurement.goal:g}: {'reached' if measurement.reached else 'NOT REACHED'}"
+            goal = f"; goal {measurement.goal:g}: {_REACHED[measurement.reached]}"
         lines += textwrap.wrap(
             f"exponent {grown.exponent:.2f} ({grown.low:.2f} .. {grown.high:.2f}), at the end"
             f" {last_exponent(xs, ys):.2f}; {grown.base:.3g} + {grown.slope:.3g} x{goal}",

@@ -116,14 +116,16 @@ class Move:
             await client.execute("set", {"max-bandwidth": 0})
 
     async def faults_ms(self) -> dict[str, float]:
-        """How long a page has been waited for so far."""
+        """How long a page has been waited for so far. `MigrationError` where none was."""
         async with ControlClient.open(self._controls["dest"]) as client:
             (machine,) = (await client.execute("status"))["machines"]
         latency = machine["migration"]["fault-latency-us"]
-        return {f"fault-{part}": latency[part] / 1e3 for part in ("p50", "p99")} if latency["count"] else {}
+        if not latency["count"]:
+            raise MigrationError("the machine has not waited for a page")
+        return {f"fault-{part}": latency[part] / 1e3 for part in ("p50", "p99")}
 
     async def values(self) -> dict[str, float]:
-        """Of its end, in the units of `_scale.COSTS`."""
+        """Of its end, in the units of its costs in `_scale`."""
         source, dest = await self.source.result(), await self.dest.result()
         found = {
             "switchover": dest["downtime-ms"],
@@ -234,9 +236,9 @@ def _cpu_ms(*pids: int) -> float:
 
 
 def _resident_kib(pid: int) -> float:
-    """A process's own: what it shares is another's too."""
-    with open(f"/proc/{pid}/smaps_rollup") as lines:
-        return float(sum(int(line.split()[1]) for line in lines if line.startswith("Private_")))
+    """Of a process, beside its machines' memory, which is that of files (memfd)."""
+    with open(f"/proc/{pid}/status") as lines:
+        return float(sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")))
 
 
 async def machines(count: int) -> dict[str, float]:

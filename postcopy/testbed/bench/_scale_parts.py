@@ -37,13 +37,12 @@ from postcopy.testbed.bench._worker import HIT_NS, SEED, Job
 from postcopy.uffd import How, UffdFeature, Userfaultfd, probe
 
 PAGE_BYTES = int(lib.pc_page_bytes())
-CONTENT_BYTES = 32 << 20
-"""Of a sparse memory, spread over all of it in runs of a page each 16."""
+STORED_PAGES = 512
+"""Of a sparse memory, evenly spread: all that it holds."""
 CALLS = 1000
 CLAIMS = 4096
 LOOKS = 7
 TOUCHERS = 8
-STRIPED_BYTES = 64 << 20
 ALONE = 200
 ANSWERED = 300
 DEADLINE_S = 60.0
@@ -110,7 +109,7 @@ def _stored(memory: Memory, pages: int, offset: int) -> None:
 async def _memory(size_bytes: int) -> dict[str, float]:
     found: dict[str, float] = {}
     memory = sparse_memory(size_bytes)
-    _stored(memory, CONTENT_BYTES // PAGE_BYTES // 16, 0)
+    _stored(memory, STORED_PAGES, 0)
     # What the source does with the memory before the pause, and in it.
     machine: Any = SimpleNamespace(live=True, blocks=[SimpleNamespace(memory=memory)])
     changes = await Changes.open(machine, [PAGE_BYTES], logged=False)

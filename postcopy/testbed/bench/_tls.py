@@ -15,7 +15,7 @@ import trio
 from postcopy.records.results import Measurement
 from postcopy.testbed.bench._bulk import SIZE_BYTES, Take, open_sides
 from postcopy.testbed.bench._common import by_turns, ratio, side_by_side, touch
-from postcopy.testbed.bench._recovery import first_page_ms, open_running_machine, percentiles_ms, recovery_times_ms
+from postcopy.testbed.bench._recovery import first_page_ms, open_running_machine, recovery_times_ms, tail
 from postcopy.testbed.bench._worker import ADDRESS
 from postcopy.testbed.chaos import ChaosPlan
 from postcopy.tls import _authority
@@ -77,13 +77,9 @@ async def _bulk(rounds: int, tls: str) -> list[Measurement]:
 
 
 async def _recovery(rounds: int, tls: str) -> Measurement:
-    found = []
-    for number in range(rounds):
-        times_ms = await recovery_times_ms(CUTS, number, ("--tls", tls), BEFORE_PAGES_BYTES)
-        found.append(percentiles_ms(times_ms) | {"allowed": 500.0})
-    name = "first page after the network's return with TLS, p99 / 500 ms"
-    note = f"{CUTS} cuts of 0.1 to 1 s in a round, all connections reset"
-    return ratio(name, found, "p99", "allowed", 1.0, unit="ms", note=note)
+    options = ("--tls", tls)
+    found = [await recovery_times_ms(CUTS, number, options, BEFORE_PAGES_BYTES) for number in range(rounds)]
+    return tail("first page after the network's return with TLS", found)
 
 
 async def _round_trips(rounds: int, tls: str) -> Measurement:

@@ -86,7 +86,7 @@ def _median_ns(histogram: Histogram) -> float:
     seen, rank = 0, histogram.count / 2
     for edge_ns, count in histogram.buckets():
         if seen + count >= rank:
-            width_ns = max(1, 1 << edge_ns.bit_length() - 6)
+            width_ns = 1 << max(0, edge_ns.bit_length() - 6)
             return edge_ns - width_ns * (1 - (rank - seen) / count)
         seen += count
     return 0.0

@@ -7,7 +7,6 @@ import argparse
 import fnmatch
 import os
 import shlex
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -126,15 +125,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigurationError("--jobs: at least 1")
     settings = settings_of(args)
     with _progress(len(cases)) as progress:
-
-        async def until_told_to_end() -> list[Result]:
-            async with trio.open_nursery() as nursery:
-                await nursery.start(_end_at_sigterm)
-                results = await run_cases(settings, cases, args.jobs, args.shared, progress)
-                nursery.cancel_scope.cancel()
-            return results
-
-        results = _processes.run(until_told_to_end)
+        results = _processes.run(run_cases, settings, cases, args.jobs, args.shared, progress)
     report(results, settings, as_json=args.json)
     outcomes = {result.outcome for result in results}
     return 0 if Outcome.PASS in outcomes and Outcome.FAIL not in outcomes else 1
@@ -181,14 +172,6 @@ def settings_of(args: argparse.Namespace) -> Settings:
         silent_s=args.silent,
         jail_uid=args.jail_uid,
     )
-
-
-async def _end_at_sigterm(task_status: trio.TaskStatus[None]) -> None:
-    """As by Ctrl-C: there are mounts and processes to end."""
-    with trio.open_signal_receiver(signal.SIGTERM) as received:
-        task_status.started()
-        async for _ in received:
-            raise KeyboardInterrupt
 
 
 Progress = Callable[[Case], None]

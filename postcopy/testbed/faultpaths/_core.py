@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The C half (csrc/faultpaths) in terms of `_model`: which operations there are, and one cell run.
 
-`run` forks; it is called from the runner process only, which has one thread.
+`run` forks: only a process that has one thread calls it, the runner or one of `probe`'s trials.
 """
 
 from __future__ import annotations

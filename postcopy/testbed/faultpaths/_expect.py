@@ -184,7 +184,7 @@ class Expectations:
         return max(matching, key=lambda rule: rule.specificity(cell), default=None)
 
     def on(self, system: System) -> Expectations:
-        """Those about that kernel; for who asks for many cells of it."""
+        """Those about that kernel: fewer, where many cells of it are looked up."""
         return Expectations(self.name, tuple(rule for rule in self.rules if rule.holds_on(system)))
 
     def waits(self, operation: Operation, cell: Cell, system: System) -> bool:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What kernels did, report by report, and the matrix over kernels: `postcopy faultpaths merge`.
 
-A *community file* has a line for each report, in which nothing is left but what each operation did (`Report`): those of
-other people, whom nobody here knows. Everything in one is therefore checked, and bounded. community.jsonl in this
-package is the one that comes with postcopy; an expectation for a kernel that is not in it was read from the kernel's
-source, and has not been seen.
+A *community file* has a line for each report, reduced to what each operation did (`Report`). Others have written them,
+so everything in one is checked, and bounded. community.jsonl in this package is the one that comes with postcopy; an
+expectation for a kernel that is not in it was read from the kernel's source, and has not been seen.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Annotated, Literal
@@ -26,6 +25,7 @@ from postcopy.testbed.faultpaths._expect import Expectations
 from postcopy.testbed.faultpaths._model import WAITS_IN, Backing, Cell, Json, Mode, Operation, Outcome, Result, Run
 from postcopy.testbed.faultpaths._report import NOT_OURS, describe_system, from_json, json_values
 from postcopy.testbed.faultpaths._system import System, version_of
+from postcopy.wire import one_line
 
 SCHEMA = 1
 MAX_REPORTS = 1000
@@ -50,7 +50,7 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab", ta
     direct_file_system: Words
     cells: Cells
     """By mode, by backing and by what was done: the operations that did it. What was not available is not in it."""
-    date: Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\d\Z")] | None = None
+    date: Annotated[str, Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}\Z")] | None = None
     postcopy: Words | None = None
 
     def __post_init__(self) -> None:
@@ -73,15 +73,13 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab", ta
             parts.append(f"O_DIRECT on {self.direct_file_system}")
         return ", ".join([*parts, *([self.date] if self.date else [])])
 
-    def by_cell(self) -> dict[Cell, str]:
+    def by_cell(self) -> Iterator[tuple[Cell, str]]:
         """What each cell did."""
-        return {
-            Cell(name, mode, backing): did
-            for mode, backings in self.cells.items()
-            for backing, dids in backings.items()
-            for did, names in dids.items()
-            for name in names
-        }
+        for mode, backings in self.cells.items():
+            for backing, dids in backings.items():
+                for did, names in dids.items():
+                    for name in names:
+                        yield Cell(name, mode, backing), did
 
 
 def of_run(run: Run) -> Report:
@@ -120,7 +118,7 @@ def _checked(value: object) -> Report:
     try:
         return msgspec.convert(value, Report)
     except (msgspec.ValidationError, ValueError) as error:
-        raise ConfigurationError(f"in which {error}") from None
+        raise ConfigurationError(f"in which {one_line(str(error), 200)}") from None
 
 
 # ---- files
@@ -194,8 +192,8 @@ class Column:
     """What one kernel did, or is expected to do."""
 
     title: str
-    did: Mapping[Cell, tuple[str, ...]]
-    """Several where its reports do not agree."""
+    did: Mapping[Cell, Mapping[str, Sequence[Report]]]
+    """What was done, and the reports that say so; several where they do not agree."""
     expected: bool = False
 
 
@@ -206,19 +204,21 @@ class Matrix:
     reports: tuple[Report, ...]
     columns: tuple[Column, ...]
 
-    @property
+    @functools.cached_property
     def cells(self) -> list[Cell]:
         return sorted({cell for column in self.columns for cell in column.did})
 
-    @property
+    @functools.cached_property
     def conflicts(self) -> list[tuple[Column, Cell]]:
-        return [(column, cell) for column in self.columns for cell in self.cells if len(column.did.get(cell, ())) > 1]
+        return [(column, cell) for column in self.columns for cell, did in sorted(column.did.items()) if len(did) > 1]
 
     @property
     def summary(self) -> str:
         kernels = [column for column in self.columns if not column.expected]
-        text = f"{len(kernels)} kernels, {len(self.reports)} reports, {len(self.cells)} cells"
-        return text + (f"; {len(self.conflicts)} conflicts" if self.conflicts else "")
+        counts = {"kernel": len(kernels), "report": len(self.reports), "cell": len(self.cells)}
+        if self.conflicts:
+            counts["conflict"] = len(self.conflicts)
+        return ", ".join(f"{count} {what}{'s' * (count != 1)}" for what, count in counts.items())
 
     def as_json(self) -> Json:
         return {
@@ -260,23 +260,23 @@ def matrix(reports: Sequence[Report], operations: Sequence[Operation], expectati
     return Matrix(tuple(reports), tuple(columns))
 
 
-def _together(reports: Iterable[Report]) -> dict[Cell, tuple[str, ...]]:
+def _together(reports: Iterable[Report]) -> dict[Cell, dict[str, list[Report]]]:
     """What several reports of one kernel say. A thread whose state was not seen may have waited in either."""
-    found: dict[Cell, dict[str, None]] = {}
+    found: dict[Cell, dict[str, list[Report]]] = {}
     for report in reports:
-        for cell, did in report.by_cell().items():
-            found.setdefault(cell, {})[did] = None
+        for cell, did in report.by_cell():
+            found.setdefault(cell, {}).setdefault(did, []).append(report)
     for dids in found.values():
         if any(did.startswith(f"{Outcome.BLOCKED} ") for did in dids):
             dids.pop(Outcome.BLOCKED.value, None)
-    return {cell: tuple(dids) for cell, dids in found.items()}
+    return found
 
 
 def _expected(
     operations: Sequence[Operation], expectations: Expectations, system: System
-) -> dict[Cell, tuple[str, ...]]:
+) -> dict[Cell, dict[str, list[Report]]]:
     """Of the operations, in words."""
-    found: dict[Cell, tuple[str, ...]] = {}
+    found: dict[Cell, dict[str, list[Report]]] = {}
     expectations = expectations.on(system)
     for operation in operations:
         for mode in operation.modes:
@@ -285,7 +285,7 @@ def _expected(
                     continue  # there is none: it has no page cache
                 cell = Cell(operation.name, mode, backing)
                 if rule := expectations.find(operation, cell, system):
-                    found[cell] = (rule.brief,)
+                    found[cell] = {rule.brief: []}
     return found
 
 
@@ -306,21 +306,21 @@ def sections(found: Matrix) -> list[Section]:
             by_backings.setdefault(tuple(backing for backing in Backing if backing in several), []).append(name)
         for several_backings, names in by_backings.items():
             spans = [_span(column, text) for column, text in zip(found.columns, did, strict=True)]
-            rows.append(row(_names(names), f"{mode} ({', '.join(several_backings)})", *spans))
+            rows.append(row(f"{mode} ({', '.join(several_backings)}): {_names(names)}", *spans))
     conflicts = tuple(
         row(
             str(cell),
             column.title,
-            Span("; ".join(_who_says(found, column, cell)), "bad"),
+            Span("; ".join(f"{did} ({_named(reports)})" for did, reports in column.did[cell].items()), "bad"),
         )
         for column, cell in found.conflicts
     )
     made = [
         Section(
             "What kernels do",
-            ("operations", "page", *(column.title for column in found.columns)),
+            ("page: operations", *(column.title for column in found.columns)),
             tuple(rows),
-            "Empty: not tried there, or not available. Read from source: expected, and seen by nobody who told us.",
+            "Empty: not tried there, or not available. Read from source: expected, and not confirmed by a report.",
         ),
         Section(
             "Conflicts: reports of one kernel that do not agree",
@@ -348,8 +348,6 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(f"{count} of {name}" for name, count in classes.items())
 
 
-def _who_says(found: Matrix, column: Column, cell: Cell) -> Iterable[str]:
-    for report in found.reports:
-        title = (report.kernel, f"{report.kernel} {report.architecture}")
-        if column.title in title and (did := report.by_cell().get(cell)):
-            yield f"{did} ({report.words})"
+def _named(reports: Sequence[Report]) -> str:
+    named = "; ".join(report.words for report in reports[:3])
+    return f"{named}; and {len(reports) - 3} more" if len(reports) > 3 else named

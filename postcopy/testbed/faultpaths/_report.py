@@ -14,6 +14,7 @@ from postcopy.errors import ConfigurationError
 from postcopy.testbed import _report as report
 from postcopy.testbed.faultpaths._model import Cell, Json, Judged, Operation, Result, Run, Verdict
 from postcopy.testbed.faultpaths._sections import LEGEND, columns, sections, summary
+from postcopy.wire import one_line
 
 SCHEMA = 2
 """Not that of `postcopy.records`: reports are kept, and stay readable when a line of `--json` changes."""
@@ -56,7 +57,7 @@ def from_json(value: Any, run: Json | None = None) -> Run:
         raise ConfigurationError(f"{_kind_of(value)}: {NOT_OURS}")
     try:
         if value["schema"] != SCHEMA:
-            raise ConfigurationError(f"a report of schema {value['schema']!r}, and this version reads {SCHEMA}")
+            raise ConfigurationError(f"a report of schema {_short(value['schema'])}, and this version reads {SCHEMA}")
         return Run(
             msgspec.convert(value["system"], dict[str, str | int | float | bool | None]),
             msgspec.convert(value["operations"], tuple[Operation, ...]),
@@ -68,7 +69,7 @@ def from_json(value: Any, run: Json | None = None) -> Run:
             run,
         )
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, msgspec.ValidationError) as error:
-        what = f"without {error}" if isinstance(error, KeyError) else f"in which {error}"
+        what = f"without {error}" if isinstance(error, KeyError) else f"in which {one_line(str(error), 200)}"
         raise ConfigurationError(f"{_kind_of(value)}, {what}: {NOT_OURS}") from None
 
 
@@ -79,7 +80,11 @@ def _kind_of(value: object) -> str:
     """What a JSON file has in it."""
     if not isinstance(value, dict):
         return "a JSON " + {list: "array", str: "string", type(None): "null"}.get(type(value), "number")
-    return f"a JSON object with {', '.join(map(repr, [*value][:4]))}" if value else "an empty JSON object"
+    return f"a JSON object with {', '.join(map(_short, [*value][:4]))}" if value else "an empty JSON object"
+
+
+def _short(value: object) -> str:
+    return one_line(repr(value), 40)
 
 
 def _judged(item: Json) -> Judged:
@@ -108,7 +113,7 @@ def read_report(path: str) -> Run:
         raise ConfigurationError(f"{path!r} is {error}") from None
 
 
-MAX_FILE_BYTES = 64 << 20
+MAX_FILE_BYTES = 16 << 20
 _SPACE = re.compile(r"\s*")
 
 

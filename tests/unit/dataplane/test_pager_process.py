@@ -30,7 +30,7 @@ from postcopy._native import ffi, lib
 from postcopy.dataplane import pager_process
 from postcopy.dataplane._events import ChannelKind, EventType
 from postcopy.dataplane.ahead import Prefetch
-from postcopy.dataplane.pager import new_touches, read_touches
+from postcopy.dataplane.pager import new_touches, page_runs, read_touches
 from postcopy.dataplane.pager_process import PagerDied, ProcessPager
 from postcopy.errors import ErrorLine, MigrationError, PostcopyError
 from postcopy.lazy._bridge import pack_frame
@@ -193,7 +193,7 @@ async def ahead() -> None:
         pager.set_prefetch(Prefetch.parse("forward:2"))
         pager.record_touches(touches)
         pager.arm(0, 0, 0, memory.pages)
-        pager.request_runs([(0, 40, 2), (0, 7, 1)])
+        pager.request_runs(page_runs([(0, 40, 2), (0, 7, 1)]))
         await pager.confirm()
         os.kill(pager.pid, signal.SIGKILL)
         await died(pager)

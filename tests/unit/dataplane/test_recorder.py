@@ -111,12 +111,16 @@ async def test_it_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             pager.add_block(memory)
             recorder.follow(pager, [("ram", 1000 * 4096, 4096)])
             monkeypatch.setattr(pager, "stages", lambda: [full] * 4)
+    recorder.mark("offer")
     for number in range(2 * records.MARKS):
         recorder.mark("round", str(number) * 1000)
+        recorder.mark("lost")
+    recorder.mark("ended")
     monkeypatch.setattr(module, "lib", Filled())
     recording = recorder.recording(committed_ns=1)
     assert recording is not None
     assert len(recording.marks) == records.MARKS
+    assert (recording.marks[0].what, recording.marks[-1].what) == ("offer", "ended")
     assert len(recording.at_ms) == records.COLUMNS
     assert recording.latency is not None
     assert len(recording.latency.whole.bucket_counts) <= BUCKETS

@@ -33,7 +33,7 @@ from postcopy.handler._handler import check
 from postcopy.handler._image import Image
 from postcopy.handler._metrics import VmMetrics
 from postcopy.handler._source import ImageSource
-from postcopy.handler._store import LocalStore
+from postcopy.handler._store import LocalStore, kind_of
 from postcopy.handler._vm import Descriptors
 from postcopy.lazy._source import SourceBlock
 from postcopy.machines.firecracker.handshake import Credentials
@@ -453,6 +453,37 @@ async def test_another_process_goes_on(tmp_path: Path, image: Path, monkeypatch:
             assert (before["engine-deaths"], figures["engine-deaths"]) == (0, 1)
             async with start_vmm(after.socket, PAGES) as new:
                 assert await new.reads(content(2), 0, 8)
+        nursery.cancel_scope.cancel()
+
+
+async def test_another_version_goes_on_from_version_1(tmp_path: Path, image: Path) -> None:
+    """Which had counters of another size: they begin anew."""
+    async with trio.open_nursery() as nursery:
+        store = KeptStore()
+        async with served(tmp_path, store, image=str(image)) as first:
+            vmm = await _hold(nursery, first.socket)
+            assert await vmm.reads(content(), 0, 64)
+            store.leave.set()
+        (kept,) = (fds for fds in store.kept.values() if len(fds) > 1)
+        for fd in kept:
+            if kind_of(fd) == "memfd:postcopy-vm":
+                about = msgspec.json.decode(os.pread(fd, 1 << 16, 0)) | {"version": 1}
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, msgspec.json.encode(about), 0)
+            elif kind_of(fd) == "memfd:postcopy-metrics":
+                older = os.memfd_create("postcopy-metrics")
+                os.ftruncate(older, 65536)
+                os.dup2(older, fd)
+                os.close(older)
+        second = KeptStore()
+        second.taken, store.kept = {"vm": kept}, {}
+        os.unlink(tmp_path / "s")
+        async with served(tmp_path, second, image=str(image)) as after:
+            assert (await after.said.wait("vm-connected"))["taken-over"]
+            assert await vmm.reads(content(), 0, PAGES)
+            figures = await after.figures()
+            assert figures["resident"] == PAGES * PAGE
+            assert 0 < figures["faults"] <= PAGES - 64
         nursery.cancel_scope.cancel()
 
 

@@ -111,6 +111,20 @@ def test_what_was_added_is_told_and_known_from_then_on(kind: str, unit: int) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_was_added_beside_much_that_is_known(kind: str) -> None:
+    """Before it, behind it, and where nothing is; a hole in it is one."""
+    with Memory.create(kind, 2048 * PAGE) as memory:
+        memory.write(300 * PAGE, b"x" * (700 * PAGE))
+        known = memory.present()
+        added = [*range(10, 13), *range(290, 295), *range(297, 300), *range(1000, 1200), 2047]
+        for number in added:
+            memory.write(number * PAGE, b"x")
+        more = memory.present_more(known)
+        assert [number for number in range(2048) if more[number]] == added
+        assert known == memory.present()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_load_and_dump_give_the_same_file_and_the_same_holes(kind: str, tmp_path: Path) -> None:
     source, copy = tmp_path / "source", tmp_path / "copy"
     write_image(source, {0: page(1), 7: page(2), 8: bytes(PAGE), 40: page(3)}, 256 * PAGE)

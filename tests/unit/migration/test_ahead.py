@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,7 @@ from trio.testing import MockClock
 from postcopy.dataplane import pager as core
 from postcopy.dataplane.ahead import Prefetch
 from postcopy.dataplane.pager import ChannelKind, EventType
+from postcopy.errors import ResourceError
 from postcopy.memory import workingset
 from postcopy.memory.workingset import Run, WorkingSet
 from postcopy.migration import ahead as ahead_module
@@ -34,13 +36,16 @@ class AheadPager(FakePager):
         super().__init__()
         self.runs: list[list[Run]] = []
         self.touches = -1
+        self.fails = False
 
     def set_prefetch(self, policy: Prefetch) -> None:
         self.log.append(f"prefetch {policy}")
 
-    def request_runs(self, runs: Sequence[Run]) -> None:
+    def request_runs(self, runs: Any) -> None:
         assert self.armed
-        self.runs.append(list(runs))
+        if self.fails:
+            raise ResourceError("no memory for that")
+        self.runs.append([(run.block, run.first_page, run.pages) for run in runs])
 
     def record_touches(self, fd: int) -> None:
         assert not self.armed
@@ -83,6 +88,18 @@ async def test_a_working_set_is_asked_for_once(tmp_path: Path) -> None:
     assert "prefetch both:4" in pager.log
 
 
+async def test_one_that_cannot_be_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = str(tmp_path / "vm.ws")
+    workingset.write(path, WorkingSet(UNIT, ((0, 1),)), BLOCKS)
+    pair, pager = pair_with(partial(Ahead, working_set=path))
+    pager.fails = True
+    async with running(pair):
+        await pair.move()
+        pager.channel.tell(EventType.COMPLETE)
+    assert pair.dest.state is State.COMPLETED
+    assert "no memory for that; nothing is asked for because of it" in caplog.text
+
+
 @pytest.mark.parametrize("what", ["another machine", "nothing", "damaged"])
 async def test_one_that_is_of_no_use(tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture) -> None:
     """Nothing depends on it: the machine is taken."""
@@ -115,6 +132,28 @@ async def test_what_was_waited_for_is_written(tmp_path: Path, monkeypatch: pytes
         pager.channel.tell(EventType.COMPLETE)
     found = workingset.read_of_machine(str(path), BLOCKS)
     assert found.in_blocks([(size, UNIT) for _, size in BLOCKS]) == [(1, 3, 1), (0, 9, 1), (1, 4, 1)]
+
+
+async def test_it_is_written_before_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, began, stopped = tmp_path / "vm.ws", trio.Event(), threading.Event()
+    token = trio.lowlevel.current_trio_token()
+
+    def slowly(fd: int) -> list[tuple[int, int]]:
+        token.run_sync_soon(began.set)
+        assert stopped.wait(20)
+        return [(0, 1)]
+
+    monkeypatch.setattr(ahead_module, "read_touches", slowly)
+    pair, pager = pair_with(partial(Ahead, record_to=str(path)))
+    async with running(pair):
+        await pair.move()
+        pager.channel.tell(EventType.COMPLETE)
+        with trio.fail_after(20):
+            await began.wait()
+        pair.stop_dest.set()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        stopped.set()
+    assert workingset.read_of_machine(str(path), BLOCKS).runs == ((1, 1),)
 
 
 async def test_a_migration_that_never_ends_is_recorded_as_far_as_it_came(tmp_path: Path) -> None:

@@ -139,6 +139,7 @@ async def test_lost_and_found(calls: str) -> None:
 
 
 @CALLS
+@pytest.mark.usefixtures("patient_tls")
 async def test_lost_and_found_under_tls(calls: str, tmp_path: Path) -> None:
     """Every connection after the first one resumes its session. Certificates that are renewed while it is paused are
     used from then on."""

@@ -25,7 +25,7 @@ from postcopy.tls import Credentials, DataChannel, TlsError, TlsStream, stream_o
 from postcopy.tls._authority import issue, new_authority
 from tests.unit.net.support import SESSION
 
-pytestmark = pytest.mark.needs("tls")
+pytestmark = [pytest.mark.needs("tls"), pytest.mark.usefixtures("patient_tls")]
 
 DAY = timedelta(days=1)
 

@@ -19,6 +19,7 @@ from postcopy.records.results import Curve, Measurement
 from postcopy.testbed.bench import FIGURES, _contention, _of, _text
 from postcopy.testbed.bench._common import Touched, by_turns, joined, medians, ratio
 from postcopy.testbed.bench._firecracker_move import _calls_ms
+from postcopy.testbed.bench._recovery import tail
 from postcopy.testbed.bench._worker import distribution
 
 
@@ -99,6 +100,14 @@ def test_a_part_that_one_round_lacks() -> None:
     assert found.values["load"].rounds == [0.5, None]
     assert medians(found) == {"downtime": 2.0}
     assert "load" not in _text(found, 80)
+
+
+def test_a_tail_is_that_of_all_rounds() -> None:
+    found = tail("a recovery", [[float(1000 * number + ms) for ms in range(25)] for number in range(5)])
+    assert found.values["p99"].rounds == [4023.0]  # of 125, one is longer; in each round there is none above its p99
+    assert found.values["longest"].rounds == [4024.0]
+    assert found.result == pytest.approx(4023 / 500)
+    assert found.note == "125 cuts of 0.1 to 1 s, all connections reset"
 
 
 async def test_each_part_comes_first_as_often_as_the_others() -> None:
@@ -184,11 +193,30 @@ def test_what_is_not_measured_in_time_is_left_out(
     assert "--hdr: no line has a distribution" in said.err
 
 
+def test_what_was_measured_before_ctrl_c_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def measure_fault(rounds: int) -> list[Measurement]:
+        return [ratio("a fault", [{"p50": 2.0}] * rounds, "p50", None, 2.5)]
+
+    async def measure_bulk(rounds: int) -> list[Measurement]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("postcopy.testbed.bench._fault.measure_fault", measure_fault)
+    monkeypatch.setattr("postcopy.testbed.bench._bulk.measure_bulk", measure_bulk)
+    monkeypatch.setattr("postcopy.testbed.bench.QUICK", ("fault", "bulk", "fault"))
+    path = tmp_path / "x.jsonl"
+    assert main(["bench", "--quick", "--output", str(path)]) == 1
+    assert [parse_line(line)["event"] for line in path.read_text().splitlines()] == ["run", "measurement"]
+
+
 def test_options_that_make_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
     for words, complaint in (
         (("fault", "--quick"), "--quick chooses figures"),
         (("fault", "--output", "/nonexistent/x"), "directory /nonexistent does not exist"),
         (("fault", "--hdr", "/nonexistent/x"), "directory /nonexistent does not exist"),
+        (("fault", "--memory", "1GiB"), "--memory is an option of migrate, which is not measured"),
+        (("--quick", "--dimension", "memory"), "--dimension is an option of scale, which is not measured"),
     ):
         assert main(["bench", *words]) == 2
         assert complaint in capsys.readouterr().err

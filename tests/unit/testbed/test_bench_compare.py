@@ -132,6 +132,12 @@ class TestCommand:
         assert "nothing could be told" in text  # a check that cannot see is not passed
         assert status == 1
 
+    def test_values_below_0_have_no_ratio(self, compared: Callable[..., tuple[int, str]]) -> None:
+        status, text = compared([-0.1, *FAST], SLOW, "--fail-above", "10")
+        assert "no ratio: below 0" in text
+        assert "too few rounds to tell in 0 (5 are needed on each side), no ratio of 1" in " ".join(text.split())
+        assert status == 1
+
     def test_a_check_in_ci(self, compared: Callable[..., tuple[int, str]]) -> None:
         assert compared(FAST, SLOW, "--fail-above", "50%")[0] == 1
         assert compared(FAST, SLOW, "--fail-above", "150")[0] == 0
@@ -209,6 +215,19 @@ class TestCommand:
         assert found["migration: total time"]["verdict"] == "no difference seen"
 
 
+def test_migrations_within_bench_are_no_rounds_of_each_other(tmp_path: Path) -> None:
+    """`bench migrate` writes recordings too, of all policies."""
+    line = {"schema": VERSION, "event": "timeline", "migration-id": "a", "status": "completed", "downtime-ms": 5.0}
+    measured = Path(written(tmp_path / "a", FAST)).read_text() + json.dumps(line) + "\n"
+    (tmp_path / "a").write_text(measured + "\n".join([run_line("demo", {}), json.dumps(line | {"migration-id": "b"})]))
+    found = _read.read(str(tmp_path / "a"))
+    assert {name: len(value.rounds) for name, value in found.values.items()} == {
+        "figure 0": 5,
+        "migration: downtime": 1,
+    }
+    assert found.failed == 0
+
+
 def event(**fields: Any) -> str:
     return json.dumps({"schema": VERSION, "event": "measurement", "elapsed-ms": 0.0} | fields)
 
@@ -269,7 +288,9 @@ def test_what_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ((a, str(tmp_path / "other")), "have no value in common"),
         ((a,), "needs two files"),
         ((a, a, a), "needs two files"),
-        ((a, a, "--rounds", "3"), "compare measures nothing"),
+        ((a, a, "--rounds", "3"), "--rounds: compare measures nothing"),
+        ((a, a, "--output", "x"), "--output: compare measures nothing"),
+        ((a, a, "--svg", "x"), "--svg: compare measures nothing"),
         ((a, a, "--fail-above", "-1"), "a number of percent"),
     ):
         assert main(["bench", "compare", *words]) == 2, words

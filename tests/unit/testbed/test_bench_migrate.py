@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import signal
 from collections.abc import Sequence
 
 import pytest
+import trio
 
 from postcopy.errors import MigrationError
 from postcopy.records import as_json
@@ -108,7 +111,7 @@ def test_a_cell_is_a_demo_with_the_options_of_its_policy() -> None:
     words = plan.arguments("demand", "write-heavy", 7, "file")
     given = dict(zip(words[::2], words[1::2], strict=True))
     assert (parse_size(given["--memory"]), given["--workload"], given["--seed"]) == (96 << 20, "dirty", "7")
-    assert given["--run-for"] == "8.5"  # 4.5 without a push, 3 of push, 1
+    assert given["--run-for"] == "9.5"  # 4.5 without a push, 3 of push, 2
     assert (given["--push-after"], given["--record-working-set"]) == ("4.5", "file")
     kind, _, settings = given["--chaos"].partition(":")
     parts = dict(part.split("=") for part in settings.split(","))
@@ -157,6 +160,17 @@ async def test_faults_are_prevented_against_pure_demand_of_the_same_round(monkey
     assert "round 2: zipf, demand: FAILED: the memory is not as it must be" in said[2]
 
 
+def test_no_policy_is_always_the_last_but_demand_is_always_the_first() -> None:
+    names = ("precopy", "demand", "+working-set")
+    assert [_migrate.order(names, number) for number in range(3)] == [
+        ["demand", "precopy", "+working-set"],
+        ["demand", "+working-set", "precopy"],
+        ["demand", "+working-set", "precopy"],
+    ]
+    assert _migrate.order(("hybrid", "precopy"), 0) == ["precopy", "hybrid"]
+    assert _migrate.order(("hybrid", "precopy"), 1) == ["hybrid", "precopy"]
+
+
 async def test_a_working_set_is_recorded_by_pure_demand_that_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan(policies=("+working-set",), workloads=("zipf", "phases"))
     found, said = await compared(monkeypatch, plan, 1, {"demand": [1, 1], "+working-set": [3, 4]})
@@ -166,6 +180,30 @@ async def test_a_working_set_is_recorded_by_pure_demand_that_is_not_shown(monkey
     ]
     assert [cell.rounds[0][columns.PREVENTED] for cell in found] == [-2.0, -3.0]
     assert len(said) == 4
+
+
+async def test_what_was_measured_before_ctrl_c_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = 0
+
+    async def migrate(arguments: Sequence[str], deadline_s: float, recorded: object) -> dict[str, float | None]:
+        nonlocal asked
+        asked += 1
+        if asked < 3:
+            return faults(asked)
+        signal.raise_signal(signal.SIGINT)
+        await trio.sleep_forever()
+        raise AssertionError
+
+    monkeypatch.setattr(_migrate, "migrate", migrate)
+    args = argparse.Namespace(
+        rounds=1, policies=("precopy", "hybrid"), workloads=("zipf", "disk"), kind="rv64", memory=16 << 20,
+        bandwidth=0, delay=0.0, report=None, json=False,
+    )  # fmt: skip
+    one, other, about = await _migrate.measure_migrate(1, args)
+    assert [one.name, other.name] == ["zipf, precopy", "zipf, hybrid"]
+    assert about.reached is False
+    assert about.note is not None
+    assert about.note.endswith("Interrupted: this is not all of it.")
 
 
 async def test_a_cell_that_fails_is_shown_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

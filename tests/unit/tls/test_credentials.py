@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import threading
@@ -20,7 +21,7 @@ from postcopy.errors import ConfigurationError, ResourceError
 from postcopy.tls import Credentials, _credentials
 from postcopy.tls._authority import issue, new_authority
 
-pytestmark = pytest.mark.needs("tls")
+pytestmark = [pytest.mark.needs("tls"), pytest.mark.usefixtures("patient_tls")]
 
 ROLES = [("server", True), ("client", False)]
 
@@ -197,7 +198,9 @@ async def test_files_that_are_gone_change_nothing(host: Path) -> None:
     assert await credentials.context(server=True) is before
 
 
-async def test_a_file_system_that_hangs(made: Path, host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_file_system_that_hangs(
+    made: Path, host: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Connections are made with what was read before; one thread hangs, and the next ones do not wait for it."""
     credentials, read, answers, hanging = await load(host), _credentials._read, threading.Event(), 0
     before = await credentials.context(server=True)
@@ -211,11 +214,12 @@ async def test_a_file_system_that_hangs(made: Path, host: Path, monkeypatch: pyt
     with monkeypatch.context() as disk:
         disk.setattr(_credentials, "_read", hang)
         disk.setattr(_credentials, "READ_TIMEOUT_S", 0.01)
-        assert await credentials.context(server=True) is before
-        disk.setattr(_credentials, "READ_TIMEOUT_S", 1e9)
-        assert await credentials.context(server=True) is before
-        with pytest.raises(ResourceError, match="its file system has not answered"):
-            await credentials.context(server=False)  # which has not been read before
+        for _ in range(3):
+            assert await credentials.context(server=True) is before
+        assert caplog.text.count("its file system has not answered") == 1
+        for again in (partial(credentials.context, server=False), credentials.reload):  # (not read before; on request)
+            with pytest.raises(ResourceError, match="its file system has not answered"):
+                await again()
         assert hanging <= 1
     answers.set()
     for name in ("server-key.pem", "server-cert.pem"):
@@ -225,8 +229,13 @@ async def test_a_file_system_that_hangs(made: Path, host: Path, monkeypatch: pyt
             await trio.sleep(0.01)
 
 
-async def test_a_directory_that_is_slow(made: Path, host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No connection waits for it; what a look finds when nobody waits any more is for the next one."""
+@pytest.mark.parametrize("usable", [True, False])
+async def test_a_directory_that_is_slow(
+    made: Path, host: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, usable: bool
+) -> None:
+    """No connection waits for it, nor for one who reads it again on request; what a look finds when nobody waits any
+    more is used by the next one, and it is told when that is of no use."""
+    caplog.set_level(logging.INFO, _credentials.__name__)
     credentials, read = await load(host), _credentials._read
     before = await credentials.context(server=True)
     begun, answers = threading.Event(), threading.Event()
@@ -236,18 +245,31 @@ async def test_a_directory_that_is_slow(made: Path, host: Path, monkeypatch: pyt
         answers.wait(60)
         return read(*arguments)
 
-    for name in ("server-key.pem", "server-cert.pem"):
+    for name in ("server-key.pem", "server-cert.pem")[: 2 if usable else 1]:
         shutil.copy(made / "other" / name, host)
-    monkeypatch.setattr(_credentials, "_read", slow)
-    monkeypatch.setattr(_credentials, "LOOK_TIMEOUT_S", 0.01)
-    monkeypatch.setattr(_credentials, "READ_TIMEOUT_S", 1e9)  # so who waited for that would wait for ever
-    for _ in range(3):
-        assert await credentials.context(server=True) is before
-    assert begun.is_set()
-    answers.set()
-    with trio.fail_after(60):
-        while await credentials.context(server=True) is before:  # noqa: ASYNC110  (until the thread has ended)
-            await trio.sleep(0.01)
+    with monkeypatch.context() as disk:
+        disk.setattr(_credentials, "_read", slow)
+        disk.setattr(_credentials, "LOOK_TIMEOUT_S", 0.01)
+        disk.setattr(_credentials, "READ_TIMEOUT_S", 1e9)  # so that what waits for that waits for ever
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(credentials.reload)
+            await wait_all_tasks_blocked()
+            assert await credentials.context(server=True) is before
+            nursery.cancel_scope.cancel()
+        for _ in range(3):
+            assert await credentials.context(server=True) is before
+        assert begun.is_set()
+        disk.setattr(_credentials, "_read", lambda *arguments: pytest.fail("it was looked at again"))
+        answers.set()
+        with trio.fail_after(60):
+            while not credentials._found:  # noqa: ASYNC110  (until the thread has ended)
+                await trio.sleep(0.001)
+        disk.setattr(_credentials, "_read", read)
+        disk.setattr(_credentials, "LOOK_TIMEOUT_S", 60.0)
+        await credentials.context(server=True)
+        assert (credentials._read[True][0] is not before) == usable
+        assert ("were read again" in caplog.text) == usable
+        assert ("stay in use" in caplog.text) != usable
 
 
 async def test_a_call_that_was_cancelled_while_it_read(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:

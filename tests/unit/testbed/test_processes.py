@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Children of the commands of the testbed, whatever ends these commands."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMAND = """
+import sys, trio
+from postcopy.errors import MigrationError
+from postcopy.testbed import _processes
+
+async def work():
+    async with _processes.open_child(["sleep", "1000"]) as child:
+        print(child.pid, flush=True)
+        await trio.sleep_forever()
+
+async def fail(why):
+    raise MigrationError(why)
+
+try:
+    _processes.run(fail, "as it comes")
+except MigrationError as error:
+    assert str(error) == "as it comes"
+try:
+    _processes.run(work)
+except KeyboardInterrupt:
+    sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_command_that_is_ended_ends_its_children(number: signal.Signals) -> None:
+    def default() -> None:
+        for each in (signal.SIGINT, signal.SIGHUP):  # as from a shell
+            signal.signal(each, signal.SIG_DFL)
+
+    command = [sys.executable, "-P", "-c", COMMAND]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=default) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        assert Path(f"/proc/{child}").exists()
+        os.kill(process.pid, number)
+        assert process.wait(60) == 7
+    assert not Path(f"/proc/{child}").exists()
