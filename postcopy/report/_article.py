@@ -222,7 +222,7 @@ class Article:
             if not migration.runs:
                 why = "An image does not run, so nothing was paused."
             elif not migration.number("downtime-ms") and _words.status_of(migration) not in _words.GOOD:
-                why = "The pause did not end in a switchover: the machine did not begin to run at the destination."
+                why = "There was no switchover: the machine did not begin to run at the destination."
             yield f"<p class=missing>{why}</p>"
             return
         captions = ["From the request to pause until the destination said that the machine runs there."]

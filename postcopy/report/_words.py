@@ -211,7 +211,7 @@ def cards(migration: Migration, guest: Throughput | None) -> Iterator[tuple[str,
     if latency.get("count"):
         shown = [f"{name} {us(latency[name])}" for name in ("p50", "p99", "max") if name in latency]
         yield "Faults that waited", _grouped(latency["count"]), ", ".join(shown)
-    elif latency:
+    elif latency and status_of(migration) in GOOD:
         yield "Faults that waited", "0", "no access met a missing page"
     if blocked := blocktimes(migration):
         yield (

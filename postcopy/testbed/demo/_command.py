@@ -308,6 +308,8 @@ class DemoCommand:
     async def _run(self, source: Side[SourceResult], dest: Side[DestResult]) -> DemoResult:
         seen: list[DemoLab] = []
         strangers: list[Stranger] = []
+        # Of what the demo does to them, cuts and strangers, they would warn as well.
+        source.warns = dest.warns = self._chaos is None and not self._tls and not self._lab
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._output.follow, lambda: self._progress(source, dest))
             nursery.start_soon(dest.run, self._output)

@@ -19,6 +19,7 @@ from postcopy.records import Record
 from postcopy.records.events import Progress
 from postcopy.records.timeline import Timeline
 from postcopy.testbed._processes import Child, Json, Lines, parse
+from postcopy.wire import one_line
 
 if TYPE_CHECKING:
     from postcopy.testbed.lab._lab import Host
@@ -36,6 +37,7 @@ class Side(Generic[R]):
         self._result_type = result
         self.arguments = arguments
         self.host = host  # where it runs, in a laboratory
+        self.warns = False  # whether what it warns of is told to the user
         self.listening: str | None = None
         self.progress = Progress(side=name, status="setup", error=None)
         self.result: R | None = None
@@ -57,7 +59,7 @@ class Side(Generic[R]):
             raise MigrationError(f"cannot start {self.name}: {error}") from error
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._read_errors, child.process)
+                nursery.start_soon(self._read_errors, child.process, output)
                 async for line in child.stdout:
                     self._take(parse(line), output)
             await child.process.wait()
@@ -118,10 +120,12 @@ class Side(Generic[R]):
             output.kick()
         self._news.set()
 
-    async def _read_errors(self, process: trio.Process) -> None:
+    async def _read_errors(self, process: trio.Process, output: Output | None) -> None:
         assert process.stderr is not None
         async for line in Lines(process.stderr):
             self._stderr.append(line)
+            if self.warns and output is not None and line.startswith("postcopy: warning: "):
+                output.say(f"postcopy: warning: {self.name}: {one_line(line.removeprefix('postcopy: warning: '), 300)}")
 
     @property
     def last_error(self) -> str:

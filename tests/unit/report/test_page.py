@@ -328,6 +328,7 @@ def test_only_the_last_of_very_many_have_pictures(monkeypatch: pytest.MonkeyPatc
 def _failed_early() -> Json:
     line = source()
     line |= {"status": "failed", "error": "192.0.2.1:7777: connection refused", "downtime-ms": 0.0, "total-ms": 0.0}
+    line["fault-latency-us"] = {"count": 0, "p50": 0.0, "p99": 0.0, "p99.9": 0.0, "max": 0.0}
     del line["downtime-breakdown-us"]
     line["recording"]["marks"] = [{"moment-ms": 1500.0, "what": "offer"}, {"moment-ms": 1600.0, "what": "ended"}]
     line["recording"]["series"] = {"guest-operations": line["recording"]["series"]["guest-operations"]}
@@ -443,6 +444,8 @@ def test_what_is_missing(lines: list[Json], said: list[str], pictures_there: int
     for each in said:
         assert each in seen
     assert pictures(page_of(text(*lines))) == pictures_there
+    if "The migration failed" in seen:
+        assert "met a missing page" not in seen
     if "All of the image" in seen:
         assert "stood still" not in seen
         assert "stands still" not in seen
