@@ -30,7 +30,8 @@ from postcopy.wire import one_line
 
 Run = Callable[[Stop], Awaitable[bool]]
 MOST_MIGRATIONS = 16
-RENDER_S = 60.0
+RENDER_S = 60.0  # for a page, where the processors are busy with other things, ...
+RENDER_MORE_S = 15.0  # ... and for each migration on it
 _NICENESS = 5
 _ENDS: Final = frozenset({"migration-ended", "vm-ended", "result"})
 _KEPT: Final = _ENDS | {"timeline"}
@@ -135,9 +136,10 @@ class Reporter:
         known = self._known  # there may be more when it is done
         data = self._run + b"".join(line for lines in self._lines.values() for line in lines.values())
         command = python("-m", "postcopy", "report", "-", "--output", self._path)
-        reason = f"not done after {RENDER_S:g} s"
+        limit_s = RENDER_S + RENDER_MORE_S * len({about for about, _ in self._lines})
+        reason = f"not done after {limit_s:g} s"
         try:
-            with trio.move_on_after(RENDER_S):
+            with trio.move_on_after(limit_s):
                 reason = await _child(command, data, niceness)
         except* (OSError, RuntimeError, MemoryError) as group:  # no process, descriptor or thread
             error = next(leaves(group))
