@@ -23,6 +23,7 @@ from timelines import Json, both, dest, run, source, text
 
 from postcopy.errors import ConfigurationError
 from postcopy.records import VERSION
+from postcopy.records.timeline import COLUMNS
 from postcopy.report import _charts, _page, _read, draw
 from postcopy.report._model import Histogram, Migration
 from postcopy.report._words import guest_of, latency_of, marks_of, pause_parts
@@ -499,10 +500,10 @@ def _set(*path: str | int, to: Any) -> Callable[[Json], None]:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (_set("series", "demand", to=[1, 2, 3]), "demand has 3 values for 384 times, and was left out"),
-        (_set("series", "demand", to=[-1] * 384), "demand is no list of sensible numbers"),
-        (_set("series", "demand", to=[1e300] * 384), "demand is no list of sensible numbers"),
-        (_set("series", "demand", to=[10**400] * 384), "demand is no list of sensible numbers"),
+        (_set("series", "demand", to=[1, 2, 3]), f"demand has 3 values for {COLUMNS} times, and was left out"),
+        (_set("series", "demand", to=[-1] * COLUMNS), "demand is no list of sensible numbers"),
+        (_set("series", "demand", to=[1e300] * COLUMNS), "demand is no list of sensible numbers"),
+        (_set("series", "demand", to=[10**400] * COLUMNS), "demand is no list of sensible numbers"),
         (_set("series", "demand", to="many"), "demand is no list of sensible numbers"),
         (_set("series", "received-bytes", 5, to={}), "received-bytes is no list of sensible numbers"),
         (_set("at-ms", to=[0] * 5000), "at-ms is no list of 1 to 4096 times"),
@@ -555,7 +556,7 @@ def test_what_makes_no_sense_is_left_out_and_named(spoil: Callable[[Json], None]
         _set("blocks", to=[{"name": "b", "bytes": 1e15, "page-size": 1e15}] * 500),
         _set("origin", to={"unix-ms": 1e300, "monotonic-ns": -1}),
         lambda line: line["ram"].update({"total": 10**400, "page-size": 10**400, "transferred": -(10**400)}),
-        _set("series", "received-bytes", to=[10**400] * 384),
+        _set("series", "received-bytes", to=[10**400] * COLUMNS),
         _set("marks", to=[{"moment-ms": 3e12, "what": "pause"}, {"moment-ms": 0, "what": "running"}] * 200),
     ],
 )
