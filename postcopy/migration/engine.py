@@ -140,7 +140,7 @@ class Engine(abc.ABC, Generic[P, D]):
         self._disagreed = False  # twice in the same way, and `recover` was not called since
         self._probing = False  # source: the peer is looked for once more although nothing may come of it
         self._look_again = trio.Event()
-        self._lost_ns = 0
+        self._lost_ns = 0  # when the loss was noticed that is not recovered from
 
     # ---- looking at it
 
@@ -423,6 +423,7 @@ class Engine(abc.ABC, Generic[P, D]):
 
     async def _after_connection(self, control: Control[P], failure: PostcopyError) -> None:
         """A connection has ended of `failure`. Shielded; bounded in time."""
+        self._lost_ns = self._lost_ns or now_ns()
         await self._take_back()
         if isinstance(failure, ChannelLost):  # the control connection ends without a word, too: it may be tried again
             self._protocol.connection_lost(str(failure))
@@ -541,7 +542,6 @@ class Engine(abc.ABC, Generic[P, D]):
 
     async def _recover(self) -> None:
         """Continues with the peer, as often as it takes; returns when the migration cannot continue."""
-        self._lost_ns = now_ns()
         disagreed = ""
         while self._protocol.recoverable or self._protocol.peer_gone:
             found = await self._look()
@@ -554,7 +554,6 @@ class Engine(abc.ABC, Generic[P, D]):
             recovered = self.recoveries.count
             await self._connected(link, self._go_on)
             if self.recoveries.count > recovered:
-                self._lost_ns = now_ns()
                 disagreed = ""
                 self._searching_since_s = None
             elif isinstance(self.failure, Disagreement):
@@ -566,9 +565,10 @@ class Engine(abc.ABC, Generic[P, D]):
     def _recovered(self) -> None:
         """All channels are there again."""
         assert self._reconnector is not None
-        self.recoveries.add(now_ns() - self._lost_ns)
-        self._reconnector.went_on()
         self._mark("recovered", begins=True)
+        self.recoveries.add(now_ns() - self._lost_ns)
+        self._lost_ns = 0
+        self._reconnector.went_on()
         log.warning("recovered: %s is back after %.0f ms", self._protocol.PEER, self.recoveries.last_ns / 1e6)
         self._change()
 

@@ -120,4 +120,5 @@ def test_a_recovered_migration_is_one(
         assert (
             at(recording, "running") < at(recording, "lost") < at(recording, "recovered") < at(recording, "all-there")
         )
+        assert line["recoveries"]["last-ms"] >= at(recording, "recovered") - at(recording, "lost") - 0.01
         assert recording["series"]["background"][-1] > 0
