@@ -61,6 +61,7 @@ class Terminal:
         self._controlling, terminal = os.openpty()
         self._size = columns, rows
         self.resize(columns, rows)
+        self.mode_before = self.mode  # of its process
         given = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
         self.process = subprocess.Popen(
             [*((sys.executable, "-c", SHELL) if shell else ()), *POSTCOPY, *arguments],
@@ -257,16 +258,15 @@ def test_a_terminal_is_given_back_while_it_is_not_needed(
     else:
         one = terminal("dest", "--insecure", "--listen", "127.0.0.1:0", shell=True)
         shown = "waiting for the source"
-    before = one.mode
     one.wait_for(shown)
-    assert (one.mode != before) is whole
+    assert (one.mode != one.mode_before) is whole
     assert one.screen.alternate is whole
     for count in (1, 2):
         one.type(b"\x1a")
         one.wait_for("stopped", count)
         assert one.screen.as_it_was
         assert shown not in one.screen.text
-        assert one.mode == before
+        assert one.mode == one.mode_before
         drawn = len(one.raw)
         one.type(b"fg\n")
         one.wait_for_picture(lambda picture: shown in "".join(picture), drawn)
@@ -274,7 +274,7 @@ def test_a_terminal_is_given_back_while_it_is_not_needed(
     assert one.end()[0] == (0 if whole else 1)
     assert one.screen.as_it_was
     assert shown not in one.screen.text
-    assert one.mode == before
+    assert one.mode == one.mode_before
 
 
 def test_a_pager_has_a_view_too(terminal: Callable[..., Terminal], tmp_path: Path) -> None:
