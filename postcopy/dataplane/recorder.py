@@ -132,10 +132,13 @@ class Recorder:
         """What is recorded will not be looked at any more. Twice does no harm."""
         if self._struct is None:
             return
+        lib.pc_recorder_stop(self._struct)  # first: whatever fails after it, what is looked at may be freed
         plane, self._plane = self._plane, None
-        if plane is not None and self._fields and (stages := plane.stages()):
-            self._latencies = stages
-        lib.pc_recorder_stop(self._struct)
+        if plane is not None and self._fields:
+            try:
+                self._latencies = plane.stages() or self._latencies
+            except (PostcopyError, MemoryError) as error:
+                log.warning("latencies are not recorded: %s", str(error) or "out of memory")
 
     def close(self) -> None:
         """Frees it. Twice does no harm."""

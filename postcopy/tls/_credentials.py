@@ -91,17 +91,24 @@ class Credentials:
                     look = self._looks = self._looks + 1
                     try:
                         if server in self._read:
-                            self._use_found(server)
+                            try:
+                                self._use_found(server)
+                            except PostcopyError as error:  # of a look some time ago: the files may be good by now
+                                self._warn(server, error)
                         await self._look(server)
                         self._problems.pop(server, None)
                     except PostcopyError as error:
                         if server not in self._read:
                             raise
-                        if self._problems.get(server) != str(error):
-                            log.warning("%s; the certificates that were read before stay in use", error)
-                        self._problems[server] = str(error)
+                        self._warn(server, error)
                     self._looked[server] = look
         return self._read[server][0]
+
+    def _warn(self, server: bool, error: PostcopyError) -> None:
+        """Once of each problem."""
+        if self._problems.get(server) != str(error):
+            log.warning("%s; the certificates that were read before stay in use", error)
+        self._problems[server] = str(error)
 
     async def accept(self, stream: trio.SocketStream) -> TlsStream:
         """A connection that was accepted, with its handshake done. `TlsError`, `trio.BrokenResourceError`; those of
@@ -131,7 +138,10 @@ class Credentials:
         raise ResourceError(f"{self.directory}: its file system has not answered within {READ_TIMEOUT_S:g} s")
 
     def _use_found(self, server: bool) -> None:
-        found = self._found.pop(server).unwrap() if server in self._found else None
+        try:
+            found = self._found.pop(server).unwrap() if server in self._found else None
+        except (RuntimeError, MemoryError) as error:
+            raise ResourceError(f"{self.directory}: cannot be read: {error!r}") from error
         if found is None:
             return  # nothing was looked at, or it is as it was
         renewed = server in self._read

@@ -437,6 +437,8 @@ class ToyMachine(Machine):
         await self._event_fd.wait()
 
     def be_recorded(self, recorder: Recorder) -> None:
+        if self._recorder is not None and self._recorder is not recorder:
+            self._recorder.take("machine", ffi.NULL)  # `close` knows of one only
         recorder.take("machine", self._alive())
         self._recorder = recorder
 

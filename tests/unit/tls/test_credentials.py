@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import outcome
 import pytest
 import trio
 from cryptography.hazmat.primitives import serialization
@@ -270,6 +271,28 @@ async def test_a_directory_that_is_slow(
         assert (credentials._read[True][0] is not before) == usable
         assert ("were read again" in caplog.text) == usable
         assert ("stay in use" in caplog.text) != usable
+
+
+async def test_no_memory_to_read_them_again(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ends no process: it is an error like others."""
+    credentials = await load(host)
+    before = await credentials.context(server=True)
+
+    def fails(*arguments: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(_credentials, "_read", fails)
+    assert await credentials.context(server=True) is before
+    with pytest.raises(ResourceError, match="cannot be read"):
+        await credentials.reload()
+
+
+async def test_an_error_of_an_earlier_look_is_not_that_of_the_next(host: Path) -> None:
+    credentials = await load(host)
+    before = await credentials.context(server=True)
+    credentials._found[True] = outcome.capture(_credentials._read, str(host / "nowhere"), True, None)
+    (host / "server-key.pem").touch()
+    assert await credentials.context(server=True) is not before
 
 
 async def test_a_call_that_was_cancelled_while_it_read(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
