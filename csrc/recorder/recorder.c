@@ -75,7 +75,9 @@ static void set_sample(struct pc_recorder *recorder, uint64_t every)
 
 static void take_fault(struct pc_recorder *recorder, const struct pc_record_fault *fault)
 {
-    if (!fault->number) /* no fault has that number, which would be in every sample: what another process counts is not trusted */
+    /* What another process counts is not trusted: 0, which no fault has, would be in every sample, and a number beyond all that can be
+     * counted would have the sample grow thinner until nothing is left. */
+    if (!fault->number || fault->number >> 48)
         return;
     while (recorder->fault_count == PC_RECORD_FAULTS) {
         uint32_t kept = 0;
@@ -259,10 +261,12 @@ static void *record(void *argument)
     while (!recorder->ending) {
         bool phase_began = recorder->phase_began;
         struct timespec until;
+        uint64_t wait_ns;
 
         recorder->phase_began = false;
         pthread_mutex_unlock(&recorder->wake_lock);
-        until = pc_timespec(pc_now_ns() + take_turn(recorder, phase_began));
+        wait_ns = take_turn(recorder, phase_began); /* the wait is counted from its end */
+        until = pc_timespec(pc_now_ns() + wait_ns);
         pthread_mutex_lock(&recorder->wake_lock);
         while (!recorder->ending && !recorder->phase_began &&
                pthread_cond_timedwait(&recorder->wake, &recorder->wake_lock, &until) != ETIMEDOUT) {
