@@ -2,6 +2,8 @@
  *
  * Memory that the page server gives back when the destination has it.
  */
+#include <poll.h>
+
 #include "tests/support/huge_pool.h"
 #include "tests/support/server_rig.h"
 
@@ -151,8 +153,8 @@ static void released_pages_of_other_sizes(void)
     CHECK_LEAKS();
 }
 
-/* As `client`, with sockets that hold little. */
-static int narrow_client(struct rig *rig, int kind)
+/* As `client`, with sockets that hold little; `served` is the server's end. */
+static int narrow_client(struct rig *rig, int kind, int *served)
 {
     int pair[2], bytes = 16384;
 
@@ -163,18 +165,20 @@ static int narrow_client(struct rig *rig, int kind)
     CHECK_EQ(kind == PC_CHANNEL_URGENT ? pc_pageserver_attach_urgent(rig->server, 0, pair[1], NULL, 0)
                                        : pc_pageserver_attach_bulk(rig->server, 0, pair[1], NULL),
              0);
+    *served = pair[1];
     return pair[0];
 }
 
-/* Until nothing moves any more: the peer is deaf, and the socket is full. */
-static void wait_stalled(const struct rig *rig)
+/* Until nothing moves any more: the peer is deaf, and the socket is full, which a thread that has no processor does not make it. */
+static void wait_stalled(const struct rig *rig, int served)
 {
+    struct pollfd room = {.fd = served, .events = POLLOUT};
     uint64_t before;
 
     do {
         before = server_stats(rig).sent_pages;
         (void)nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL);
-    } while (!before || server_stats(rig).sent_pages != before);
+    } while (CHECK_SYS(poll(&room, 1, 0)) || !before || server_stats(rig).sent_pages != before);
 }
 
 /* What stands in a send when it is released arrives whole, and its memory goes afterwards. */
@@ -184,15 +188,15 @@ static void what_is_under_way_is_kept(int kind)
     uint8_t *content = malloc(PC_FRAME_MAX_PAYLOAD_BYTES);
     struct pc_frame frame;
     struct rig rig;
-    int fd;
+    int fd, served;
 
     CHECK(content != NULL);
     memset(all, 0, sizeof(all));
     pc_bitmap_set_range(all, 0, pages);
     open_server_alone(&rig, kind, pages, 0);
     CHECK_EQ(pc_pageserver_start(rig.server), 0);
-    fd = narrow_client(&rig, PC_CHANNEL_BULK);
-    wait_stalled(&rig);
+    fd = narrow_client(&rig, PC_CHANNEL_BULK, &served);
+    wait_stalled(&rig, served);
     CHECK_EQ(pc_pageserver_release(rig.server, 0, 0, pages, all), 0);
     CHECK(discarded_pages(&rig) < pages);
     CHECK(source_resident(&rig) > 0);
@@ -214,9 +218,9 @@ static void what_is_under_way_is_kept(int kind)
 
     open_server_alone(&rig, kind, pages, 0);
     CHECK_EQ(pc_pageserver_start(rig.server), 0);
-    fd = narrow_client(&rig, PC_CHANNEL_URGENT);
+    fd = narrow_client(&rig, PC_CHANNEL_URGENT, &served);
     CHECK(request(fd, 0, 0, (uint32_t)pages, 1));
-    wait_stalled(&rig);
+    wait_stalled(&rig, served);
     CHECK_EQ(pc_pageserver_release(rig.server, 0, 0, pages, all), 0);
     CHECK(discarded_pages(&rig) < pages);
     /* Huge pages are so few that all of them stand in one send; of the others, what was not looked at ends the connection. */
