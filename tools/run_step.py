@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -163,7 +164,8 @@ def main() -> int:
             show_end(args.log)
         print(f"==> {args.name}: FAILED after {seconds:.1f} s: {', '.join(problems)}", flush=True)
         return status if 0 < status < 126 else 1
-    print(f"==> {args.name}: ok, {seconds:.1f} s", flush=True)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"==> {args.name}: ok, {seconds:.1f} s ({used.ru_utime + used.ru_stime:.0f} s of processor time)", flush=True)
     return 0
 
 
