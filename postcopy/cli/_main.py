@@ -162,7 +162,7 @@ async def _with_signals(
                         log.info("SIGHUP: reading %s again", " and ".join(again) or "nothing")
                         if route is not None:
                             route.refresh(by_user=True)
-                        nursery.start_soon(_reload, protection)
+                        nursery.start_soon(protection.reload)
                     elif stop.ask(_told(number)):
                         ended = True
                         nursery.cancel_scope.cancel()
@@ -175,13 +175,6 @@ async def _with_signals(
     if ended and not done:
         raise PostcopyError("ended at once, since it was asked to end again")
     return done
-
-
-async def _reload(protection: Protection) -> None:
-    try:
-        await protection.reload()
-    except PostcopyError as error:
-        log.warning("%s; the certificates that were read before stay in use", error)
 
 
 def _told(number: int) -> str:

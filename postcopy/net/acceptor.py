@@ -141,8 +141,7 @@ class Acceptor:
     ) -> Acceptor:
         """Listens on every address that the host name has. `ResourceError` when that is not possible,
         `ConfigurationError` for an address that `protection` does not allow, and for its certificates."""
-        if protection.credentials is not None:
-            await protection.credentials.context(server=True)
+        await protection.load(listens=True)
         return cls(side, await open_listeners(address, protection), why_refused, endings, instance, protection)
 
     async def next_link(self) -> Link:

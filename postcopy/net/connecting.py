@@ -239,7 +239,7 @@ class Caller:
                 self._check_authorised(stream, "take" if hello.side == "source" else "send")
             await _say_hello(stream, hello, token, version)
         except BaseException as error:
-            if resumed and self._last is secured:
+            if resumed and self._last is secured and not isinstance(error, RefusedError):
                 # The session may be why: a peer of an older version that does not take it closes without a word. (Cut
                 # before it was resumed, a connection says nothing about that, and the next one is as quick.)
                 self._last = None

@@ -54,7 +54,7 @@ class Protection:
                     await self.credentials.context(server=server)
 
     async def reload(self) -> None:
-        """As after SIGHUP: reads again what is in use. Errors as `load`; what was read before stays in use."""
+        """See `Credentials.reload`."""
         if self.credentials is not None:
             await self.credentials.reload()
 

@@ -136,11 +136,15 @@ class TlsStream(trio.abc.HalfCloseableStream):
 
     # ---- the handshake
 
-    async def handshake(self) -> None:
+    async def handshake(self, turns: trio.Lock | None = None) -> None:
         """Until both ends know each other. `TlsError` when they do not come to terms; the peer has been told.
-        `trio.BrokenResourceError`. A handshake that was cancelled goes on with the next call."""
+        `trio.BrokenResourceError`. A handshake that was cancelled goes on with the next call. `turns`: of those with
+        the same, one does a step in each pass of the event loop, however many there are."""
         await trio.lowlevel.checkpoint()
         while True:
+            if turns is not None:
+                await turns.acquire()
+                turns.release()
             self._check_open()
             result = lib.pc_tls_handshake(self._struct)
             if result == lib.PC_TLS_READABLE:

@@ -65,20 +65,25 @@ class Credentials:
         self._looked: dict[bool, int] = {}  # by role: the number of the last one that is done
         self._reading = trio.Lock()
         self._thread = trio.CapacityLimiter(1)
-        self._found: dict[bool, outcome.Maybe[_Found | None]] = {}  # by role: by a look, and not yet used
-        self._began_s = 0.0  # the look that is not over, where there is one
+        self._turns = trio.Lock()  # of handshakes with those who connect
+        self._found: dict[bool, outcome.Maybe[_Found]] = {}  # by role: by a look, and not yet used
+        self._began_s = math.inf  # the look that is under way, where there is one; by time.monotonic
 
     def not_after_s(self, *, server: bool) -> int | None:
         """When the certificate of this role ends, in seconds since 1970; None for a role that has not been taken."""
         return self._read[server][0].not_after_s if server in self._read else None
 
     async def reload(self) -> None:
-        """Reads again what is in use, as after SIGHUP. Errors as `context` when that cannot be used: connections are
-        then made with what was read before."""
+        """Reads again what is in use, as after SIGHUP. What cannot be used of it is logged, also where that was done
+        before; connections are then made with what was read last."""
         for server in list(self._read):
             async with self._reading:
                 self._found.pop(server, None)  # before it was asked for
-                await self._look(server)
+                self._problems.pop(server, None)
+                try:
+                    await self._look(server)
+                except PostcopyError as error:
+                    self._warn(server, error)
 
     async def context(self, *, server: bool) -> Context:
         """For the next connection; `server`: of the side that listens. `ConfigurationError` for files that are not
@@ -112,21 +117,23 @@ class Credentials:
 
     async def accept(self, stream: trio.SocketStream) -> TlsStream:
         """A connection that was accepted, with its handshake done. `TlsError`, `trio.BrokenResourceError`; those of
-        `context`. Unless it succeeds the stream is the caller's to close. Cancellable; wants a deadline."""
+        `context`. Unless it succeeds the stream is the caller's to close. Cancellable; wants a deadline.
+
+        Anybody may begin one, which makes this host sign: milliseconds with an RSA key of 4096 bits. They take turns,
+        so that no other task waits for more than one."""
         tls = TlsStream(stream.socket, await self.context(server=True))
-        await tls.handshake()
+        await tls.handshake(self._turns)
         return tls
 
     async def _look(self, server: bool) -> None:
         """Uses what the files are now, with `_reading`. Cancelled, it leaves what it finds in `_found`."""
-        if self._thread.available_tokens:
-            self._began_s = trio.current_time()
-        if trio.current_time() - self._began_s < READ_TIMEOUT_S:
-            known = self._read[server][1] if server in self._read else None
 
-            def look() -> None:
-                self._found[server] = outcome.capture(_read, self.directory, server, known)
+        def look() -> None:
+            self._began_s = time.monotonic()
+            self._found[server] = outcome.capture(_read, self.directory, server, self._read.get(server))
+            self._began_s = math.inf
 
+        if time.monotonic() - self._began_s < READ_TIMEOUT_S:
             with trio.move_on_after(READ_TIMEOUT_S):
                 try:
                     # Not on a thread of a migration, which has few: what hangs here must end no machine.
@@ -138,13 +145,15 @@ class Credentials:
         raise ResourceError(f"{self.directory}: its file system has not answered within {READ_TIMEOUT_S:g} s")
 
     def _use_found(self, server: bool) -> None:
+        if server not in self._found:
+            return
         try:
-            found = self._found.pop(server).unwrap() if server in self._found else None
+            found = self._found.pop(server).unwrap()
         except (RuntimeError, MemoryError) as error:
             raise ResourceError(f"{self.directory}: cannot be read: {error!r}") from error
-        if found is None:
-            return  # nothing was looked at, or it is as it was
         renewed = server in self._read
+        if renewed and found[1] == self._read[server][1]:
+            return  # two looks may bring the same; sessions go with a context
         self._read[server] = found
         if found[0].not_after_s <= time.time():
             log.warning("%s: the %s's certificate has expired: issue it again", self.directory, ROLES[server])
@@ -152,14 +161,14 @@ class Credentials:
             log.info("%s: the certificates for the %s were read again", self.directory, ROLES[server])
 
 
-def _read(directory: str, server: bool, known: Identity | None) -> _Found | None:
-    """In a worker thread. None where the files are those that are known."""
+def _read(directory: str, server: bool, known: _Found | None) -> _Found:
+    """In a worker thread. What is known where the files are those of that."""
     role = ROLES[server]
     paths = [os.path.join(directory, name) for name in (CA, f"{role}-cert.pem", f"{role}-key.pem")]
     ca, certificate, key = paths
     identity = tuple(map(_identity, paths))
-    if identity == known:
-        return None
+    if known is not None and identity == known[1]:
+        return known
     pem = [_read_file(ca), _read_file(certificate), _read_file(key, private=True)]
     for path, what, data in zip(paths, ("CERTIFICATE", "CERTIFICATE", "PRIVATE KEY"), pem, strict=True):
         if f"{what}-----".encode() not in data:  # OpenSSL says "unsupported" of a key, and not of which file

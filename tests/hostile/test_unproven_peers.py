@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import ssl
 from collections.abc import Callable
 from pathlib import Path
 
@@ -312,19 +311,11 @@ def test_bad_handshakes_of_all_kinds(daemon: Daemon, neighbour: Beside, version:
         line.close()
 
 
-def client_hello() -> bytes:
-    written = ssl.MemoryBIO()
-    client = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), written, server_hostname="x")
-    with contextlib.suppress(ssl.SSLWantReadError):
-        client.do_handshake()
-    return written.read()
-
-
 def test_bad_handshakes_of_tls(daemon: Daemon, start: Start, version: int) -> None:
     """Of hosts without a certificate: what is no TLS, what TLS has too much of, and more half handshakes than there are
     places. Who has one comes in beside all of them, and the log has a few lines."""
     program, _ = daemon("d", "--tls", tls.directory())
-    hello = client_hello()
+    hello = tls.client_hello()
     one_byte = b"".join(b"\x16\x03\x01\x00\x01" + hello[at : at + 1] for at in range(5, len(hello)))
     nothing_said = program.error_bytes()
     for said in (

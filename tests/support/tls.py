@@ -8,6 +8,7 @@ import contextlib
 import functools
 import select
 import socket
+import ssl
 import struct
 import tempfile
 import threading
@@ -36,6 +37,15 @@ def records(stream: bytes) -> list[tuple[int, int]]:
         found.append((kind, size))
         at += RECORD_HEAD_BYTES + size
     return found
+
+
+def client_hello() -> bytes:
+    """The first that a client says, which makes a server sign."""
+    written = ssl.MemoryBIO()
+    client = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), written, server_hostname="x")
+    with contextlib.suppress(ssl.SSLWantReadError):
+        client.do_handshake()
+    return written.read()
 
 
 async def connect(credentials: Credentials, stream: trio.SocketStream, name: str, session: bytes = b"") -> TlsStream:

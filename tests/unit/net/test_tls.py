@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import trio
-from tls import connect
+from tls import client_hello, connect
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from postcopy import net as c
@@ -21,7 +21,7 @@ from postcopy import wire as p
 from postcopy.errors import ConfigurationError, PeerError
 from postcopy.net import acceptor as acceptor_module
 from postcopy.net import connecting
-from postcopy.tls import Credentials, DataChannel, TlsError, TlsStream, stream_of
+from postcopy.tls import Credentials, DataChannel, TlsError, TlsStream, _connection, stream_of
 from postcopy.tls._authority import issue, new_authority
 from tests.unit.net.support import SESSION
 
@@ -300,6 +300,41 @@ async def test_who_asks(certificates: Path) -> None:
             await link.control.aclose()
 
 
+async def test_handshakes_take_turns(certificates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many begin one at a time: others run between any two. (None waits for a look at the certificates here,
+    for which they stand in line too.)"""
+    monkeypatch.setattr("postcopy.tls._credentials.LOOK_TIMEOUT_S", 0.0)
+    steps: list[int] = []  # in which pass of the event loop
+
+    class Passes(trio.abc.Instrument):
+        count = 0
+
+        def before_io_wait(self, timeout: float) -> None:
+            self.count += 1
+
+    class Counted:
+        def __getattr__(self, name: str) -> Any:
+            if name == "pc_tls_handshake":
+                steps.append(passes.count)
+            return getattr(lib, name)
+
+    lib, passes = _connection.lib, Passes()
+    monkeypatch.setattr(_connection, "lib", Counted())
+    async with listening(await protection(certificates / "host-b")) as acceptor:
+        host, port = acceptor.addresses[0].host, acceptor.addresses[0].port
+        clients = [await trio.open_tcp_stream(host, port) for _ in range(20)]
+        await wait_all_tasks_blocked()
+        trio.lowlevel.add_instrument(passes)
+        for client in clients:
+            client.socket._sock.send(client_hello())  # type: ignore[attr-defined]
+        while len(steps) < len(clients):  # noqa: ASYNC110  (a list)
+            await trio.sleep(0.001)
+        trio.lowlevel.remove_instrument(passes)
+        assert len(set(steps)) == len(clients)
+        for client in clients:
+            await client.aclose()
+
+
 # ---- coming back
 
 
@@ -373,6 +408,25 @@ async def test_a_session_that_the_peer_does_not_take_is_offered_once(certificate
             await caller.connect(acceptor.addresses[0], hello)
         again, _ = await caller.connect(acceptor.addresses[0], hello)
         assert resumed == [True, False]
+        for one in (stream, again):
+            await one.aclose()
+
+
+async def test_a_session_outlasts_a_refusal(certificates: Path) -> None:
+    """A host that is busy is asked again and again."""
+    ours, theirs = await protection(certificates / "host-a"), await protection(certificates / "host-b")
+    reason = ""
+    async with listening(theirs, why_refused=lambda asking: reason) as acceptor:
+        caller, hello = connecting.Caller(ours), p.Hello("control", "dest", 0, b"", 0)
+        stream, _ = await caller.connect(acceptor.addresses[0], hello)
+        reason = "busy"
+        for _ in range(2):
+            with pytest.raises(p.RefusedError, match="busy"):
+                await caller.connect(acceptor.addresses[0], hello)
+        reason = ""
+        again, _ = await caller.connect(acceptor.addresses[0], hello)
+        assert isinstance(again, TlsStream)
+        assert again.peer.resumed
         for one in (stream, again):
             await one.aclose()
 
