@@ -114,51 +114,53 @@ class Daemon(Service):
     async def run(self, stop: Stop) -> bool:
         """Until `stop`. True: that is how it succeeds."""
         self.stop = stop
-        config, done = self._config, False
         self.check_sets()
-        if config.kind is None:  # whose machine makes the file
+        if self._config.kind is None:  # whose machine makes the file
             self.check_arrival()
         _raise_descriptor_limit()
         keep_reserve()
-        try:
-            async with AsyncExitStack() as stack:
-                acceptor = None
-                if config.listen is not None:
-                    acceptor = await stack.enter_async_context(self.listen(config.listen, "dest", self._why_refused))
-                async with trio.open_nursery() as nursery:
-                    self._nursery = nursery
-                    if config.kind is not None:
-                        name = config.name or _new_name(config.kind)
-                        await self._start(name, config.kind, config.machine or MachineOptions())
-                    if acceptor is not None:
-                        receive = partial(self._receive_all, acceptor, nursery)
-                        nursery.start_soon(_for_ever, "accepting connections", acceptor.serve)
-                        nursery.start_soon(_for_ever, "receiving machines", receive)
-                        self.announce_listening()
-                    nursery.start_soon(_for_ever, "showing progress", partial(self.output.follow, self._progress))
-                    nursery.start_soon(_for_ever, "giving up migrations", self.see_through)
-                    await stop.wait()
-                    await self._drain()
-                    if here := [owned.name for owned in self.machines if owned.loses and not owned.stays]:
-                        self.output.say(f"{self.side}: machines that end with this process: {', '.join(here)}")
-                    if live := [f"{owned.name} ({owned.stays})" for owned in self.machines if owned.stays]:
-                        self.output.say(f"{self.side}: machines that stay without this process: {', '.join(live)}")
-                    nursery.cancel_scope.cancel()
-            done = True
-        finally:
-            with trio.CancelScope(shield=True):  # each close is bounded
-                async with trio.open_nursery() as nursery:
-                    for owned in list(self.machines):
-                        nursery.start_soon(self._close, owned)
-            result = DaemonResult(
-                side=self.side,
-                status="completed" if done else "failed",
-                error=None,
-                machines_sent=self._sent,
-                machines_received=self._received,
-            )
-            self.output.emit("result", result)
-        return done
+        return await self.run_to_result(self._run, self._end)
+
+    async def _run(self) -> bool:
+        config, stop = self._config, self.stop
+        async with AsyncExitStack() as stack:
+            acceptor = None
+            if config.listen is not None:
+                acceptor = await stack.enter_async_context(self.listen(config.listen, "dest", self._why_refused))
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                if config.kind is not None:
+                    name = config.name or _new_name(config.kind)
+                    await self._start(name, config.kind, config.machine or MachineOptions())
+                if acceptor is not None:
+                    receive = partial(self._receive_all, acceptor, nursery)
+                    nursery.start_soon(_for_ever, "accepting connections", acceptor.serve)
+                    nursery.start_soon(_for_ever, "receiving machines", receive)
+                    self.announce_listening()
+                nursery.start_soon(_for_ever, "showing progress", partial(self.output.follow, self._progress))
+                nursery.start_soon(_for_ever, "giving up migrations", self.see_through)
+                await stop.wait()
+                await self._drain()
+                if here := [owned.name for owned in self.machines if owned.loses and not owned.stays]:
+                    self.output.say(f"{self.side}: machines that end with this process: {', '.join(here)}")
+                if live := [f"{owned.name} ({owned.stays})" for owned in self.machines if owned.stays]:
+                    self.output.say(f"{self.side}: machines that stay without this process: {', '.join(live)}")
+                nursery.cancel_scope.cancel()
+        return True
+
+    async def _end(self, done: bool) -> None:
+        """The end of all machines, and the result."""
+        async with trio.open_nursery() as nursery:
+            for owned in list(self.machines):
+                nursery.start_soon(self._close, owned)  # bounded
+        result = DaemonResult(
+            side=self.side,
+            status="completed" if done else "failed",
+            error=None if done or self.failure is None else str(self.failure),
+            machines_sent=self._sent,
+            machines_received=self._received,
+        )
+        self.output.emit("result", result)
 
     async def _drain(self) -> None:
         """Until no machine is on its way any more."""

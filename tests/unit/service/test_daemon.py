@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import io
 import re
+import socket
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
+from postcopy._stop import Stop
 from postcopy.errors import ConfigurationError, ConnectionLost, PostcopyError, ResourceError
 from postcopy.machines import BlockLayout, Machine, MachineState
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.precopy import Mode
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net import Asking
+from postcopy.net import Address, Asking
 from postcopy.output import Output
 from postcopy.records.control import AllSteered, Settings, Steered
 from postcopy.service._attempts import Attempts
@@ -117,6 +119,16 @@ async def test_no_rounds_no_downtime_to_set(mode: Mode) -> None:
     owned.machine, owned.sending = Mock(spec=Machine), SourceOptions(mode=mode)
     with pytest.raises(ControlError, match=f"--max-downtime goes with --precopy: .* of mode {mode}"):
         await ControlHandler(daemon).execute(Request("set", {"machine": "a", "max-downtime": 1.0}))
+
+
+async def test_why_it_has_failed_is_in_its_result() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        config = DaemonConfig(SourceOptions(), ArrivalOptions(), listen=Address(*other.getsockname()))
+        daemon = Daemon(config, Mock(spec=Output))
+        with pytest.raises(ResourceError) as caught:
+            await daemon.run(Stop())
+    [result] = [call.args[1] for call in daemon.output.emit.call_args_list if call.args[0] == "result"]  # type: ignore[attr-defined]
+    assert (result.status, result.error) == ("failed", str(caught.value))
 
 
 def test_names() -> None:
