@@ -61,7 +61,6 @@ START_S = 10.0
 """How long one that we start may take to answer."""
 LOAD_S = 10.0
 """How long it may take to load the state; it takes some 10 ms."""
-POLL_S = 0.005
 STATE, SOCKET, API = "state", "memory.sock", "api.sock"
 PAGE_SIZES = {4096: "anon", 2 << 20: "hugetlb"}
 MAX_REGIONS = 32

@@ -577,11 +577,8 @@ class QemuMachine(ProcessMachine):
         except PostcopyError as error:
             self._state, self._looked_at = MachineState.PAUSED, True
             self._tell()
-            if isinstance(error, QemuError):
-                raise MigrationError(
-                    f"the guest of {self._name} was stopped for a look at its memory, and may still be; tell it to"
-                    f" run (cont): {error}"
-                ) from error
+            if isinstance(error, QemuError):  # only where it has ended
+                raise MigrationError(f"{self._name} has ended while its memory was looked at") from error
             raise
         if self._looked_at:
             self._looked_at = False
