@@ -18,10 +18,11 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from postcopy import net as c
 from postcopy import wire as p
+from postcopy._native import lib
 from postcopy.errors import ConfigurationError, PeerError
 from postcopy.net import acceptor as acceptor_module
 from postcopy.net import connecting
-from postcopy.tls import Credentials, DataChannel, TlsError, TlsStream, _connection, stream_of
+from postcopy.tls import Credentials, DataChannel, TlsError, TlsStream, stream_of
 from postcopy.tls._authority import issue, new_authority
 from tests.unit.net.support import SESSION
 
@@ -318,8 +319,8 @@ async def test_handshakes_take_turns(certificates: Path, monkeypatch: pytest.Mon
                 steps.append(passes.count)
             return getattr(lib, name)
 
-    lib, passes = _connection.lib, Passes()
-    monkeypatch.setattr(_connection, "lib", Counted())
+    passes = Passes()
+    monkeypatch.setattr("postcopy.tls._connection.lib", Counted())
     async with listening(await protection(certificates / "host-b")) as acceptor:
         host, port = acceptor.addresses[0].host, acceptor.addresses[0].port
         clients = [await trio.open_tcp_stream(host, port) for _ in range(20)]

@@ -308,7 +308,7 @@ async def test_a_thread_that_is_never_free_does_not_hang(host: Path, monkeypatch
 
     monkeypatch.setattr(_credentials, "_read", slow)
     monkeypatch.setattr(_credentials, "READ_TIMEOUT_S", 60.0)
-    monkeypatch.setattr(_credentials.time, "monotonic", lambda: now)
+    monkeypatch.setattr("postcopy.tls._credentials.time.monotonic", lambda: now)
     async with trio.open_nursery() as nursery:
         for ended in range(4):
             nursery.start_soon(partial(credentials._look, True))
