@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The installed program, attacked from outside. `make hostile` runs all of it; without the tests marked `slow` it is a
-step of `make test`."""
+step of `make test`.
+
+What a peer says in the modules of `THROUGH_TLS` it also says under TLS, with a certificate that is good. `make test`
+has `SAMPLE` of these, by chance: others each time."""
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import os
 import random
 import stat
@@ -13,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from hostile import _peer, _program
+from hostile import _peer, _program, _tls
 
 Start = Callable[..., _program.Program]
 
@@ -22,26 +27,62 @@ QUICK = frozenset(Path(__file__).with_name("quick.txt").read_text().split("\n"))
 """What of all this `make test` runs, too: one of each kind. The rest is marked `slow`."""
 
 
+THROUGH_TLS = ("test_lies", "test_fuzz")
+SAMPLE = 3
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.definition.path.stem in THROUGH_TLS and "version" in inspect.signature(metafunc.function).parameters:
+        carriers = ["plain", pytest.param("tls", marks=pytest.mark.needs("tls"))]
+        metafunc.parametrize("carrier", carriers, indirect=True)
+
+
+def name_of(item: pytest.Item) -> str:
+    """As in `quick.txt`, however it is carried."""
+    return item.name.replace("[plain]", "").replace("[plain-", "[").replace("[tls]", "").replace("[tls-", "[")
+
+
+def is_under_tls(item: pytest.Item) -> bool:
+    return item.path.stem in THROUGH_TLS and "[tls" in item.name
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A name in `quick.txt` that is no test would be one test less, unnoticed."""
     here = Path(__file__).parent
     if any(Path(argument).resolve() == here for argument in config.args):  # all of them have been collected
-        missing = QUICK - {item.name for item in items if item.path.parent == here}
+        missing = QUICK - {name_of(item) for item in items if item.path.parent == here}
         if missing:
             raise pytest.UsageError(f"quick.txt names what is no test: {', '.join(sorted(missing))}")
+    # The same in each worker of a run.
+    seed = os.environ.get("POSTCOPY_SEED") or os.environ.get("PYTEST_XDIST_TESTRUNUID") or os.getpid()
+    under_tls = [item for item in items if item.path.parent == here and is_under_tls(item) and name_of(item) in QUICK]
+    sample = set(random.Random(seed).sample(under_tls, min(SAMPLE, len(under_tls))))
     for item in items:
         if item.path.parent != Path(__file__).parent or item.path.name == "test_device_states.py":
             continue
         item.add_marker(pytest.mark.needs("uffd-user"))  # the machines here are rv64's, and images
-        if item.name not in QUICK:
+        if name_of(item) not in QUICK or (is_under_tls(item) and item not in sample):
             item.add_marker("slow")
 
 
+@pytest.fixture(autouse=True)
+def carrier(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What carries all that is said: "plain" or "tls"."""
+    carrier = getattr(request, "param", "plain")
+    with _peer.under_tls() if carrier == "tls" else contextlib.nullcontext():
+        yield carrier
+
+
 @pytest.fixture
-def start() -> Iterator[Start]:
+def start(carrier: str) -> Iterator[Start]:
     """``start(*arguments)``: the program, as a `_program.Program` that is killed when the test ends."""
     with _program.starter() as start:
-        yield start
+
+        def start_under_tls(command: str, *arguments: object, **keywords: Any) -> _program.Program:
+            given = ("--tls", _tls.directory()) if command in ("source", "dest", "daemon") else ()
+            return start(command, *given, *arguments, **keywords)
+
+        yield start_under_tls if carrier == "tls" else start
 
 
 @pytest.fixture

@@ -418,11 +418,6 @@ def test_breakdowns_of_a_destination(start: Start, version: int, table: Any) -> 
 # ---- Destinations
 
 
-def precopying(start: Start, version: int, *more: str) -> tuple[Program, Destination]:
-    source = start("source", "--json", *RV64, "--listen", "127.0.0.1:0", *PRECOPY, *more)
-    return source, Destination.connect(source.address, version).until("ready")
-
-
 def next_one(listener: Listener) -> Destination:
     """The next attempt; one that only comes to say that the last one has ended is let go."""
     while True:

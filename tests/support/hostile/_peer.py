@@ -22,6 +22,7 @@ from typing import Any
 
 import msgpack
 
+from hostile import _tls
 from hostile import _wire as wire
 from hostile._program import Control, Program, verify
 from hostile._wire import Fields, Frame
@@ -49,11 +50,22 @@ _open: list[socket.socket] = []
 
 
 _host: list[str] = []
+_under_tls: list[bool] = []
+
+
+@contextlib.contextmanager
+def under_tls() -> Iterator[None]:
+    """Whatever is said meanwhile."""
+    _under_tls.append(True)
+    try:
+        yield
+    finally:
+        _under_tls.pop()
 
 
 @contextlib.contextmanager
 def calling_from(host: str) -> Iterator[None]:
-    """As another peer, an address of 127.0.0.0/8: without TLS a peer is its host."""
+    """As another peer, an address of 127.0.0.0/8: without TLS a peer is its host; under TLS it has a name for each."""
     _host.append(host)
     try:
         yield
@@ -73,7 +85,10 @@ def close_all() -> None:
 class Line:
     """One connection, from its first byte on."""
 
-    def __init__(self, sock: socket.socket, version: int) -> None:
+    def __init__(self, sock: socket.socket, version: int, caller: str | None = None) -> None:
+        """`caller`: see `_tls.carried`."""
+        if _under_tls:
+            sock = _tls.carried(sock, caller)
         sock.settimeout(TIMEOUT_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         _open.append(sock)
@@ -83,8 +98,8 @@ class Line:
 
     @classmethod
     def open(cls, address: Address, version: int) -> Line:
-        here = (_host[-1], 0) if _host else None
-        return cls(socket.create_connection(address, TIMEOUT_S, here), version)
+        host = _host[-1] if _host else ""
+        return cls(socket.create_connection(address, TIMEOUT_S, (host, 0) if host else None), version, host)
 
     def send(self, data: bytes) -> None:
         try:
