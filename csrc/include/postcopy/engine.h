@@ -57,8 +57,8 @@ struct pc_pager_stats {
     uint64_t local_pages;                    /* placed from a local source, on demand or before */
     uint64_t prefetched_pages;               /* placed in answer to a request ahead of any fault, and counted nowhere else; and of local pages, and
                                               * of zero pages, those that were placed before a fault asked */
-    uint64_t prefetch_hits;                  /* pages requested ahead that a thread has then reached, as far as it is known: it came to wait for one,
-                                              * or faulted beyond it in the same stream (pc_pager_set_prefetch) */
+    uint64_t prefetch_hits;                  /* pages requested ahead that a thread has then reached, each once, as far as it is known: it came to wait
+                                              * for one, or faulted beyond it in the same stream (pc_pager_set_prefetch) */
     uint64_t set_pages;                      /* of working sets that were asked for (pc_pager_prefetch_runs) and looked at */
     uint64_t set_hits;                       /* of them, placed before a fault asked */
     uint64_t local_waits;                    /* faults whose page a reader had to fetch: it was not in the page cache */

@@ -291,6 +291,27 @@ static void late(void)
     close_script(&script);
 }
 
+/* A thread waits for a page that one stream has asked for, and another one, which crosses it, goes on from there: it is one hit. */
+static void late_where_streams_cross(void)
+{
+    struct toucher toucher, other;
+    struct script script;
+
+    open_script(&script, PC_PREFETCH_BOTH, 8);
+    touched(&script, 100, "100! 101 102 103 104 99 98 97 96");
+    touch_one(&toucher, &script.rig, 0, 110);
+    expect(&script, "110! 111 112 113 114 109 108 107 106");
+    touch_one(&other, &script.rig, 0, 106);
+    wait_pending(&script.rig, 2);
+    CHECK_EQ(pager_stats(&script.rig).prefetch_hits, 1);
+    answer_kept(&script);
+    join_toucher(&toucher);
+    join_toucher(&other);
+    touched(&script, 105, "105!"); /* the edge of the former: 109, 108 and 107 were reached */
+    CHECK_EQ(pager_stats(&script.rig).prefetch_hits, 4);
+    close_script(&script);
+}
+
 /* The one behind the deepest stream that there can be, which was requested for another reason. */
 static void late_at_the_edge(void)
 {
@@ -313,20 +334,26 @@ static void late_at_the_edge(void)
     close_script(&script);
 }
 
+/* A thread waits for 101, which was requested ahead, as 102 and 103 are. */
+static void open_with_one_late(struct script *script, struct toucher *toucher)
+{
+    open_script(script, PC_PREFETCH_FORWARD, 2);
+    touched(script, 50, "50! 51 52");
+    touch_one(toucher, &script->rig, 0, 100);
+    expect(script, "100! 101 102");
+    answer(script, &script->unanswered[0]);
+    join_toucher(toucher);
+    touch_one(toucher, &script->rig, 0, 101);
+    expect(script, "103");
+}
+
 /* Requested on another channel as what is waited for, it is not requested for being late, too. */
 static void late_on_a_channel_that_is_lost(void)
 {
     struct toucher toucher;
     struct script script;
 
-    open_script(&script, PC_PREFETCH_FORWARD, 2);
-    touched(&script, 50, "50! 51 52");
-    touch_one(&toucher, &script.rig, 0, 100);
-    expect(&script, "100! 101 102");
-    answer(&script, &script.unanswered[0]);
-    join_toucher(&toucher);
-    touch_one(&toucher, &script.rig, 0, 101);
-    expect(&script, "103");
+    open_with_one_late(&script, &toucher);
     close(script.fd);
     EXPECT_EVENT(&script.rig.from_pager, PC_EVENT_CHANNEL_DOWN, PC_CHANNEL_URGENT, 0, NULL);
     script.fd = script_urgent(&script.rig, 0);
@@ -346,14 +373,7 @@ static void unanswered(void)
     struct pc_frame frame;
     size_t ahead = 0;
 
-    open_script(&script, PC_PREFETCH_FORWARD, 2);
-    touched(&script, 50, "50! 51 52");
-    touch_one(&toucher, &script.rig, 0, 100);
-    expect(&script, "100! 101 102");
-    answer(&script, &script.unanswered[0]);
-    join_toucher(&toucher);
-    touch_one(&toucher, &script.rig, 0, 101);
-    expect(&script, "103");
+    open_with_one_late(&script, &toucher);
     script.count = 0;
     expect(&script, "101!"); /* after the second */
     answer_kept(&script);
@@ -422,6 +442,7 @@ int main(int argc, char **argv)
     RUN_CASE(random_pages_cost_nothing);
     RUN_CASE(known_pages_are_left_out);
     RUN_CASE(late);
+    RUN_CASE(late_where_streams_cross);
     RUN_CASE(late_at_the_edge);
     RUN_CASE(late_on_a_channel_that_is_lost);
     RUN_CASE(unanswered);
