@@ -50,15 +50,6 @@ static inline bool pc_bits_test(const uint64_t *words, uint64_t bit)
     return pc_bits_word(words, bit / 64) >> (bit % 64) & 1;
 }
 
-/* Whether one of [first, first + count) is set. */
-static inline bool pc_bits_any(const uint64_t *words, uint64_t first, uint64_t count)
-{
-    for (uint64_t word = first / 64; word * 64 < first + count; word++)
-        if (pc_bits_word(words, word) & pc_bits_mask(word, first, count))
-            return true;
-    return false;
-}
-
 /* How many of [first, first + count) are set. */
 static inline uint64_t pc_bits_count(const uint64_t *words, uint64_t first, uint64_t count)
 {

@@ -74,10 +74,12 @@ void pc_histogram_merge(struct pc_histogram *into, const struct pc_histogram *fr
 
 void pc_histogram_subtract(struct pc_histogram *from, const struct pc_histogram *earlier)
 {
-    from->count -= earlier->count;
-    from->sum_ns -= earlier->sum_ns;
-    for (uint32_t i = 0; i < PC_HISTOGRAM_BUCKETS; i++)
-        from->buckets[i] -= earlier->buckets[i];
+    from->count = 0;
+    from->sum_ns -= earlier->sum_ns < from->sum_ns ? earlier->sum_ns : from->sum_ns;
+    for (uint32_t i = 0; i < PC_HISTOGRAM_BUCKETS; i++) {
+        from->buckets[i] -= earlier->buckets[i] < from->buckets[i] ? earlier->buckets[i] : from->buckets[i];
+        from->count += from->buckets[i];
+    }
 }
 
 uint64_t pc_histogram_bucket_edge(uint32_t bucket)

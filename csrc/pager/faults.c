@@ -15,7 +15,6 @@
 #include "uffd/uffd_abi.h"
 
 #define LET_RUN_NS 16000
-#define LATE_NS 1000000000 /* see pc_request_late */
 #define UNPOLLABLE_NS 100000000 /* a userfaultfd that cannot be polled is looked at so often */
 
 /* ---- the pending table -------------------------------------------------------------------------------------------- */
@@ -219,11 +218,10 @@ static void forget_pending(struct shard *shard, struct fault *fault, uint64_t no
 
     account_blocked(shard, fault, now_ns);
     remove_pending(shard->pending, fault);
-    other = was.unrequested || was.late ? find_pending(shard, was.block, was.page) : NULL;
-    if (other) {
-        other->unrequested = other->unrequested || was.unrequested;
-        other->late = other->late || was.late;
-    } else if (was.unrequested)
+    other = was.unrequested ? find_pending(shard, was.block, was.page) : NULL;
+    if (other)
+        other->unrequested = true;
+    else if (was.unrequested)
         pc_atomic_clear_bit(shard->pager->blocks[was.block]->requested, was.page); /* it will not be requested */
 }
 
@@ -266,7 +264,6 @@ static void request_page(struct shard *shard, struct fault *fault)
     struct pending *pending = shard->pending;
 
     fault->unrequested = true;
-    fault->late = false; /* this request says that a thread waits */
     if (pc_bits_test(block->claimed, fault->page))
         return;
     if (pc_is_local(block, fault->page)) {
@@ -327,28 +324,6 @@ static void request_for_all(struct shard *shard, struct fault *fault)
         pc_recheck_page(shard, fault->block, fault->page);
     else
         request_page(shard, fault);
-}
-
-/* Threads that have waited for LATE_NS for what was requested ahead have it requested again, as what is waited for: a source that leaves the
- * former unanswered holds them no longer than that. */
-void pc_request_late(struct shard *shard, uint64_t now_ns)
-{
-    struct pending *pending = shard->pending;
-
-    if (now_ns - shard->late_ns < LATE_NS)
-        return;
-    shard->late_ns = 0;
-    for (uint16_t i = pending->faults[0].newer; i; i = pending->faults[i].newer) { /* in the order in which they came */
-        struct fault *fault = &pending->faults[i];
-
-        if (!fault->late)
-            continue;
-        if (now_ns - fault->event_ns < LATE_NS) {
-            shard->late_ns = fault->event_ns;
-            break;
-        }
-        request_page(shard, fault);
-    }
 }
 
 /* Requests what threads wait for and what could not be requested when they came. */
@@ -545,11 +520,6 @@ static void handle_fault(struct shard *shard, const struct uffd_msg *message, ui
         return;
     }
     fault->minor = minor;
-    if (late) {
-        fault->late = true;
-        if (!shard->late_ns)
-            shard->late_ns = now_ns;
-    }
     fault->unresolved = fault->unresolved || received;
     if (fresh && local && pc_local_serve(shard, range->block, page))
         return;

@@ -94,7 +94,6 @@ struct fault { /* a thread of the machine that waits */
     bool minor;
     bool unrequested; /* no request for its page is under way: there was no channel, no room, or the page was claimed */
     bool unresolved;  /* its page is received, and the kernel could not resolve the fault yet */
-    bool late;        /* its page was requested ahead, and no request says yet that a thread waits */
 };
 
 struct pending { /* the table of them, faults.c; 0 is the number of no entry */
@@ -221,7 +220,6 @@ struct shard {
     bool lost_first;
     bool ahead_left; /* pages to look at, more than the turn could */
     uint64_t ahead_in_flight;
-    uint64_t late_ns; /* since when at least a thread has waited for what was requested ahead; 0: none does */
 };
 
 /* ---- the pager ---- */
@@ -433,7 +431,6 @@ void pc_recheck_pending(struct shard *shard);
 void pc_requests_sent(struct shard *shard);
 void pc_requests_lost(struct shard *shard);
 void pc_request_pending(struct shard *shard);
-void pc_request_late(struct shard *shard, uint64_t now_ns);
 void pc_request_again(struct shard *shard);
 void pc_retry_later(struct shard *shard);
 

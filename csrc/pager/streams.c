@@ -68,25 +68,43 @@ static void begin(struct shard *shard, uint32_t block, uint64_t page, int64_t st
     streams->busy = true;
 }
 
-/* Whether a page is of this stream, which then goes on from there. `counted`: that it was requested ahead is counted already. */
-static bool follow(struct shard *shard, struct stream *stream, uint64_t page, bool counted, bool adaptive)
+/* How many strides ahead of a stream a page is; UINT64_MAX: more than `most`, or it is none of its pages. */
+static uint64_t steps_to(const struct stream *stream, uint32_t block, uint64_t page, uint64_t most)
 {
     uint64_t distance = stream->stride > 0 ? page - stream->page : stream->page - page; /* huge where it lies on the other side */
-    uint64_t stride = (uint64_t)labs(stream->stride), most = DEPTH_BYTES / shard->pager->blocks[stream->block]->memory.page_bytes;
-    uint64_t steps, passed;
+    uint64_t stride = (uint64_t)labs(stream->stride), steps;
 
-    if (distance > (stream->reach + 1 + stream->depth) * stride)
-        return false;
+    if (!stride || stream->block != block || distance > most * stride)
+        return UINT64_MAX;
     steps = stride == 1 ? distance : distance / stride;
-    if (steps * stride != distance)
+    return steps * stride == distance ? steps : UINT64_MAX;
+}
+
+/* A hit that is counted already: not again by the stream that has asked for the page, which need not be the one that follows it. */
+static void count_no_more(struct streams *streams, uint32_t block, uint64_t page)
+{
+    for (uint32_t i = 0; i < STREAMS; i++) {
+        uint64_t steps = steps_to(&streams->all[i], block, page, 64);
+
+        if (steps - 1 < 64)
+            streams->all[i].asked &= ~(UINT64_C(1) << (steps - 1));
+    }
+}
+
+/* Whether a page is of this stream, which then goes on from there. */
+static bool follow(struct shard *shard, struct stream *stream, uint32_t block, uint64_t page, bool adaptive)
+{
+    uint64_t steps = steps_to(stream, block, page, stream->reach + 1 + stream->depth), most;
+
+    if (steps == UINT64_MAX)
         return false;
+    most = DEPTH_BYTES / shard->pager->blocks[block]->memory.page_bytes;
     stream->used = ++shard->streams.clock;
     if (!steps)
         return true;
     if (steps <= stream->reach + 1) {
-        passed = steps < 64 ? (UINT64_C(1) << steps) - 1 : UINT64_MAX;
-        if (counted && steps <= 64)
-            passed &= ~(UINT64_C(1) << (steps - 1));
+        uint64_t passed = steps < 64 ? (UINT64_C(1) << steps) - 1 : UINT64_MAX;
+
         COUNT(shard->pager, prefetch_hits, pc_bits_popcount(stream->asked & passed));
         stream->asked = steps < 64 ? stream->asked >> steps : 0;
         stream->reach -= (uint32_t)steps < stream->reach ? (uint32_t)steps : stream->reach;
@@ -109,10 +127,10 @@ void pc_streams_note(struct shard *shard, uint32_t block, uint64_t page, bool mi
 
     if (how == PC_PREFETCH_NONE)
         return;
+    if (counted)
+        count_no_more(streams, block, page);
     for (uint32_t i = 0; i < STREAMS; i++) {
-        struct stream *stream = &streams->all[i];
-
-        if (stream->stride && stream->block == block && follow(shard, stream, page, counted, how == PC_PREFETCH_ADAPTIVE)) {
+        if (follow(shard, &streams->all[i], block, page, how == PC_PREFETCH_ADAPTIVE)) {
             streams->latest = i;
             streams->busy = true;
             return;

@@ -21,7 +21,6 @@
 #define REPEATS_BEFORE_REST 64
 #define REST_NS 500000
 #define BUSY_TURNS 8 /* of a thread that busy-waits: in one of so many it looks at everything */
-#define LATE_LOOK_MS 250
 #define SMALL_RECEIVE_BYTES (64 * 1024)
 #define TURN_NS 200000 /* what a turn may do for the channel, as the costs in pager.h estimate it */
 /* So much work in a row that brought nothing new, and the channel is read at a sixteenth of the processor's time. */
@@ -424,8 +423,6 @@ static uint32_t wait_for_work(struct shard *shard, uint64_t spin_until_ns)
             return 0;
         timeout_ms = 0;
     }
-    if (timeout_ms < 0 && shard->late_ns)
-        timeout_ms = LATE_LOOK_MS;
     if (held)
         ready = READY_CHANNEL;
     count = epoll_wait(shard->poll_fd, events, 3, timeout_ms);
@@ -460,8 +457,6 @@ void *pc_fault_thread(void *argument)
         }
         if (due || __atomic_load_n(&shard->recheck, __ATOMIC_RELAXED))
             pc_recheck_pending(shard);
-        if (shard->late_ns)
-            pc_request_late(shard, pc_now_ns());
         /* A command may have put another stream there, even under the same number; then a read that finds nothing does no harm. */
         if (ready & READY_CHANNEL && stream_fd >= 0 && stream_fd == shard->stream.fd && !shard->frames_left && !shard->stalled &&
             !shard->read_at_ns) {

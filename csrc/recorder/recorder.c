@@ -2,10 +2,10 @@
  *
  * Looks at what a pager or page server counts, at regular times, and keeps that in bounded memory, however long it takes.
  *
- * Nothing is in the way of a fault: counters and maps are read as they are, by a thread of its own, which takes no more than a
- * hundredth of a processor: a look that takes long puts the next one off. While nothing happens it looks less often, 16 periods apart at
- * last, and the last column moves on instead of a new one being kept; a column is kept after an eighth of the phase's time nevertheless,
- * for what the guest does meanwhile.
+ * Nothing is in the way of a fault: counters and maps are read as they are, by one thread for all recorders of the process, which takes
+ * no more than a hundredth of a processor: looks that take long put the next ones off, and then all that are due are taken together. While
+ * nothing happens it looks less often, 16 periods apart at last, and the last column moves on instead of a new one being kept; a column is
+ * kept after an eighth of the phase's time nevertheless, for what the guest does meanwhile.
  *
  * When there is no room for another column, the phase that has most of them gives up every other one; counts are cumulative, so that
  * nothing is lost by that but detail. If it is the phase that goes on, its period doubles. So each phase (what happens from a mark on: the
@@ -14,8 +14,9 @@
  * Faults: the fault thread of a shard puts every 2^k-th into a ring, when its thread has been woken (faults.c). From there they come here,
  * and when the sample is full k grows by one, and those that would not have been in it leave.
  *
- * `lock` is held for a look, and by callers who copy what there is, or end it. `wake_lock` is for what wakes the thread, and held for no
- * longer than that: who begins a phase, in the pause, waits for no look.
+ * A recorder's `lock` is held for a look, and by callers who copy what there is, or end it. `all.lock`, which may be taken while that is
+ * held and never the other way round, is for the list and what wakes the thread, and held for no longer than that: who begins a phase, in
+ * the pause, waits for no look. Only the thread takes a recorder from the list.
  */
 #include "postcopy/recorder.h"
 
@@ -41,13 +42,13 @@ _Static_assert(sizeof(struct pc_pager_stats) <= sizeof(((struct pc_record_column
 _Static_assert(sizeof(struct pc_pageserver_stats) <= sizeof(((struct pc_record_column *)0)->counts), "room for all counters");
 
 struct pc_recorder {
-    pthread_mutex_t wake_lock;
-    pthread_cond_t wake;
-    bool ending, phase_began;
+    /* With `all.lock`: */
+    struct pc_recorder *next;
+    uint64_t due_ns;
+    bool listed, ended, phase_began;
+    bool freed; /* by the caller: the thread is the last that has it */
 
     pthread_mutex_t lock; /* for all that follows */
-    bool started;
-    uint32_t owners; /* atomic: the caller, and the thread; the last one frees it */
 
     struct pc_metrics *metrics;       /* of a pager, or */
     struct pc_pageserver *server;     /* a page server */
@@ -64,6 +65,13 @@ struct pc_recorder {
     struct pc_record_column columns[PC_RECORD_COLUMNS];
     struct pc_record_fault faults[PC_RECORD_FAULTS];
 };
+
+static struct {
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+    struct pc_recorder *first;
+    bool woken, running; /* there is a thread */
+} all;
 
 /* ---- faults ---- */
 
@@ -225,7 +233,7 @@ static uint64_t processor_ns(void)
 /* Looks, and begins the next phase when it is time. How long to wait then. */
 static uint64_t take_turn(struct pc_recorder *recorder, bool phase_began)
 {
-    uint64_t began_ns = pc_now_ns(), before_ns = processor_ns(), cost_ns, wait_ns;
+    uint64_t began_ns = pc_now_ns(), before_ns = processor_ns(), wait_ns;
 
     pthread_mutex_lock(&recorder->lock);
     look(recorder, phase_began);
@@ -235,85 +243,129 @@ static uint64_t take_turn(struct pc_recorder *recorder, bool phase_began)
         recorder->period_ns = recorder->first_period_ns;
         recorder->quiet = 0;
     }
-    cost_ns = processor_ns() - before_ns;
-    recorder->cost_ns += cost_ns;
+    recorder->cost_ns += processor_ns() - before_ns;
     wait_ns = recorder->period_ns << (recorder->quiet < QUIET_PERIODS_LOG ? recorder->quiet : QUIET_PERIODS_LOG);
     pthread_mutex_unlock(&recorder->lock);
-    return wait_ns < cost_ns * SHARE ? cost_ns * SHARE : wait_ns;
+    return wait_ns;
 }
 
-static void disown(struct pc_recorder *recorder)
+static void destroy(struct pc_recorder *recorder)
 {
-    if (__atomic_sub_fetch(&recorder->owners, 1, __ATOMIC_ACQ_REL))
-        return;
-    pthread_cond_destroy(&recorder->wake);
-    pthread_mutex_destroy(&recorder->wake_lock);
     pthread_mutex_destroy(&recorder->lock);
     pc_buffer_free(recorder, sizeof(*recorder));
 }
 
-static void *record(void *argument)
+/* With `all.lock`, but for the looks. When to look next: when one is due, counted from the end of its look. */
+static uint64_t look_at_all(void)
 {
-    struct pc_recorder *recorder = argument;
+    uint64_t next_ns = UINT64_MAX;
+    struct pc_recorder *recorder, **at = &all.first;
 
-    pc_thread_name("pc-record", 0);
-    pthread_mutex_lock(&recorder->wake_lock);
-    while (!recorder->ending) {
+    while ((recorder = *at)) {
         bool phase_began = recorder->phase_began;
-        struct timespec until;
-        uint64_t wait_ns;
 
-        recorder->phase_began = false;
-        pthread_mutex_unlock(&recorder->wake_lock);
-        wait_ns = take_turn(recorder, phase_began); /* the wait is counted from its end */
-        until = pc_timespec(pc_now_ns() + wait_ns);
-        pthread_mutex_lock(&recorder->wake_lock);
-        while (!recorder->ending && !recorder->phase_began &&
-               pthread_cond_timedwait(&recorder->wake, &recorder->wake_lock, &until) != ETIMEDOUT) {
+        if (recorder->ended) {
+            *at = recorder->next;
+            recorder->listed = false;
+            if (recorder->freed)
+                destroy(recorder);
+            continue;
+        }
+        if (phase_began || recorder->due_ns <= pc_now_ns()) {
+            uint64_t wait_ns;
+
+            recorder->phase_began = false;
+            pthread_mutex_unlock(&all.lock);
+            wait_ns = take_turn(recorder, phase_began);
+            pthread_mutex_lock(&all.lock);
+            recorder->due_ns = pc_now_ns() + wait_ns;
+        }
+        next_ns = recorder->due_ns < next_ns ? recorder->due_ns : next_ns;
+        at = &recorder->next;
+    }
+    return next_ns;
+}
+
+static void *record(void *unused)
+{
+    (void)unused;
+    pc_thread_name("pc-record", 0);
+    pthread_mutex_lock(&all.lock);
+    while (all.first) {
+        uint64_t before_ns = processor_ns(), next_ns, rested_ns;
+        struct timespec until;
+
+        all.woken = false;
+        next_ns = look_at_all();
+        rested_ns = pc_now_ns() + (processor_ns() - before_ns) * SHARE;
+        until = pc_timespec(next_ns > rested_ns ? next_ns : rested_ns);
+        while (all.first && !all.woken && pthread_cond_timedwait(&all.wake, &all.lock, &until) != ETIMEDOUT) {
         }
     }
-    pthread_mutex_unlock(&recorder->wake_lock);
-    disown(recorder);
+    all.running = false;
+    pthread_mutex_unlock(&all.lock);
     return NULL;
+}
+
+/* Also in a forked child, which has neither the thread nor the recorders. */
+static void begin_all(void)
+{
+    pthread_condattr_t clock;
+
+    pc_lock_init(&all.lock);
+    pthread_condattr_init(&clock);
+    pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
+    pthread_cond_init(&all.wake, &clock);
+    pthread_condattr_destroy(&clock);
+    all.first = NULL;
+    all.running = false;
+}
+
+static void begin_once(void)
+{
+    begin_all();
+    (void)pthread_atfork(NULL, NULL, begin_all);
 }
 
 /* ---- for callers ---- */
 
 int pc_recorder_new(uint64_t period_ns, struct pc_recorder **out)
 {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
     struct pc_recorder *recorder = pc_buffer_new(sizeof(*recorder)); /* memory is taken as far as it is used */
-    pthread_condattr_t clock;
 
     if (!recorder)
         return -ENOMEM;
+    (void)pthread_once(&once, begin_once);
     pc_lock_init(&recorder->lock);
-    pc_lock_init(&recorder->wake_lock);
-    pthread_condattr_init(&clock);
-    pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
-    pthread_cond_init(&recorder->wake, &clock);
-    pthread_condattr_destroy(&clock);
     recorder->period_ns = recorder->first_period_ns = period_ns;
     recorder->phase_ns = pc_now_ns();
-    recorder->owners = 1;
     *out = recorder;
     return 0;
 }
 
-/* With the lock. */
+/* With the recorder's lock. 0, or an error, and then there is nothing to be looked at. */
 static int start(struct pc_recorder *recorder)
 {
     pthread_t thread;
-    int error;
+    int error = 0;
 
-    if (recorder->started)
-        return 0;
-    (void)__atomic_fetch_add(&recorder->owners, 1, __ATOMIC_RELAXED);
-    error = pc_thread_start(&thread, record, recorder);
-    if (error)
-        (void)__atomic_fetch_sub(&recorder->owners, 1, __ATOMIC_RELAXED);
-    else
-        (void)pthread_detach(thread);
-    recorder->started = !error;
+    pthread_mutex_lock(&all.lock);
+    if (recorder->ended)
+        error = -ECANCELED;
+    if (!error && !all.running) {
+        error = pc_thread_start(&thread, record, NULL);
+        all.running = !error;
+        if (!error)
+            (void)pthread_detach(thread);
+    }
+    if (!error && !recorder->listed) {
+        recorder->next = all.first;
+        all.first = recorder;
+        recorder->listed = all.woken = true;
+        pthread_cond_signal(&all.wake);
+    }
+    pthread_mutex_unlock(&all.lock);
     return error;
 }
 
@@ -322,12 +374,14 @@ static int record_pager(struct pc_recorder *recorder, struct pc_metrics *metrics
     int error;
 
     pthread_mutex_lock(&recorder->lock);
-    recorder->metrics = metrics;
-    recorder->view = &metrics->view;
-    for (uint32_t shard = 0; shard < PC_MAX_SHARDS; shard++) /* an earlier pager has counted there */
-        recorder->taken[shard] = __atomic_load_n(&metrics->map->shards[shard].ring.head, __ATOMIC_ACQUIRE);
-    set_sample(recorder, 1);
     error = start(recorder);
+    if (!error) {
+        recorder->metrics = metrics;
+        recorder->view = &metrics->view;
+        for (uint32_t shard = 0; shard < PC_MAX_SHARDS; shard++) /* an earlier pager has counted there */
+            recorder->taken[shard] = __atomic_load_n(&metrics->map->shards[shard].ring.head, __ATOMIC_ACQUIRE);
+        set_sample(recorder, 1);
+    }
     pthread_mutex_unlock(&recorder->lock);
     return error;
 }
@@ -347,38 +401,40 @@ int pc_recorder_pageserver(struct pc_recorder *recorder, struct pc_pageserver *s
     int error;
 
     pthread_mutex_lock(&recorder->lock);
-    recorder->server = server;
-    recorder->view = pc_pageserver_view(server);
     error = start(recorder);
+    if (!error) {
+        recorder->server = server;
+        recorder->view = pc_pageserver_view(server);
+    }
     pthread_mutex_unlock(&recorder->lock);
     return error;
 }
 
 int pc_recorder_machine(struct pc_recorder *recorder, struct pc_machine *machine)
 {
-    int error = 0;
+    int error;
 
     pthread_mutex_lock(&recorder->lock);
+    error = machine ? start(recorder) : 0;
     if (!machine)
         look(recorder, true);
-    recorder->machine = machine;
-    if (machine)
-        error = start(recorder);
+    if (!error)
+        recorder->machine = machine;
     pthread_mutex_unlock(&recorder->lock);
     return error;
 }
 
-static void wake(struct pc_recorder *recorder, bool *why)
+static void wake(bool *why)
 {
-    pthread_mutex_lock(&recorder->wake_lock);
-    *why = true;
-    pthread_cond_signal(&recorder->wake);
-    pthread_mutex_unlock(&recorder->wake_lock);
+    pthread_mutex_lock(&all.lock);
+    *why = all.woken = true;
+    pthread_cond_signal(&all.wake);
+    pthread_mutex_unlock(&all.lock);
 }
 
 int pc_recorder_phase(struct pc_recorder *recorder)
 {
-    wake(recorder, &recorder->phase_began);
+    wake(&recorder->phase_began);
     return 0;
 }
 
@@ -393,7 +449,7 @@ int pc_recorder_stop(struct pc_recorder *recorder)
     recorder->machine = NULL;
     recorder->view = NULL;
     pthread_mutex_unlock(&recorder->lock);
-    wake(recorder, &recorder->ending);
+    wake(&recorder->ended);
     return 0;
 }
 
@@ -412,6 +468,12 @@ int pc_recorder_read(struct pc_recorder *recorder, struct pc_record_column *colu
 
 void pc_recorder_free(struct pc_recorder *recorder)
 {
+    bool listed;
+
     (void)pc_recorder_stop(recorder);
-    disown(recorder);
+    pthread_mutex_lock(&all.lock);
+    listed = recorder->freed = recorder->listed;
+    pthread_mutex_unlock(&all.lock);
+    if (!listed)
+        destroy(recorder);
 }

@@ -388,7 +388,9 @@ class ProcessPager(PagerCounters):
         except BaseException:
             os.close(states_fd)
             raise
-        check(lib.pc_metrics_add_states(self._counters, states_fd, memory.pages, memory.page_bytes), "mapping them")
+        result = lib.pc_metrics_add_states(self._counters, states_fd, memory.pages, memory.page_bytes)
+        if result < 0:  # which is for those who look, and ends no migration
+            log.warning("RAM block %d is missing in what is shown of the memory: %s", number, os.strerror(-result))
         return number
 
     def set_zero(self, block: int, zero: Bitmap) -> None:
@@ -405,6 +407,8 @@ class ProcessPager(PagerCounters):
 
     def record_touches(self, fd: int) -> None:
         self._check_open()
+        if self._touches >= 0:
+            raise BusyError("first touches are recorded already")
         self._touches = os.dup(fd)
         self._give_touches()
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a pager or page server has done over time, for the record `timeline`: a `struct pc_recorder`, and marks.
 
-csrc/recorder/recorder.c says what is looked at and what it costs. A thread in C looks; Python puts a mark where
-something happens, and reads all of it once, at the end.
+csrc/recorder/recorder.c says what is looked at and what it costs. A thread in C looks, one for all of the process;
+Python puts a mark where something happens, and reads all of it once, at the end.
 
 Resource handling: what is recorded holds its recorder, and stops it before it ends (`DataPlane.close`, a machine's
 `close`), so that nothing is looked at that is not there any more. `close` frees it.
@@ -10,16 +10,16 @@ Resource handling: what is recorded holds its recorder, and stops it before it e
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from postcopy._native import ffi, lib
-from postcopy.dataplane.counters import PagerStatistics, PageServerStatistics
 from postcopy.errors import PostcopyError, check
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ TEXT_CHARACTERS = 200
 
 log = logging.getLogger(__name__)
 
+_PAGER, _PAGESERVER = "struct pc_pager_stats *", "struct pc_pageserver_stats *"
 _OF_PAGER = {
     "demand": "demand_pages",
     "background": "background_pages",
@@ -52,11 +53,6 @@ _OF_PAGESERVER = {
     "sent_bytes": "bytes_sent",
     "released_bytes": "released_bytes",
 }
-
-
-def field_names(kind: str) -> tuple[str, ...]:
-    """Of what a column has, in order."""
-    return tuple(field.name for field in fields(PageServerStatistics if kind == "pageserver" else PagerStatistics))
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,7 @@ class Recorder:
         self._origin_ns, self._origin_unix_ms = time.monotonic_ns(), time.time() * 1e3
         self._marks: list[Moment] = []
         self._most_marks = MARKS
-        self._fields: tuple[str, ...] = ()  # of what a column has, in order
+        self._counts = ""  # the struct of the core that a column has; empty: nothing has been recorded
         self._latencies: list[Histogram] = []
         self._plane: DataPlane | None = None
         self._blocks: list[tuple[str, int, int]] = []
@@ -104,14 +100,15 @@ class Recorder:
 
     def take(self, kind: str, struct: Any) -> None:
         """A struct of the core to look at: of a `pager`, of `metrics`, of a `pageserver`, of a `machine` (NULL: not any
-        more). Where there is no thread for that, nothing is recorded, and no migration fails of it."""
+        more). Where that cannot be, as without a thread or after `stop`, it is not recorded, and no migration fails of
+        it."""
         if self._struct is None:
             return
         if (result := getattr(lib, f"pc_recorder_{kind}")(self._struct, struct)) < 0:
-            log.warning("nothing is recorded over time: starting a thread for that: %s", os.strerror(-result))
-            return
-        if kind != "machine":
-            self._fields = field_names(kind)
+            why = "it was stopped" if result == -errno.ECANCELED else f"starting its thread: {os.strerror(-result)}"
+            log.warning("the recorder takes no %s any more, nothing of that is recorded over time: %s", kind, why)
+        elif kind != "machine":
+            self._counts = _PAGESERVER if kind == "pageserver" else _PAGER
 
     def mark(self, what: str, text: str = "", *, at_ns: int | None = None, begins: bool = False) -> None:
         """Something happens now, or has happened; `what`: as in the record `Mark`. `begins`: what follows is recorded
@@ -134,7 +131,7 @@ class Recorder:
             return
         lib.pc_recorder_stop(self._struct)  # first: whatever fails after it, what is looked at may be freed
         plane, self._plane = self._plane, None
-        if plane is not None and self._fields:
+        if plane is not None and self._counts:
             try:
                 self._latencies = plane.stages() or self._latencies
             except (PostcopyError, MemoryError) as error:
@@ -152,7 +149,7 @@ class Recorder:
         """All of it, once; None where nothing was recorded. `committed_ns`: when the machine became the destination's;
         0: it did not."""
         self.stop()
-        if not self._fields:
+        if not self._counts:
             return None
         from postcopy.records import timeline as records
 
@@ -190,13 +187,12 @@ class Recorder:
     def _series(self, columns: Any, at_ns: list[int], committed_ns: int) -> Any:
         from postcopy.records.timeline import Series
 
-        is_pager = "faults" in self._fields
+        is_pager = self._counts == _PAGER
         numbers = range(len(at_ns))
-        rows = [columns[i].counts for i in numbers]
+        rows = [ffi.cast(self._counts, columns[i].counts) for i in numbers]
         series = Series()
         for name, field in (_OF_PAGER if is_pager else _OF_PAGESERVER).items():
-            index = self._fields.index(field)
-            setattr(series, name, [int(row[index]) for row in rows])
+            setattr(series, name, [int(getattr(row, field)) for row in rows])
         if (pushed := series.background) is not None:  # what came before the commit, and after it
             before = 0 if committed_ns else max(pushed, default=0)
             for i in numbers:

@@ -22,6 +22,7 @@ import trio
 
 from postcopy._fd import FdHolder
 from postcopy.dataplane._events import EventStream
+from postcopy.dataplane.ahead import Prefetch
 from postcopy.dataplane.pager import Event, EventType, Pager
 from postcopy.errors import ConfigurationError, MigrationError, PeerError, PostcopyError
 from postcopy.handler._source import Source
@@ -149,12 +150,16 @@ class _KnownImage(ImageMachine):
 class ConnectSource(Source):
     """A `postcopy source --machine image` at an address."""
 
-    def __init__(self, route: Route, protection: Protection, *, recover_for_s: float, background: bool) -> None:
-        """`background`: pages are pushed, and asked for, that were not touched."""
+    def __init__(
+        self, route: Route, protection: Protection, *, recover_for_s: float, background: bool, policy: Prefetch
+    ) -> None:
+        """`background`: pages are pushed, and asked for, that were not touched. `policy`: what is asked for ahead of
+        faults."""
         self._route = route
         self._protection = protection
         self._recover_for_s = recover_for_s
         self._background = background
+        self._policy = policy
         self._lent: _LentPager | None = None
         self._lost_at = math.inf  # since when there is none that does
         self._pause_s = AGAIN_S
@@ -171,6 +176,9 @@ class ConnectSource(Source):
             raise ConfigurationError(
                 f"it has {format_size(about.memory_bytes)} of memory, more than {HOSTS} times what this host has"
             )
+
+    async def prepare(self, pager: Pager) -> None:
+        pager.set_prefetch(self._policy)
 
     async def run(self, vm: Vm, pager: Pager) -> None:
         """One migration after the other, until one has brought everything."""

@@ -36,6 +36,7 @@ from postcopy._blocking import run_sync
 from postcopy._child import python
 from postcopy._files import absolute, check_new_file
 from postcopy._stop import INSIST_S, Stop
+from postcopy.dataplane.ahead import NO_PREFETCH
 from postcopy.errors import (
     ConfigurationError,
     ConnectionLost,
@@ -485,6 +486,7 @@ class Handler:
                 config.protection,
                 recover_for_s=config.recover_for_s,
                 background=config.prefetch == "all",
+                policy=config.policy,
             )
         if self._make_source is not None:
             try:
@@ -794,6 +796,10 @@ def check(config: PagerConfig) -> None:
                     f"--record-working-set {config.record_working_set}: that is the image, which would be replaced;"
                     " name another file"
                 )
+    if config.policy != NO_PREFETCH and config.connect is None:
+        raise ConfigurationError(
+            f"--prefetch {config.prefetch} goes with --connect: an image is here, use --prefetch all or a working set"
+        )
     if config.prefetch == "working-set" and config.working_set is None:
         raise ConfigurationError("--prefetch working-set: say which one with --working-set FILE")
     if not math.isinf(config.record_for_s) and config.record_working_set is None:

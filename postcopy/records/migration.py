@@ -74,8 +74,8 @@ class Ram(Record):
     ] = None  # fmt: skip
     prefetch_hits: Annotated[
         int | None,
-        doc("Pages that were requested so and that a thread has then reached, as far as faults show it: it came to wait"
-            " for one, or faulted beyond it in the same stream.", "pages", label="Prefetch hits",
+        doc("Pages that were requested so and that a thread has then reached, each once, as far as faults show it: it"
+            " came to wait for one, or faulted beyond it in the same stream.", "pages", label="Prefetch hits",
             metric="postcopy_migration_prefetch_hits_total"),
     ] = None  # fmt: skip
     background_pages: Annotated[

@@ -158,9 +158,9 @@ class Mark(Record, kw_only=True):
         doc("offer: the migration has begun. round: of precopy. pause: the machine is asked to stop. switchover: the"
             " destination has its state to load. prepared: it has been loaded. commit: the machine is the"
             " destination's. running: it runs there. lost: the connection is. recovered: all channels are there again."
-            " pager-died: the pager's process has, and another one has taken over. policy: another way to fetch pages."
+            " pager-died: the pager's process has, and another one has taken over."
             " all-there: the last page has arrived. ended: the migration has.",
-            of="offer|round|pause|switchover|prepared|commit|running|lost|recovered|pager-died|policy|all-there|ended"),
+            of="offer|round|pause|switchover|prepared|commit|running|lost|recovered|pager-died|all-there|ended"),
     ]  # fmt: skip
     text: Annotated[str | None, doc("More about it, for a person.")] = None
 
@@ -174,7 +174,7 @@ class Recording(Record, kw_only=True):
         doc("How far apart the columns at the end are while something happens; a part before may be coarser or finer"
             " (`at-ms` says it), and columns while nothing happens are further apart.", "ms"),
     ]  # fmt: skip
-    cost_us: Annotated[int, doc("How long the recording's own thread has worked.", "us")]
+    cost_us: Annotated[int, doc("Processor time that recording it has taken.", "us")]
     blocks: Annotated[list[Block], doc("The memory, in order.")]
     at_ms: Annotated[list[float], doc("When each column was taken.", "ms")]
     series: Annotated[Series, doc("What was counted.")]
@@ -189,7 +189,8 @@ _Recorded = Annotated[Recording, doc("How all of it came about, over time.")]
 
 class Timeline(Counted, kw_only=True):
     """One migration as one side has seen it, a recovered one as a whole; with what was counted, so that it needs no
-    other line. Written where `--json` or `--report` is given, before the migration's end is."""
+    other line. Written where `--json` or `--report` is given, before the migration's end is. One that is begun again
+    has a line for each attempt that got as far as its data connections, written when that has ended."""
 
     machine: Name
     kind: Kind

@@ -36,7 +36,7 @@ _MARK_WORDS = {
     "prepared": "the destination had loaded it", "commit": "the machine was given to the destination",
     "running": "the machine ran at the destination", "lost": "the connection was lost",
     "recovered": "all channels were there again", "pager-died": "the pager's process died, and another one took over",
-    "policy": "pages were fetched in another way", "all-there": "the last page had arrived",
+    "all-there": "the last page had arrived",
     "ended": "the migration ended",
 }  # fmt: skip
 _SIDE_WORDS = {"source": "the source", "dest": "the destination"}

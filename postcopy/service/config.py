@@ -94,6 +94,10 @@ class DaemonConfig:
     protection: Protection = LOCAL
 
 
+PLACED = ("none", "all", "working-set")
+"""What a pager places without a look at faults."""
+
+
 @dataclass(frozen=True)
 class PagerConfig:
     """A process that serves the page faults of virtual machines: pages of `image`, of the files in `images`, or of the
@@ -103,7 +107,7 @@ class PagerConfig:
     image: str | None = None
     images: str | None = None
     connect: Route | None = None
-    prefetch: str | None = None  # None: working-set where there is one, else none
+    prefetch: str | None = None  # one of `PLACED`, or a policy; None: working-set where there is one, else none
     working_set: str | None = None  # path; with `images` a directory
     record_working_set: str | None = None  # the same
     record_for_s: float = math.inf
@@ -117,6 +121,11 @@ class PagerConfig:
     keeper: bool = True
     restart_burst: int = 5
     protection: Protection = LOCAL
+
+    @property
+    def policy(self) -> Prefetch:
+        """What is asked of another host because of faults."""
+        return NO_PREFETCH if self.prefetch is None or self.prefetch in PLACED else Prefetch.parse(self.prefetch)
 
 
 @dataclass(frozen=True)

@@ -219,9 +219,12 @@ class Destination(Service):
             await migration.run(owned.stop)
             nursery.cancel_scope.cancel()
         owned.phase = Phase.HERE
+        is_begun_again = migration.is_begun_again()
+        migration.is_begun_again = lambda: False  # its record is of how it has ended
         if migration.state is not State.COMPLETED:  # else it is recorded until the end of the machine here
             self.emit_timeline(owned, migration)
-        self.output.emit("migration-ended", report.ended(owned.name, migration))
+        if not is_begun_again:
+            self.output.emit("migration-ended", report.ended(owned.name, migration))
         return migration
 
     async def _announce(self, owned: Owned, migration: DestinationMigration) -> None:

@@ -31,7 +31,7 @@ from postcopy.migration.connection import MISSED_HEARTBEATS
 from postcopy.migration.precopy import Mode
 from postcopy.migration.source import SourceOptions, bulk_channels_for_host
 from postcopy.net import parse_address
-from postcopy.service.config import ArrivalOptions, DaemonConfig, DestinationConfig, PagerConfig, SourceConfig
+from postcopy.service.config import PLACED, ArrivalOptions, DaemonConfig, DestinationConfig, PagerConfig, SourceConfig
 from postcopy.tls import parse_pattern
 from postcopy.units import (
     FOREVER,
@@ -345,6 +345,14 @@ def _parse_serve(text: str) -> float:
     return math.inf if text == FOREVER else parse_whole(text, 1, 1_000_000)
 
 
+def _parse_pager_prefetch(text: str) -> str:
+    """Checked, as it was written."""
+    check_word(text.partition(":")[0], (*PLACED, "forward", "both", "adaptive"))
+    if text not in PLACED:
+        Prefetch.parse(text)
+    return text
+
+
 def choice(name: str, values: Mapping[str, Any] | tuple[str, ...], help: str = "", field: str = "") -> Option:
     """An option that has one of these words, each of which may mean something else to the record."""
     table = dict(values) if isinstance(values, Mapping) else {word: word for word in values}
@@ -509,9 +517,10 @@ PAGER_SOURCE = OneOf(
     replace(CONNECT, help="get the pages from a `postcopy source --machine image --listen` or `postcopy.serve`, which"
             " listens at this address"),
 )
-PAGER_PREFETCH = choice("prefetch", ("none", "all", "working-set"), "place pages behind those that are waited for:"
-                        " none, the working set, or that and then all (default: working-set where there is one, else"
-                        " none)")
+PAGER_PREFETCH = Option("prefetch", "place pages behind those that are waited for: none, the working set, or that and"
+                        " then all (default: working-set where there is one, else none); with --connect also what is"
+                        " asked for because of faults, as by `postcopy dest --prefetch`",
+                        "none|all|working-set|forward[:PAGES]|both[:PAGES]|adaptive", _parse_pager_prefetch)
 PAGER_SET = replace(SET_FILE, help="place these pages first, which --record-working-set has written; with --images:"
                     " NAME.ws in this directory")
 RECORD_PAGER_SET = replace(RECORD_SET, help="write which pages a virtual machine touches, and in what order, to FILE"

@@ -544,6 +544,7 @@ class Service(abc.ABC):
             again = self._make_leaving(owned, partial(self._open_again, to, migration, pause_s, left_s), to)
             again.attempt, again.failure = owned.attempts.count, migration.failure
             owned.migration = again
+            self.emit_timeline(owned, migration)  # it is the present one no more, and tells that it has failed
 
     async def _open_again(self, route: Route, last: SourceMigration, pause_s: float, within_s: float) -> Link:
         """A connection for a new attempt. The destination may wait to learn that the last one is over."""

@@ -71,7 +71,6 @@ class FaultFlag(enum.IntFlag, boundary=enum.KEEP):
     WRITE = lib.PC_UFFD_FAULT_WRITE
     WP = lib.PC_UFFD_FAULT_WP
     MINOR = lib.PC_UFFD_FAULT_MINOR
-    RWP = lib.PC_UFFD_FAULT_RWP
 
 
 class Outcome(enum.Enum):

@@ -221,6 +221,28 @@ class TestKvm:
         assert result["attempts"] > 1
         assert "begun again" in errors
         assert len(source.events("migration-ended")) == 1
+        told = source.events("timeline")  # of the one that was lost, and of the one that came about
+        assert [(line["attempts"], line["status"]) for line in (told[0], told[-1])] == [
+            (1, "failed"),
+            (result["attempts"], "completed"),
+        ]
+        assert all(line["recording"]["series"]["precopied"][-1] for line in (told[0], told[-1]))
+
+    def test_called_again(self, side: Start) -> None:
+        """The same by a destination that calls: each attempt is told, and that it has ended only once."""
+        slowly = ("--precopy", "auto", "--max-bandwidth", "1MiB/s", "--migrate-after", "0")
+        source = side(*KVM, "--workload", "random", "--listen", "127.0.0.1:0", *slowly)
+        dest = side("dest", "--json", "--connect", source.address, "--run-for", "0.1")
+        source.wait_for("rounds", lambda line: (line.get("ram") or {}).get("iteration"))
+        source.signal(signal.SIGKILL)
+        dest.wait_for_errors("which is called again")
+        last = side(*KVM, "--workload", "random", "--listen", source.address, "--migrate-after", "0")
+        for one in (dest, last):
+            status, _, errors = one.end()
+            assert status == 0, errors
+        assert [line["status"] for line in dest.events("migration-ended")] == ["completed"]
+        told = dest.events("timeline")
+        assert [line["status"] for line in (told[0], told[-1])] == ["failed", "completed"]
 
     def test_kept_when_it_is_not_reached_again(self, side: Start) -> None:
         """The destination dies for good in the rounds of precopy: when the time is over, the machine runs on."""

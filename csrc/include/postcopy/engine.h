@@ -57,8 +57,8 @@ struct pc_pager_stats {
     uint64_t local_pages;                    /* placed from a local source, on demand or before */
     uint64_t prefetched_pages;               /* placed in answer to a request ahead of any fault, and counted nowhere else; and of local pages, and
                                               * of zero pages, those that were placed before a fault asked */
-    uint64_t prefetch_hits;                  /* pages requested ahead that a thread has then reached, as far as it is known: it came to wait for one,
-                                              * or faulted beyond it in the same stream (pc_pager_set_prefetch) */
+    uint64_t prefetch_hits;                  /* pages requested ahead that a thread has then reached, each once, as far as it is known: it came to wait
+                                              * for one, or faulted beyond it in the same stream (pc_pager_set_prefetch) */
     uint64_t set_pages;                      /* of working sets that were asked for (pc_pager_prefetch_runs) and looked at */
     uint64_t set_hits;                       /* of them, placed before a fault asked */
     uint64_t local_waits;                    /* faults whose page a reader had to fetch: it was not in the page cache */
@@ -134,8 +134,8 @@ int pc_pager_track_thread(struct pc_pager *pager, uint32_t slot, int32_t tid);
 /* Requests, through the urgent channels, pages that are missing and not requested, at most `limit` of all shards together, in place
  * of what is left of an earlier limit; how many there are, at most `limit`. */
 int64_t pc_pager_request_missing(struct pc_pager *pager, uint64_t limit);
-/* A request with this bit in its id was made ahead of any fault, by pc_pager_request_missing or one of the next three functions. A thread that
- * comes to wait for such a page and has done so for a second has it requested again, as one that is waited for. */
+/* A request with this bit in its id was made ahead of any fault, by pc_pager_request_missing or one of the next three functions. It is
+ * answered as every other: a thread that comes to wait for such a page does not have it requested again. */
 #define PC_PAGER_REQUEST_AHEAD 0x80000000
 /* What is requested ahead of faults because of what they were, from now on; at first nothing. FORWARD: `pages` behind each fault. BOTH: so many
  * around it. ADAPTIVE: along strides, forward and backward, that the last faults show; `pages` is 0. -EINVAL. */

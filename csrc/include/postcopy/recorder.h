@@ -2,8 +2,9 @@
  *
  * The recorder: what a pager or page server counts, and which parts of the memory are there, over time (csrc/recorder/recorder.c).
  *
- * Threads: a recorder has one thread. Any thread may call anything but pc_recorder_free, which is alone and last; calls but
- * pc_recorder_phase wait for each other, and for a look at what is recorded: microseconds.
+ * Threads: all recorders of a process have one thread together, for as long as there are any. Any thread may call anything but
+ * pc_recorder_free, which is alone and last; calls but pc_recorder_phase wait for each other, and for a look at what is recorded:
+ * microseconds.
  */
 #ifndef POSTCOPY_RECORDER_H
 #define POSTCOPY_RECORDER_H
@@ -36,12 +37,12 @@ struct pc_record_summary {
     uint64_t columns, faults, bins; /* how many there are */
     uint64_t sample_every;          /* of so many faults one is in the sample */
     uint64_t period_ns;             /* of the last phase */
-    uint64_t cost_ns;               /* processor time of its thread */
+    uint64_t cost_ns;               /* processor time that looking has taken */
 };
 /* A recorder that looks as often as every `period_ns`, once it has something to look at. 0, -ENOMEM. */
 int pc_recorder_new(uint64_t period_ns, struct pc_recorder **recorder);
 /* What it looks at from here on: one of the first three, once, and a machine's guest; until pc_recorder_stop, and the guest until it is given
- * NULL. 0, or -errno where no thread could be started: nothing is recorded then. */
+ * NULL. 0, or -errno where no thread could be started, or -ECANCELED after pc_recorder_stop: nothing of it is recorded then. */
 int pc_recorder_pager(struct pc_recorder *recorder, struct pc_pager *pager);
 int pc_recorder_metrics(struct pc_recorder *recorder, struct pc_metrics *metrics); /* of another process's pager */
 int pc_recorder_pageserver(struct pc_recorder *recorder, struct pc_pageserver *server);
@@ -53,7 +54,7 @@ int pc_recorder_stop(struct pc_recorder *recorder);
 /* Copies: of as many columns and faults as there are, PC_RECORD_COLUMNS and PC_RECORD_FAULTS at most. */
 int pc_recorder_read(struct pc_recorder *recorder, struct pc_record_column *columns, struct pc_record_fault *faults,
                      struct pc_record_summary *summary);
-/* Its thread ends by itself, soon, and looks at nothing. */
+/* Waits for no thread. */
 void pc_recorder_free(struct pc_recorder *recorder);
 /* ==== end cffi ==== */
 

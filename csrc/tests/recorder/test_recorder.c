@@ -5,6 +5,8 @@
  */
 #include "recorder/recorder.c" /* for those turns */
 
+#include <dirent.h>
+
 #include "tests/support/rig.h"
 
 /* One of a pager's counters and 1000 pages, which the test changes. */
@@ -307,6 +309,83 @@ static void beside_a_pager(void)
     close_rig(&rig);
 }
 
+/* ---- many of them ---- */
+
+/* How many of this process's threads look. */
+static int looking_threads(void)
+{
+    DIR *tasks = opendir("/proc/self/task");
+    struct dirent *task;
+    int found = 0;
+
+    CHECK(tasks != NULL);
+    while ((task = readdir(tasks))) {
+        char path[300], name[32] = {0};
+        FILE *file;
+
+        (void)snprintf(path, sizeof(path), "/proc/self/task/%s/comm", task->d_name);
+        file = fopen(path, "r");
+        if (file && fgets(name, sizeof(name), file))
+            found += !strncmp(name, "pc-record", 9);
+        if (file)
+            (void)fclose(file);
+    }
+    (void)closedir(tasks);
+    return found;
+}
+
+static uint64_t columns_of(struct pc_recorder *recorder)
+{
+    struct pc_record_column columns[PC_RECORD_COLUMNS];
+    struct pc_record_fault faults[PC_RECORD_FAULTS];
+    struct pc_record_summary summary;
+
+    CHECK_EQ(pc_recorder_read(recorder, columns, faults, &summary), 0);
+    return summary.columns;
+}
+
+/* They have one thread, whoever comes and goes meanwhile, and none when there are none. */
+static void many_have_one_thread(void)
+{
+    struct pc_recorder *recorders[64];
+    struct pc_metrics *metrics[64];
+
+    for (int round = 0; round < 2; round++) {
+        for (int i = 0; i < 64; i++) {
+            CHECK_EQ(pc_metrics_new(&metrics[i]), 0);
+            CHECK_EQ(pc_recorder_new(1000000, &recorders[i]), 0);
+            CHECK_EQ(pc_recorder_metrics(recorders[i], metrics[i]), 0);
+        }
+        for (int i = 0; i < 64; i += 2)
+            pc_recorder_free(recorders[i]);
+        for (int i = 1; i < 64; i += 2) {
+            uint64_t before = columns_of(recorders[i]);
+
+            CHECK_EQ(pc_recorder_phase(recorders[i]), 0);
+            WAIT_UNTIL(columns_of(recorders[i]) > before);
+        }
+        CHECK_EQ(looking_threads(), 1);
+        for (int i = 1; i < 64; i += 2)
+            pc_recorder_free(recorders[i]);
+        WAIT_UNTIL(looking_threads() == 0);
+        for (int i = 0; i < 64; i++)
+            pc_metrics_free(metrics[i]);
+    }
+}
+
+static void one_that_was_stopped_takes_nothing(void)
+{
+    struct fake fake;
+
+    open_fake(&fake);
+    CHECK_EQ(pc_recorder_stop(fake.recorder), 0);
+    CHECK_EQ(pc_recorder_metrics(fake.recorder, fake.metrics), -ECANCELED);
+    CHECK_EQ(fake.metrics->map->sample_every, 0);
+    CHECK(!fake.recorder->metrics && !fake.recorder->listed);
+    CHECK_EQ(pc_recorder_machine(fake.recorder, NULL), 0);
+    close_fake(&fake);
+}
+
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
@@ -316,5 +395,7 @@ int main(int argc, char **argv)
     RUN(faults_are_sampled_evenly);
     RUN(bins_are_what_is_there);
     RUN_CASE(beside_a_pager);
+    RUN(many_have_one_thread);
+    RUN(one_that_was_stopped_takes_nothing);
     return test_end();
 }

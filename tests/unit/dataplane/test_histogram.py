@@ -55,3 +55,14 @@ def test_between_limits(values: list[int]) -> None:
     for place, limit in enumerate(limits, 1):
         below = sum(counts[:place])
         assert sum(value < limit * 0.98 for value in values) <= below <= sum(value < limit * 1.02 for value in values)
+
+
+def test_subtract_what_is_not_earlier() -> None:
+    """Another process counts, which may say what it likes: less than before is none, and never some 2^64."""
+    now, before = Histogram(), Histogram()
+    for ns in (10, 10, 1000):
+        now.add(ns)
+    for ns in (10, 1000, 1000, 5000):
+        before.add(ns)
+    now.subtract(before)
+    assert (now.count, now.sum_ns, now.buckets()) == (1, 0, [(10, 1)])

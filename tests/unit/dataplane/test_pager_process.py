@@ -32,7 +32,7 @@ from postcopy.dataplane._events import ChannelKind, EventType
 from postcopy.dataplane.ahead import Prefetch
 from postcopy.dataplane.pager import new_touches, page_runs, read_touches
 from postcopy.dataplane.pager_process import PagerDied, ProcessPager
-from postcopy.errors import ErrorLine, MigrationError, PostcopyError
+from postcopy.errors import BusyError, ErrorLine, MigrationError, PostcopyError
 from postcopy.lazy._bridge import pack_frame
 from postcopy.memory import Memory, page_bytes_of
 from postcopy.memory.bitmap import Bitmap
@@ -192,6 +192,8 @@ async def ahead() -> None:
         pager.add_shard()
         pager.set_prefetch(Prefetch.parse("forward:2"))
         pager.record_touches(touches)
+        with pytest.raises(BusyError):
+            pager.record_touches(touches)
         pager.arm(0, 0, 0, memory.pages)
         pager.request_runs(page_runs([(0, 40, 2), (0, 7, 1)]))
         await pager.confirm()
@@ -387,6 +389,23 @@ async def failing() -> None:
         await pager.close()
 
 
+class NotMapped:
+    """The core, where there is no memory to map page states for who looks at them."""
+
+    def __getattr__(self, name: str) -> Any:
+        return (lambda *_: -errno.ENOMEM) if name == "pc_metrics_add_states" else getattr(lib, name)
+
+
+async def not_shown() -> None:
+    """What cannot be shown is moved none the less."""
+    vars(pager_process)["lib"] = NotMapped()
+    with Memory.create("memfd", 300 * PAGE) as memory:
+        pager = await armed(memory)
+        assert pager.bins() == b""
+        assert pager.received(0).count() == 0
+        await pager.close()
+
+
 async def in_doubt() -> None:
     """A page that may have been placed and swapped out is not fetched again."""
     with Memory.create("memfd", 300 * PAGE) as memory:
@@ -431,6 +450,7 @@ async def elsewhere(where: str) -> None:
         closed,
         closed_while_waited_for,
         not_started,
+        not_shown,
         failing,
     ],
 )

@@ -79,6 +79,19 @@ def test_nothing_was_followed() -> None:
     recorder.close()
 
 
+async def test_one_that_was_stopped(caplog: pytest.LogCaptureFixture) -> None:
+    """Takes nothing any more, and says so; nothing of it is looked at."""
+    recorder = Recorder()
+    recorder.stop()
+    with Memory.create("memfd", 4096) as memory:
+        async with Pager() as pager:
+            pager.add_block(memory)
+            recorder.follow(pager, [("ram", 4096, 4096)])
+    assert "takes no pager any more" in caplog.text
+    assert recorder.recording() is None
+    recorder.close()
+
+
 async def test_it_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A full ring of the largest numbers and a full sample, of histograms without an empty bucket."""
 
@@ -132,11 +145,10 @@ async def test_it_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_came_before_the_commit() -> None:
     """Is told from what came after it by the first column after it."""
     split = Recorder._series
-    rows = [SimpleNamespace(counts=[0] * 48, operations=0, waiting=0, blocked_ns=0) for _ in range(5)]
-    recorder = SimpleNamespace(_fields=module.field_names("pageserver"))
-    index = recorder._fields.index("background_pages")
+    rows = ffi.new("struct pc_record_column[5]")
+    recorder = SimpleNamespace(_counts="struct pc_pageserver_stats *")
     for row, pages in zip(rows, (0, 10, 12, 20, 40), strict=True):
-        row.counts[index] = pages
+        ffi.cast(recorder._counts, row.counts).background_pages = pages
     for committed_ns, precopied in ((0, 40), (15, 12), (1, 10), (20, 12), (99, 40)):
         series = split(recorder, rows, [0, 10, 20, 30, 40], committed_ns)  # type: ignore[arg-type]
         assert series.precopied[-1] == precopied, committed_ns

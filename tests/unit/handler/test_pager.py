@@ -25,6 +25,7 @@ from vmm import PAGE, Vmm, start_vmm
 import postcopy
 from postcopy import _files
 from postcopy._stop import Stop
+from postcopy.dataplane.ahead import NO_PREFETCH
 from postcopy.dataplane.pager import ChannelKind, Event, EventType, Pager
 from postcopy.errors import ConfigurationError, CoreError, PostcopyError, ProtocolError, ResourceError
 from postcopy.handler import About, Handler, _handler, _vm, serve
@@ -978,7 +979,7 @@ async def test_the_end_of_a_connection_is_not_that_of_the_next_one() -> None:
 class TestOfAnotherHost:
     """Its image is served by this process; each VM has a migration of its own."""
 
-    @pytest.mark.parametrize("prefetch", ["none", "all"])
+    @pytest.mark.parametrize("prefetch", ["none", "all", "adaptive", "both:16"])
     async def test_pages_come(self, tmp_path: Path, prefetch: str) -> None:
         async with trio.open_nursery() as nursery:
             server = await nursery.start(postcopy.serve, content())
@@ -993,6 +994,23 @@ class TestOfAnotherHost:
                 assert await one.ask("byte", 3) == "0"
                 assert await other.reads(content(), 0, PAGES)
             nursery.cancel_scope.cancel()
+
+    @pytest.mark.parametrize("prefetch", ["none", "adaptive", "forward:4"])
+    async def test_pages_are_asked_for_ahead(self, tmp_path: Path, prefetch: str) -> None:
+        """Of a guest that walks through its memory; one that nothing is asked for ahead of waits for each page."""
+        async with trio.open_nursery() as nursery:
+            server = await nursery.start(postcopy.serve, content())
+            route = Route(parse_address(server.address))
+            async with (
+                served(tmp_path, connect=route, prefetch=prefetch) as pager,
+                start_vmm(pager.socket, PAGES) as vmm,
+            ):
+                assert await vmm.reads(content(), 0, PAGES)
+                figures = await pager.until(lambda vm: vm["status"] == "complete")
+            nursery.cancel_scope.cancel()
+        ahead, waited = figures["prefetched-pages"], figures["demand-pages"]
+        assert ahead + waited + figures["zero-pages"] == PAGES
+        assert ahead == 0 if prefetch == "none" else ahead > waited > 0
 
     @pytest.mark.needs("tls")
     async def test_pages_come_under_tls(self, tmp_path: Path) -> None:
@@ -1089,7 +1107,9 @@ class TestOfAnotherHost:
         assert known == [True, True]
 
     async def test_memory_that_no_host_has_is_refused(self) -> None:
-        source = ConnectSource(Route(parse_address("[::1]:1")), LOCAL, recover_for_s=0, background=False)
+        source = ConnectSource(
+            Route(parse_address("[::1]:1")), LOCAL, recover_for_s=0, background=False, policy=NO_PREFETCH
+        )
         for region, words in (((0, PAGE, (1 << 56) - PAGE), "gaps"), ((0, 1 << 56, 0), "16 times what this host has")):
             with pytest.raises(ConfigurationError, match=words):
                 source.check(About(1, "vm", 1, 0, "/s", None, PAGE, 1 << 56, 0, [region], 0, 0))
@@ -1132,6 +1152,7 @@ async def test_metrics(tmp_path: Path, image: Path) -> None:
         ({"image": "/nowhere/x"}, "No such file"),
         ({"images": "/nowhere"}, "--images /nowhere"),
         ({"image": "IMAGE", "prefetch": "working-set"}, "--working-set FILE"),
+        ({"image": "IMAGE", "prefetch": "both:4"}, "--prefetch both:4 goes with --connect"),
         ({"image": "IMAGE", "record_for_s": 3.0}, "--record-for goes with"),
         ({"image": "IMAGE", "record_working_set": "/nowhere/x"}, "--record-working-set"),
         ({"image": "IMAGE", "record_working_set": "IMAGE"}, "which would be replaced"),
