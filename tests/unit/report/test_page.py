@@ -216,6 +216,42 @@ def test_a_mark_at_another_time_than_the_recording_hides_nothing_of_it(at_ms: fl
         assert span.begin_ms <= span.end_ms
 
 
+def test_the_guest_is_drawn_until_the_pause() -> None:
+    ((side, at_ms, counted),) = _charts.operations(only(text(source())))
+    assert (side, at_ms[-1]) == ("source", timelines.PAUSE_MS + 500)  # its recording began earlier
+    assert counted[-1] == pytest.approx(20 * timelines.PAUSE_MS, rel=0.001)
+
+
+@pytest.mark.parametrize("width", [_charts.WIDE, _charts.NARROW])
+def test_no_label_of_the_pause_is_cut_off(width: int) -> None:
+    for begin in range(0, 1000, 50):
+        with _charts._drawing():
+            figure = _charts.pause([
+                ("source", "stop", 0.0, 1000.0), ("dest", "make changed pages missing", float(begin), 5.0)
+            ])(width)  # fmt: skip
+            for label in figure.axes[0].texts:
+                box = label.get_window_extent()
+                assert box.x0 >= 0, begin
+                assert box.x1 <= width, begin
+
+
+def test_attempts_are_told_apart_and_what_came_again_is_explained() -> None:
+    first = _failed_early() | {"migration-id": "a" * 32, "attempts": 1}
+    again = dest() | {"attempts": 2}
+    seen = words(text(first, again))
+    assert "vm1 (rv64, 256 MiB), attempt 2" in seen
+    assert "The dashed line is the memory (256 MiB): pages that were written after they had been sent came" in seen
+    assert "came again" not in words(text(changed(again, "recording", "series", "precopied", to=[0] * COLUMNS)))
+
+
+def test_several_virtual_machines() -> None:
+    page = page_of(text(run("pager"), _vm("vm1"), _vm("vm2")))
+    assert "<h1>2 virtual machines</h1>" in page
+    assert page.count("<strong class=good>ended") == 2
+    header = re.findall(r"<th scope=col>([^<]*)</th>", page)[:6]
+    assert header == ["machine", "status", "faults", "p50", "p99", "max"]  # and no column that says nothing
+
+
 # ---- of `bench migrate`
 
 
@@ -381,10 +417,10 @@ def _result() -> Json:
     }
 
 
-def _vm() -> Json:
+def _vm(name: str = "vm1", **more: Any) -> Json:
     line = dest()
-    figures = {"name": "vm1", "memory": 1 << 28, "status": "running", "resident": 1 << 27, "faults": 2113}
-    return {"event": "timeline", "side": "pager", "vm": "vm1", "figures": figures, "recording": line["recording"]}
+    figures = {"name": name, "memory": 1 << 28, "page-size": 4096, "status": "ended", "resident": 1 << 27} | more
+    return {"event": "timeline", "side": "pager", "vm": name, "figures": figures, "recording": line["recording"]}
 
 
 @pytest.mark.parametrize(
@@ -418,8 +454,20 @@ def _vm() -> Json:
             2,
         ),
         ([_result()], ["No timeline is among these lines", "20 accesses had to wait"], 1),
-        ([_vm()], ["Virtual machine vm1", "2,113 accesses had to wait for a page"], 3),
-        ([run("dest")], ["No migration", "There is no migration in the lines"], 0),
+        (
+            [_vm()],
+            [
+                "Virtual machine vm1 (256 MiB)",
+                "128 MiB of its memory (256 MiB) was there in the end. 2,113 accesses had to wait for a page",
+                "it was served no more",
+            ],
+            3,
+        ),
+        (
+            [_vm(status="lost", error="vm.mem: Input/output error")],
+            ["Its pages could not be had: vm.mem: Input/output error."],
+            3,
+        ),
         (
             [{"event": "result", "side": "source", "status": "failed", "error": "no route to host"}],
             ["no route to host"],
@@ -436,7 +484,7 @@ def _vm() -> Json:
         "image",
         "result",
         "pager",
-        "nothing",
+        "pager, lost",
         "never began",
     ],
 )
@@ -568,12 +616,15 @@ def test_no_line_can_break_the_page(spoil: Callable[[Json], None]) -> None:
 
 def test_of_a_line_is_kept_what_a_page_can_show() -> None:
     much = {"list": [1.5] * 10_000, "text": "x" * 100_000, "deep": [[[1]]], "map": {f"{n}": n for n in range(10_000)}}
-    line = dest() | {f"much-{n}": much for n in range(5)}
+    line = dest() | {f"much-{n}": much for n in range(5)} | {"recoveries": much}
     begin = run("dest") | {"options": much}
     side = only(text(begin, line)).main
-    assert len(json.dumps(side.facts)) < 128 << 10
+    assert len(json.dumps(side.facts)) < 16 << 10
     assert len(json.dumps(side.run)) < 32 << 10
     assert side.number("ram", "total") == 1 << 28
+    reader = _read.Reader(keep_latencies=True)
+    reader.read(io.BytesIO(text(begin, line)), "lines")
+    assert len(json.dumps(reader.latencies)) < 64 << 10
 
 
 def test_a_file_that_is_no_such_file_is_refused() -> None:
