@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from postcopy.output.words import (
@@ -42,8 +43,8 @@ class View:
         if transferred:
             rate = self._rate.of(transferred)
             if arrived is not None:
-                share, remaining = arrived / total, total - arrived
-                result.append(("memory", f"{100 * share:.0f} %, {format_size(arrived)} of {format_size(total)}"))
+                percent, remaining = math.floor(100 * arrived / total), total - arrived
+                result.append(("memory", f"{percent} %, {format_size(arrived)} of {format_size(total)}"))
             speed = f", {format_speed(rate)}" if rate else ""  # not known yet, or nothing moves
             result.append(("network", f"{format_size(transferred)} transferred{speed}"))
         result.append(("time", self._time(rate, remaining)))

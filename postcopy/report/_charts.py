@@ -261,7 +261,7 @@ def over_time(migration: Migration, clock: Clock, marks: Sequence[Mark], found: 
         panels.append(
             (
                 1.7,
-                "Pages that have arrived, by kind",
+                f"Pages that {'were sent' if migration.main.name == 'source' else 'have arrived'}, by kind",
                 lambda axes: _arrived(axes, clock, timeline, migration, page_bytes),
             )
         )

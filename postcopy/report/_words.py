@@ -157,7 +157,7 @@ def lead(migration: Migration, guest: Throughput | None) -> Iterator[str]:
             yield f"Its pages could not be had: {error}."
         elif not migration.is_vm:
             why = f": {error}" if error else ""
-            yield f"The migration has not ended as far as is known here; its last status was {status}{why}."
+            yield f"The migration did not complete, as far as is known here; its last status was {status}{why}."
     if downtime and migration.runs:
         yield f"The machine stood still for {ms(downtime)}" + (
             f", and {memory} had arrived {ms(total)} after the request to pause." if total else "."
@@ -250,11 +250,12 @@ def blocktimes(migration: Migration) -> list[float]:
 
 
 def phases(migration: Migration) -> list[tuple[str, str, float, str]]:
-    """Where the time went, on the outside: kind, label, milliseconds, what happened in it."""
-    if not migration.runs:
+    """Where the time went, on the outside: kind, label, milliseconds, what happened in it. Nothing of one that did not
+    come to its end: of its last phase the length is not known."""
+    downtime, total = migration.number("downtime-ms") or 0.0, migration.number("total-ms") or 0.0
+    if not migration.runs or not total:
         return []
     marks = {mark.what: mark.at_ms for mark in reversed(marks_of(migration))}
-    downtime, total = migration.number("downtime-ms") or 0.0, migration.number("total-ms") or 0.0
     found = []
     if "offer" in marks and "pause" in marks and marks["pause"] > marks["offer"]:
         rounds = migration.number("ram", "iteration")

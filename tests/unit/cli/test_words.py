@@ -136,6 +136,7 @@ def test_a_plain_line_has_labels_and_says_nothing_twice() -> None:
     assert "pages: 55 on demand (1 thread waiting), 12000 in background" in fields
     assert "guest: running, 12 operations" in fields
     assert view.line(now) == ""
+    assert "memory: 99 %" in View().line(now | {"ram": RAM | {"remaining": 1}})  # a whole is not rounded up
     assert "machine: " not in view.line(now | {"status": "completed"})  # what it is was said
 
 

@@ -244,6 +244,14 @@ def test_attempts_are_told_apart_and_what_came_again_is_explained() -> None:
     assert "came again" not in words(text(changed(again, "recording", "series", "precopied", to=[0] * COLUMNS)))
 
 
+def test_a_migration_that_was_abandoned() -> None:
+    line = source() | {"status": "postcopy-paused", "error": "abandoned: the destination is lost", "total-ms": 0.0}
+    seen = words(text(run("source"), line))
+    assert "did not complete, as far as is known here; its last status was postcopy-paused: abandoned: the" in seen
+    assert "Where the time went" not in seen  # of the last phase the length is not known
+    assert ">Pages that were sent, by kind<" in page_of(text(run("source"), line))
+
+
 def test_several_virtual_machines() -> None:
     page = page_of(text(run("pager"), _vm("vm1"), _vm("vm2")))
     assert "<h1>2 virtual machines</h1>" in page
