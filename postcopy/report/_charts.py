@@ -575,6 +575,8 @@ _ROW, _HEAD = 13.0, 20.0  # points
 def policies(cells: Sequence[Cell]) -> Draw:
     """A bar for each policy, by workload and quantity. All bars of a quantity have one scale."""
     most = {name: max((cell.values.get(name, 0.0) for cell in cells), default=0.0) for name, _, _ in _COLUMNS}
+    texts = (shown(cell.values.get(name, 0.0)) for cell in cells for name, _, shown in _COLUMNS)
+    beside = FONT_PT * 0.56 * max(len(text) for text in texts) + 8  # of a bar: its value
     workloads = {cell.workload: [one for one in cells if one.workload == cell.workload] for cell in cells}
 
     def draw(width: int) -> Figure:
@@ -602,7 +604,7 @@ def policies(cells: Sequence[Cell]) -> Draw:
                     axes.text(2, y - 6, _shorter(cell.policy, left))
                     for number, (name, _, shown) in enumerate(columns):
                         value, x = cell.values.get(name), left + number * column
-                        length = (column - 56) * max(0.0, value or 0.0) / (most[name] or 1.0)
+                        length = max(0.0, column - beside) * max(0.0, value or 0.0) / (most[name] or 1.0)
                         if value is not None:
                             axes.barh(y - 9, max(length, 1.0), left=x, height=8, color=COLOURS["background"], lw=0)
                         said = shown(value) if value is not None else "failed" if cell.failure else "-"
