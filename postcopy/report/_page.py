@@ -33,6 +33,8 @@ def page(reader: Reader) -> str:
     heading = f"{len(migrations)} {'virtual machines' if vms else 'migrations'}"
     if len(migrations) == 1:
         heading = f"{'Virtual machine' if vms else 'Migration of'} {_words.title(drawn[0])}"
+    elif migrations and [one.number("attempts") for one in migrations] == list(range(1, len(migrations) + 1)):
+        heading = f"Migration of {_words.title(migrations[0])}, {len(migrations)} attempts"
     cells = list(reader.cells.values())
     if cells:
         heading = "Ways to migrate, compared"

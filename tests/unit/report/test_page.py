@@ -239,6 +239,7 @@ def test_attempts_are_told_apart_and_what_came_again_is_explained() -> None:
     first = _failed_early() | {"migration-id": "a" * 32, "attempts": 1}
     again = dest() | {"attempts": 2}
     seen = words(text(first, again))
+    assert "Migration of vm1 (rv64, 256 MiB), 2 attempts" in seen
     assert "vm1 (rv64, 256 MiB), attempt 2" in seen
     assert "The dashed line is the memory (256 MiB): pages that were written after they had been sent came" in seen
     assert "came again" not in words(text(changed(again, "recording", "series", "precopied", to=[0] * COLUMNS)))
