@@ -119,9 +119,10 @@ class Top:
     async def _print_tables(self) -> None:
         """Until there is no room for them; BrokenPipeError when nobody reads them."""
         from postcopy.output._frame import Frames, Glyphs
+        from postcopy.output._writer import encoding_of
         from postcopy.output.tables import PLAIN_WIDTH
 
-        frames = Frames(self._output.view, Glyphs.of(sys.stdout.encoding))
+        frames = Frames(self._output.view, Glyphs.of(encoding_of(sys.stdout)))
         while not self._output.stdout_failed:  # which is said at the end
             print("\n".join([*frames.plain(self._now, PLAIN_WIDTH), ""]))
             await trio.sleep(PRINT_EVERY_S)
