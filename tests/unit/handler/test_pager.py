@@ -199,7 +199,8 @@ async def test_a_vm_has_the_pages_of_the_image(tmp_path: Path, image: Path) -> N
             assert 0 < figures["faults-served-ms"]["1"] <= figures["faults-served-ms"]["100"]
             shown = render(await pager.ask("status"))
             assert f"process {vmm.pid}" in shown
-            assert "Resident:          1 MiB" in shown
+            assert "Resident:            1 MiB" in shown  # below each other, whatever the label
+            assert "Waits for the image: " in shown
             now = await pager.ask("status")
             assert " complete " in Frames(View(), Glyphs()).plain(now, 160)[2]
             assert sum(figures["postcopy-latency-dist"]) == figures["fault-latency-us"]["count"]
@@ -1008,7 +1009,7 @@ class TestOfAnotherHost:
             ):
                 assert await vmm.reads(content(), 0, PAGES)
                 assert (await pager.figures())["encrypted"]
-                assert "Encrypted:         yes" in render(as_json(await pager.handler.execute(Request("status", {}))))
+                assert "Encrypted:           yes" in render(as_json(await pager.handler.execute(Request("status", {}))))
             nursery.cancel_scope.cancel()
 
     async def test_the_vm_is_held_while_its_source_is_gone(self, tmp_path: Path) -> None:
