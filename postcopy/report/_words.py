@@ -194,6 +194,8 @@ def lead(migration: Migration, guest: Throughput | None) -> Iterator[str]:
 def _back(guest: Throughput) -> str:
     if guest.back_ms is None:
         return "it was not back at 90 % when the recording ended"
+    if not guest.back_ms:  # what was lost was in precopy
+        return "since the pause it has not been below 90 %"
     return f"it was back at 90 % {ms(guest.back_ms)} after the pause began"
 
 
@@ -231,9 +233,8 @@ def cards(migration: Migration, guest: Throughput | None) -> Iterator[tuple[str,
             ", ".join(filter(None, (over, f"{grouped(twice)} pages twice" if twice else ""))),
         )
     if guest is not None:
-        back = (
-            "not back at 90 % in the recording" if guest.back_ms is None else f"back at 90 % after {ms(guest.back_ms)}"
-        )
+        back = f"back at 90 % after {ms(guest.back_ms)}" if guest.back_ms else "not below 90 % since the pause"
+        back = "not back at 90 % in the recording" if guest.back_ms is None else back
         yield "Guest throughput, lowest", f"{100 * guest.least / guest.before:.0f} %", back
     if recovered := migration.number("recoveries", "count"):
         longest = migration.number("recoveries", "max-ms")

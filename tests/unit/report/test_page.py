@@ -21,12 +21,13 @@ import timelines
 from lines import parse_line
 from timelines import Json, both, dest, run, source, text
 
+from postcopy._throughput import Throughput
 from postcopy.errors import ConfigurationError
 from postcopy.records import VERSION
 from postcopy.records.timeline import COLUMNS
 from postcopy.report import _charts, _page, _read, draw
 from postcopy.report._model import Histogram, Migration
-from postcopy.report._words import guest_of, latency_of, marks_of, pause_parts
+from postcopy.report._words import cards, guest_of, latency_of, lead, marks_of, pause_parts
 
 
 @pytest.fixture(autouse=True)
@@ -176,6 +177,14 @@ def test_progress_of_the_guest_before_and_after() -> None:
     assert 0.2 < guest.least / guest.before < 0.4
     # 20,000 (1 - 0.75 exp(-t / 900)) reaches 90 % at t = 900 ln 7.5
     assert guest.back_ms == pytest.approx(900 * math.log(7.5), abs=130)
+
+
+def test_a_dip_in_precopy_alone_is_not_back_after_nothing() -> None:
+    guest = Throughput(before=20_000.0, least=10_600.0, back_ms=0.0)
+    said = " ".join([*lead(only(both()), guest), *(note for *_, note in cards(only(both()), guest))])
+    assert "fell to 53 % of what it was before; since the pause it has not been below 90 %." in said
+    assert "not below 90 % since the pause" in said
+    assert "0 µs" not in said
 
 
 def test_without_a_time_before_the_first_round_progress_is_compared_with_that_before_the_pause() -> None:
