@@ -30,7 +30,7 @@ _STAGE_PLACES = {
     "placed": "until it was in the memory and the thread woken (destination)",
 }
 _MARK_WORDS = {
-    "offer": "the migration began", "round": "a round of precopy began: its number",
+    "offer": "the migration began", "round": "precopy began round number",
     "pause": "the source was asked to pause the machine", "switchover": "the destination had the device state to load",
     "prepared": "the destination had loaded it", "commit": "the machine was given to the destination",
     "running": "the machine ran at the destination", "lost": "the connection was lost",
