@@ -132,14 +132,15 @@ def parse_rate(text: str, low: int = 0, high: int = MAX_RATE) -> int:
 
 
 def format_rate(rate: int) -> str:
-    """What `parse_rate` reads, of the same value, in bits."""
+    """What `parse_rate` reads, of the same value: in bits or bytes, whichever is shorter."""
     if not rate:
         return NO_LIMIT[0]
     bits = rate * 8
     power = next(power for power in (4, 3, 2, 1, 0) if bits >= 1000**power)
     whole, rest = divmod(bits, 1000**power)
     fraction = str(rest).zfill(3 * power).rstrip("0")
-    return f"{whole}{fraction and '.' + fraction}{' kmgt'[power].strip()}bit"
+    in_bits = f"{whole}{fraction and '.' + fraction}{' kmgt'[power].strip()}bit"
+    return min(in_bits, f"{format_exact_size(rate)}/s", key=len) if rate <= MAX_SIZE else in_bits
 
 
 def parse_seconds(text: str, low: float = 0.0, high: float = MAX_SECONDS, *, forever: bool = False) -> float:

@@ -26,8 +26,9 @@ def run(args: argparse.Namespace) -> int:
             # On a parser that parses nothing, so that what is said of values does not limit them.
             if words := getattr(action, "words", ()):
                 action.choices = words
-            kind = str(action.metavar).rpartition(".")[0] or str(action.metavar)
-            if kind in ("FILE", "PATH", "DIR"):
+            kind = str(action.metavar)
+            _, dot, suffix = kind.rpartition(".")
+            if kind in ("FILE", "PATH", "DIR") or (dot and suffix.isalpha()):  # as A.jsonl
                 action.complete = shtab.DIRECTORY if kind == "DIR" else shtab.FILE  # type: ignore[attr-defined]
     print(shtab.complete(parser, args.shell))
     return 0

@@ -83,8 +83,7 @@ class CtlCommand:
             nursery.start_soon(interruption)
             try:
                 if self._request == TOP:
-                    await Top(self._socket, self._output).run()
-                    done = True
+                    done = await Top(self._socket, self._output).run()
                 else:
                     async with ControlClient.open(self._socket, checks=True) as client:
                         done = await self._do(client)

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from postcopy._files import check_new_file, open_regular, write_output
 from postcopy._hdr import intervals, write_hdr
-from postcopy.errors import ConfigurationError, ResourceError
+from postcopy.errors import ConfigurationError, PostcopyError, ResourceError
 from postcopy.report import explain_missing
 from postcopy.service.options import Group, Option, parse_path, path
 
@@ -54,11 +54,15 @@ def run(args: argparse.Namespace) -> int:
             reader.read(file, "standard input" if name == "-" else name)
     if log is not None:
         write_hdr(log, intervals(reader.latencies))
+    if not reader.migrations and not reader.cells:  # as of another benchmark, which has latencies
+        if log is not None:
+            return 0
+        raise PostcopyError(
+            "there is no migration in these lines; a report is made of what `postcopy source`, `dest`, `daemon`,"
+            " `pager`, `demo` or `bench migrate` has written with --json"
+        )
     if directory is not None:
-        found = pictures(reader)
-        if not found:
-            raise ConfigurationError("--svg: there is no migration in these lines, so there is no picture")
-        for name, picture in found.items():
+        for name, picture in pictures(reader).items():
             write_output("--svg", os.path.join(directory, f"{name}.svg"), picture, durable=False)
     write_output("--output", target, draw(reader), durable=False)
     return 0

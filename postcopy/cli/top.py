@@ -46,16 +46,16 @@ class Top:
         self._problem = ""
         self._kick = trio.Event()
 
-    async def run(self) -> None:
-        """Until a person has had enough of it; without a terminal, until the process ends or nobody reads the tables.
-        `PeerError` where there is no such process to begin with."""
+    async def run(self) -> bool:
+        """Until a person has had enough of it; without a terminal, until the process ends or nobody reads the tables,
+        or, which is False, there is no room for them. `PeerError` where there is no such process to begin with."""
         self._output.patient = False
         draws = self._output.draws and sys.stdout.isatty()
         async with ControlClient.open(self._path, checks=True) as client:
             await self._ask(client)
             if not draws:
                 await self._print_until_it_ends(client)
-                return
+                return not self._output.stdout_failed
         async with self._output.open_live(whole=True) as (live, frames), trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_asking)
             nursery.start_soon(self._keep_drawing, live, frames)
@@ -63,6 +63,7 @@ class Top:
                 frames.press(key, live.size[1])
                 self._kick.set()
             nursery.cancel_scope.cancel()
+        return True
 
     async def _ask(self, client: ControlClient) -> None:
         self._now = await client.execute("status")
@@ -116,15 +117,12 @@ class Top:
             nursery.cancel_scope.cancel()
 
     async def _print_tables(self) -> None:
-        """BrokenPipeError when nobody reads them."""
-        from postcopy.output.tables import make_console, print_line, print_table, row
+        """Until there is no room for them; BrokenPipeError when nobody reads them."""
+        from postcopy.output._frame import Frames, Glyphs
+        from postcopy.output._writer import encoding_of
+        from postcopy.output.tables import PLAIN_WIDTH
 
-        console = make_console(sys.stdout)
-        while True:
-            for label, text in self._output.view.rows(self._now):
-                print_line(console, f"{label}: {text}")
-            header, machines = self._output.view.machines(self._now)
-            if machines:
-                print_table(console, header, [row(*cells) for cells in machines])
-            print_line(console, "")
+        frames = Frames(self._output.view, Glyphs.of(encoding_of(sys.stdout)))
+        while not self._output.stdout_failed:  # which is said at the end
+            print("\n".join([*frames.plain(self._now, PLAIN_WIDTH), ""]))
             await trio.sleep(PRINT_EVERY_S)

@@ -235,6 +235,14 @@ class Frames:
             rows = _rows(lines + self._lines(now, past), width, height)
         return [fit(cells, width, self._glyphs) for cells in rows[:height]]
 
+    def plain(self, now: Json, width: int) -> list[str]:
+        """All machines, as lines of a file."""
+        vms = "vms" in now
+        items = self._items(now, fresh=now is not self._looked_at)
+        self._looked_at = now
+        rows = [row(_title(now)), *(self._table(items, width, vms=vms) if items else ())]
+        return ["".join(span.text for cell in fit(cells, width, self._glyphs) for span in cell) for cells in rows]
+
     # ---- a whole terminal
 
     def whole(self, now: Json, width: int, height: int, note: str = "", keys: bool = True) -> list[Row]:
@@ -245,13 +253,14 @@ class Frames:
         footer = Span(note, "warn") if note else Span("up, down: choose   q: leave" if keys else "", "muted")
         has_footer = bool(footer.text) and height > 2
         room = max(0, height - 2 - has_footer)
-        details = max(0, min(_DETAIL_ROWS, room - min(len(items), _LEAST_LIST)))
+        details = max(0, min(_DETAIL_ROWS, room - min(len(items), max(_LEAST_LIST, room // 2))))
         listed = min(len(items), room - details)
         self._top = max(0, min(max(self._top, self._place - listed + 1), self._place, len(items) - listed))
         shown = items[self._top : self._top + listed]
         side, counted = _title(now)
-        part = f"  {self._top + 1} to {self._top + listed} of" if listed < len(items) else ""
-        rows = [row((side, Span(part, "muted"), counted))]
+        if listed < len(items):
+            counted = Span(f"  {self._top + 1} to {self._top + listed} of{counted.text[1:]}")
+        rows = [row((side, counted))]
         if shown:
             rows += self._table(shown, width, vms="vms" in now, chosen=self._chosen)
         if items and details > 1:

@@ -37,6 +37,7 @@ from postcopy.output.tables import STYLES, Row, make_console
 GIVE_BACK_S = 0.5
 _SIZE = (80, 24)  # of a terminal that does not say
 _MOST_COLUMNS, _MOST_ROWS = 500, 200
+_LEAVE_WHOLE = "\x1b[?25h\x1b[?1049l"
 _KEYS = {
     "A": "up", "B": "down", "H": "home", "F": "end", "1~": "home", "7~": "home", "4~": "end", "8~": "end",
     "5~": "page up", "6~": "page down",
@@ -100,14 +101,15 @@ class Live:
         if self._stopping:
             return
         if not self._in_foreground():
-            self._writer.forget()
+            # Ctrl-Z has stopped the job, and this process is another one: the shell's prompt is where the view began.
+            self._writer.give_up(_LEAVE_WHOLE if self._whole else "\x1b[J")
             return
         self._take_keyboard()
         lines = [self._paint(cells) for cells in rows]
         # Without the automatic break of lines: a terminal may have become smaller since its size was asked for.
         if self._whole:
             text = "\x1b[?7l\x1b[H" + "\x1b[K\r\n".join(lines) + "\x1b[J\x1b[?7h"
-            enter, leave = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
+            enter, leave = "\x1b[?1049h\x1b[?25l", _LEAVE_WHOLE
         else:
             text = "\r\x1b[?7l" + "\x1b[K\r\n".join(["", *lines]) + "\x1b[J" + f"\x1b[{len(lines)}A\r\x1b[?7h"
             enter, leave = "", "\r\x1b[J"
@@ -164,6 +166,7 @@ class Live:
             mode = termios.tcgetattr(self._keyboard_fd)
             mode[3] &= ~(termios.ICANON | termios.ECHO)
             mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
+            mode[6][termios.VQUIT] = b"\0"  # Ctrl-\ would end it with the terminal as it is now
             termios.tcsetattr(self._keyboard_fd, termios.TCSANOW, mode)
         except termios.error:
             self._keyboard_fd = self._mode = None

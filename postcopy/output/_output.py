@@ -111,6 +111,11 @@ class Output:
             ) from error
 
     @property
+    def stdout_failed(self) -> bool:
+        """Whether what was written there last could not be, as on a full disk."""
+        return self._stdout.error is not None and not self._stdout.gone
+
+    @property
     def has_answered(self) -> bool:
         """Whether there is an answer on stdout, for which `close` waits."""
         return self.patient and self._streams[0].used

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How progress looks to a person where nothing can be drawn: plain lines, and plain tables."""
+"""How progress looks to a person where nothing can be drawn: plain lines."""
 
 from __future__ import annotations
 
+import math
 import time
 
 from postcopy.output.words import (
@@ -10,17 +11,11 @@ from postcopy.output.words import (
     arrived_bytes,
     format_coarsely,
     format_count,
-    format_duration,
     format_speed,
-    in_round,
     phase,
 )
 from postcopy.records import Json
 from postcopy.units import format_size
-
-_BAR = 30
-_VMS = ("virtual machine", "memory", "status", "resident", "faults", "fault p99", "hit rate")
-_MACHINES = ("machine", "memory", "state", "migration", "arrived", "rate", "remaining", "faults", "fault p99")
 
 
 class View:
@@ -32,56 +27,6 @@ class View:
         self._told: list[tuple[str, str]] = []
         self._began_s = time.monotonic()
         self._rate = Rate()
-        self._rates: dict[tuple[str, str], Rate] = {}  # by machine and migration
-
-    def machines(self, now: Json) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """The machines of a process, as `status` has them: a header, and a row for each."""
-        if "vms" in now:
-            return _VMS, [self._vm(vm) for vm in now["vms"]]
-        rows: list[tuple[str, ...]] = []
-        before, self._rates = self._rates, {}
-        for machine in now["machines"]:
-            job, guest = machine.get("migration") or {}, machine.get("guest") or {}
-            ram, latency = job.get("ram") or {}, job.get("fault-latency-us") or {}
-            arrived, total = arrived_bytes(ram), ram.get("total") or 0
-            moving = job.get("status", "").startswith(("postcopy", "active"))
-            copying = in_round(job.get("status", ""), ram)
-            key = (str(machine["name"]), str(job.get("migration-id")))
-            rate = 0.0
-            if moving:
-                self._rates[key] = before.get(key) or Rate()
-                rate = self._rates[key].of(ram.get("transferred") or 0)
-            left = format_coarsely((total - arrived) / rate) if moving and arrived is not None and rate else ""
-            faults = str(ram.get("demand-pages") or "")
-            if job.get("pending-faults"):
-                faults += f" ({job['pending-faults']} waiting)"
-            rows.append(
-                (
-                    str(machine["name"]),
-                    format_size(machine["memory"]) if machine.get("memory") else "",
-                    str(guest.get("state", "")),
-                    f"{copying.partition(':')[0] or job['status']}, {job.get('direction')}" if job else "",
-                    f"{100 * arrived / total:.0f} %" if moving and arrived is not None else "",
-                    format_speed(rate) if moving else "",
-                    left,
-                    faults,
-                    format_duration(latency["p99"] / 1e6) if latency.get("count") else "",
-                )
-            )
-        return _MACHINES, rows
-
-    @staticmethod
-    def _vm(vm: Json) -> tuple[str, ...]:
-        latency, replayed = vm["fault-latency-us"], vm.get("working-set") or {}
-        return (
-            str(vm["name"]),
-            format_size(vm["memory"]),
-            str(vm["status"]),
-            f"{100 * vm['resident'] / (vm['memory'] or 1):.0f} %",
-            str(vm["faults"]) + (f" ({vm['pending-faults']} waiting)" if vm["pending-faults"] else ""),
-            format_duration(latency["p99"] / 1e6) if latency["count"] else "",
-            f"{replayed['hit-rate']:.0f} %" if replayed.get("hit-rate") is not None else "",
-        )
 
     def rows(self, now: Json) -> list[tuple[str, str]]:
         """A label and its text for each thing that can be said. The first one says what is done."""
@@ -98,9 +43,8 @@ class View:
         if transferred:
             rate = self._rate.of(transferred)
             if arrived is not None:
-                share, remaining = arrived / total, total - arrived
-                bar = "█" * round(_BAR * share) + "░" * (_BAR - round(_BAR * share))
-                result.append(("memory", f"{bar} {100 * share:3.0f} %, {format_size(arrived)} of {format_size(total)}"))
+                percent, remaining = math.floor(100 * arrived / total), total - arrived
+                result.append(("memory", f"{percent} %, {format_size(arrived)} of {format_size(total)}"))
             speed = f", {format_speed(rate)}" if rate else ""  # not known yet, or nothing moves
             result.append(("network", f"{format_size(transferred)} transferred{speed}"))
         result.append(("time", self._time(rate, remaining)))
@@ -127,7 +71,7 @@ class View:
             return ""
         first, self._told = not self._told, news
         (side, doing), *rest = rows if first else (row for row in rows if row[0] != "machine")
-        return f"{side}: {doing}" + "".join(f"; {label}: {text.lstrip('█░ ')}" for label, text in rest)
+        return f"{side}: {doing}" + "".join(f"; {label}: {text}" for label, text in rest)
 
 
 def count_machines(now: Json) -> str:

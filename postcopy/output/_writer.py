@@ -30,7 +30,6 @@ for the reader as any program does. Where that fails it is counted as lost, and 
 from __future__ import annotations
 
 import codecs
-import contextlib
 import enum
 import errno
 import io
@@ -39,8 +38,8 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TextIO
 
 STALLED_S = 2.0
@@ -104,7 +103,7 @@ def in_encoding(text: str, encoding: str) -> str:
 
 
 class Kind(enum.IntEnum):
-    """How much of a queue a line may use; the value is that room, in bytes."""
+    """How much of a queue lines like it may use, with those that matter less; the value is that room, in bytes."""
 
     PROGRESS = 64 << 10  # the next one says the same, newer
     LOG = 1 << 20
@@ -142,7 +141,7 @@ class Writer:
         self._dropped_line = dropped
         self._changed = threading.Condition()
         self._queue: deque[tuple[bytes, Kind]] = deque()
-        self._queued_bytes = 0
+        self._queued_bytes = dict.fromkeys(Kind, 0)
         self._wanted: Picture | None = None
         self._shown: Picture | None = None
         self._in_line = False  # what was written last goes on in the same line
@@ -167,12 +166,13 @@ class Writer:
             if self._error is not None and self._thread is None:  # `write_here` has failed, and is not tried again
                 self._lost += kind is Kind.LASTING
                 return False
-            if self._queued_bytes + len(data) > kind:
+            # (of what is more important there may be much for a moment: a timeline alone is larger than this room)
+            if sum(self._queued_bytes[one] for one in Kind if one <= kind) + len(data) > kind:
                 self._dropped += 1
                 self._lost += kind is Kind.LASTING
                 return False
             self._queue.append((data, kind))
-            self._queued_bytes += len(data)
+            self._queued_bytes[kind] += len(data)
             self._changed.notify_all()
         return True
 
@@ -182,10 +182,13 @@ class Writer:
             self._wanted = picture
             self._changed.notify_all()
 
-    def forget(self) -> None:
-        """Another program has written over the picture: there is none to be taken away any more."""
+    def give_up(self, leave: str) -> None:
+        """Another program has the terminal: `leave` takes away what is left of the picture there."""
         with self._changed:
-            self._wanted = self._shown = None
+            self._wanted = None
+            if self._shown is not None:
+                self._shown = replace(self._shown, leave=leave)
+                self._changed.notify_all()
 
     @property
     def settled(self) -> bool:
@@ -217,7 +220,7 @@ class Writer:
                 self._lost += sum(kind is Kind.LASTING for _, kind in self._queue)
             finally:  # after Ctrl-C too: a line that was written in part is not written again
                 self._queue.clear()
-                self._queued_bytes = 0
+                self._queued_bytes = dict.fromkeys(Kind, 0)
 
     def close(self, deadline_s: float = CLOSE_S, stalled_s: float | None = None) -> bool:
         """Waits for what is queued, as long as it says above; starts it where that was not done. False when something
@@ -299,7 +302,7 @@ class Writer:
             while True:
                 if self._queue:
                     data, kind = self._queue.popleft()
-                    self._queued_bytes -= len(data)
+                    self._queued_bytes[kind] -= len(data)
                     self._writing = kind
                     self._in_line = not data.endswith(b"\n")
                     return self._uncovered() + data, kind, 1
@@ -359,7 +362,7 @@ class Writer:
                 return False
             if kind is Kind.LASTING:
                 self._queue.appendleft((data, kind))
-                self._queued_bytes += len(data)
+                self._queued_bytes[kind] += len(data)
                 self._writing = None
                 self._changed.wait(RETRY_S)
             else:
@@ -379,20 +382,6 @@ class QueuedStream(io.TextIOBase):
         self._stream = stream
         self._loss_is_error = loss_is_error and stream is not None
         self._local = threading.local()
-
-    @contextlib.contextmanager
-    def as_kind(self, kind: Kind) -> Iterator[None]:
-        """What this thread writes in the block is of this kind, not `Kind.LASTING`."""
-        before, self._local.kind = self._kind, kind
-        try:
-            yield
-        finally:
-            self._local.kind = before
-
-    @property
-    def _kind(self) -> Kind:
-        kind: Kind = getattr(self._local, "kind", Kind.LASTING)
-        return kind
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
@@ -420,7 +409,7 @@ class QueuedStream(io.TextIOBase):
         if not text:
             return
         self.used = True
-        self.writer.put(text, self._kind)
+        self.writer.put(text, Kind.LASTING)
         self.writer.write_here()
         if self._loss_is_error and self.writer.gone:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))

@@ -7,7 +7,7 @@ A part for which something is missing says what, in a sentence; there is never a
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from postcopy._throughput import WINDOW_MS
@@ -17,7 +17,6 @@ from postcopy.report._html import esc, figure, table
 from postcopy.report._model import KINDS, STAGES, Histogram, Migration, number_of, object_of, text_of
 from postcopy.report._words import grouped, ms, size_of, unbroken, us
 
-MOST_ROWS = 80  # of a table
 _KIND_WORDS = {
     "demand": "on demand", "prefetched": "prefetched", "background": "in background", "precopied": "precopied",
     "zero": "zero, never sent",
@@ -31,13 +30,17 @@ _STAGE_PLACES = {
     "placed": "until it was in the memory and the thread woken (destination)",
 }
 _MARK_WORDS = {
-    "offer": "the migration began", "round": "a round of precopy began",
+    "offer": "the migration began", "round": "precopy began round number",
     "pause": "the source was asked to pause the machine", "switchover": "the destination had the device state to load",
     "prepared": "the destination had loaded it", "commit": "the machine was given to the destination",
     "running": "the machine ran at the destination", "lost": "the connection was lost",
     "recovered": "all channels were there again", "pager-died": "the pager's process died, and another one took over",
     "all-there": "the last page had arrived",
     "ended": "the migration ended",
+}  # fmt: skip
+_VM_MARK_WORDS = _MARK_WORDS | {
+    "lost": "its pages could not be had", "recovered": "its pages could be had again",
+    "ended": "it was served no more",
 }  # fmt: skip
 _SIDE_WORDS = {"source": "the source", "dest": "the destination"}
 _HOST_WORDS = {
@@ -82,11 +85,11 @@ class Article:
             yield f"<h2 class=name>{name}{f': {esc(differs)}' if differs else ''}</h2>"
         yield f"<p class=about>{self._about()}</p>"
         story = " ".join(map(html.escape, _words.lead(self._migration, self._guest)))
-        yield f"<p class=lead>{story or 'These lines do not say how it went.'}</p>"
+        yield f"<p class=lead>{story.replace(' %', '&nbsp;%') or 'These lines do not say how it went.'}</p>"
         yield from self._cards()
         for section in (
             self._phases, self._over_time, self._pause, self._residency, self._waits, self._what_happened,
-            self._circumstances, self._numbers,
+            self._circumstances,
         ):  # fmt: skip
             if shown := list(section()):
                 yield from ("<section>", *shown, "</section>")
@@ -94,7 +97,7 @@ class Article:
 
     def _about(self) -> str:
         migration, status = self._migration, _words.status_of(self._migration)
-        good = status in _words.GOOD or (migration.main.name == "pager" and status == "running")
+        good = status in _words.GOOD or (migration.is_vm and status != "lost")
         parts = [f"<strong class={'good' if good else 'bad'}>{esc(status)}</strong>"]
         if mode := migration.text("mode"):
             parts.append(f"mode {esc(mode)}")
@@ -107,7 +110,7 @@ class Article:
             "pager": "seen by a pager",
         }
         parts.append("both sides" if len(migration.sides) > 1 else alone[migration.main.name])
-        if migration.key and migration.main.name != "pager":
+        if migration.key and not migration.is_vm:
             parts.append(f"id {esc(migration.key[:8])}")
         return " <span aria-hidden=true>·</span> ".join(parts)
 
@@ -156,9 +159,10 @@ class Article:
                     legend.append(("slow", "the slowest 1 % of them"))
             return legend
         page_bytes = migration.number("ram", "page-size") or 4096
+        words = _KIND_WORDS | ({"zero": "zero, never read"} if migration.is_vm else {})
         counts = {kind: float(timeline.pages[kind][-1]) for kind in reversed(KINDS) if kind in timeline.pages}
         legend = [
-            (kind, f"{_KIND_WORDS[kind]}: {grouped(count)} pages ({size_of(count * page_bytes)})")
+            (kind, f"{words[kind]}: {grouped(count)} pages ({size_of(count * page_bytes)})")
             for kind, count in counts.items()
             if count
         ]
@@ -178,8 +182,9 @@ class Article:
         migration, timeline = self._migration, self._timeline
         if timeline is None:
             yield (
-                "<p class=missing>No timeline is among these lines, so there are no pictures over time. A process that"
-                " was started with <code>--json</code> or <code>--report</code> writes one when the migration ends.</p>"
+                "<p class=missing>No timeline is among these lines, so there are no pictures over time. One is written"
+                " at the end of a migration that has reached the other side, by a process that was started with"
+                " <code>--json</code> or <code>--report</code>.</p>"
             )
             return
         if "over-time" not in self.pictures:
@@ -187,6 +192,13 @@ class Article:
             yield f"<p class=missing>The timeline has {few}, so there is nothing to draw over time.</p>"
             return
         captions = []
+        total, page_bytes = migration.number("ram", "total"), migration.number("ram", "page-size") or 4096
+        pages = sum(float(timeline.pages[kind][-1]) for kind in KINDS if kind in timeline.pages)
+        if total and pages * page_bytes > total:
+            captions.append(
+                f"The dashed line is the memory ({size_of(total)}): pages that were written after they had been sent"
+                " came again."
+            )
         if "duplicate" in timeline.pages and (twice := timeline.pages["duplicate"][-1]):
             captions.append(f"{grouped(twice)} pages arrived a second time and were dropped.")
         captions.append(_words.speed(migration))
@@ -214,7 +226,7 @@ class Article:
 
     def _pause(self) -> Iterator[str]:
         migration, sides = self._migration, {part.side for part in self._parts}
-        if migration.main.name == "pager":
+        if migration.is_vm:
             return
         yield "<h2>The pause</h2>"
         if "pause" not in self.pictures:
@@ -277,8 +289,9 @@ class Article:
         if not self._marks:
             return
         yield "<h2>Events</h2>"
+        known = _VM_MARK_WORDS if self._migration.is_vm else _MARK_WORDS
         rows = [
-            (_moment(mark.at_ms - (self._begun_ms or 0.0)), esc(_MARK_WORDS.get(mark.what, mark.what)), esc(mark.text))
+            (_moment(mark.at_ms - (self._begun_ms or 0.0)), esc(known.get(mark.what, mark.what)), esc(mark.text))
             for mark in self._marks
         ]
         yield from table(("after", "what", ""), rows, numbers_from=9)
@@ -293,17 +306,16 @@ class Article:
         for side in sides[:1] if together else sides:
             who = {"source": "Source", "dest": "Destination"}.get(side.name, "Pager")
             yield f"<h3>{'Both sides' if together else who}</h3>"
-            yield from table(("", ""), list(_of_run(side.run))[:MOST_ROWS], numbers_from=9)
+            yield from table(("", ""), _of_run(side.run), numbers_from=9)
 
     def _machine(self) -> Iterator[tuple[str, str]]:
         yield "machine", esc(_words.title(self._migration))
         blocks = self._timeline.blocks if self._timeline is not None else []
         if blocks:
-            shown = [
-                f"{esc(name)} {size_of(size)}{f' in pages of {size_of(page)}' * bool(page)}"
-                for name, size, page in blocks[:16]
-            ]
-            yield "memory", ", ".join(shown) + ", ..." * (len(blocks) > 16)
+            sizes = {page for _, _, page in blocks}
+            of = {page: f" in pages of {size_of(page)}" if page else "" for page in sizes}
+            shown = [f"{esc(name)} {size_of(size)}{of[page] * (len(sizes) > 1)}" for name, size, page in blocks[:16]]
+            yield "memory", ", ".join(shown) + ", ..." * (len(blocks) > 16) + of[blocks[0][2]] * (len(sizes) == 1)
         if peer := self._migration.text("peer"):
             yield "peer", esc(peer)
         facts = self._migration.main.facts
@@ -311,17 +323,6 @@ class Article:
             yield "encrypted", "by TLS" if encrypted else "no"
         if where := text_of(object_of(facts.get("pager")).get("where")):
             yield "pager", "in a process of its own" if where == "process" else f"in a {esc(where)}"
-
-    def _numbers(self) -> Iterator[str]:
-        """All that was counted, for those who look for one number."""
-        sides = [(side, dict(_flat(side.facts))) for side in _words.sides_of(self._migration)]
-        names = sorted({name for _, flat in sides for name in flat})
-        if not names:
-            return
-        yield "<details><summary>All numbers</summary>"
-        rows = [(esc(name), *(esc(flat.get(name, "")) for _, flat in sides)) for name in names[: 3 * MOST_ROWS]]
-        yield from table(("field", *(side.name for side, _ in sides)), rows)
-        yield "</details>"
 
 
 def _strip(parts: list[tuple[str, float, str, str]]) -> Iterator[str]:
@@ -363,17 +364,3 @@ def _of_host(name: str, value: str | float) -> str:
         return "yes" if value else "no"
     size = number_of(value) if name in ("memory", "page-size") else None
     return f"{value:.3g}" if isinstance(value, float) else text_of(value) if size is None else size_of(size)
-
-
-def _flat(facts: Mapping[str, object], above: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
-    for key, value in list(facts.items())[:MOST_ROWS]:
-        name = f"{above}{text_of(key, 60)}"
-        if isinstance(value, dict):
-            if depth < 2:
-                yield from _flat(value, f"{name}.", depth + 1)
-        elif isinstance(value, bool):
-            yield name, str(value).lower()
-        elif isinstance(value, str | int | float):
-            yield name, text_of(value, 120)
-        elif isinstance(value, list) and value and all(isinstance(one, int | float) for one in value):
-            yield name, text_of(", ".join(map(str, value[:16])), 120)

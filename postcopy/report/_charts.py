@@ -261,7 +261,7 @@ def over_time(migration: Migration, clock: Clock, marks: Sequence[Mark], found: 
         panels.append(
             (
                 1.7,
-                "Memory that has arrived, by kind",
+                f"Pages that {'were sent' if migration.main.name == 'source' else 'have arrived'}, by kind",
                 lambda axes: _arrived(axes, clock, timeline, migration, page_bytes),
             )
         )
@@ -273,12 +273,12 @@ def over_time(migration: Migration, clock: Clock, marks: Sequence[Mark], found: 
     if guest := operations(migration):
         panels.append((1, "Operations of the guest, a second", lambda axes: _guest(axes, clock, guest)))
     if _moves(timeline, "faults-waiting"):
-        panels.append((0.8, "Threads that wait for a page (the most)", lambda axes: _waiting(axes, clock, timeline)))
+        panels.append((0.8, "Threads that wait for a page, at most", lambda axes: _waiting(axes, clock, timeline)))
     if not panels:
         return None
 
     def draw(width: int) -> Figure:
-        top = 46
+        top = 46 if any(clock.first_ms <= mark.at_ms <= clock.last_ms for mark in marks if _named(mark)) else 20
         height = top + 36 + sum(share for share, _, _ in panels) * 88 + (len(panels) - 1) * 26
         figure, axes = _figure(width, height, [share for share, _, _ in panels])
         for each, (_, title, paint) in zip(axes, panels, strict=True):
@@ -331,7 +331,7 @@ def _binary(axes: Axes) -> None:
 def _throughput(axes: Axes, clock: Clock, at_ms: Array, counter: Array) -> None:
     chosen = kept(at_ms, clock.length_ms / STEPS)
     at_ms, counter = at_ms[chosen], counter[chosen]
-    axes.stairs(rate(at_ms, counter), clock(at_ms), color=COLOURS["bytes"], lw=1.4)
+    axes.stairs(rate(at_ms, counter), clock(at_ms), baseline=None, color=COLOURS["bytes"], lw=1.4)
     _plain_axis(axes, lambda value: format_speed(value))
     _binary(axes)
 
@@ -341,7 +341,7 @@ def _guest(axes: Axes, clock: Clock, guest: Sequence[tuple[str, Array, Array]]) 
         chosen = kept(at_ms, clock.length_ms / STEPS)
         at_ms, counter = at_ms[chosen], counter[chosen]
         if len(at_ms) > 1:
-            axes.stairs(rate(at_ms, counter), clock(at_ms), color=COLOURS["guest"], lw=1.4)
+            axes.stairs(rate(at_ms, counter), clock(at_ms), baseline=None, color=COLOURS["guest"], lw=1.4)
     _plain_axis(axes, ticks=3)
 
 
@@ -366,13 +366,19 @@ def operations(migration: Migration) -> list[tuple[str, Array, Array]]:
             begin = int(known[0]) if len(known) else 0
             at_ms, counted = at_ms[begin:], counted[begin:]
         elif turn is not None:
+            # what was counted after the pause is what it was when it began
             keep = int(np.searchsorted(at_ms, turn.at_ms, side="right"))
-            at_ms, counted = at_ms[:keep], counted[:keep]
+            counted = counted[: keep + 1]
+            at_ms = np.append(at_ms[:keep], turn.at_ms)[: len(counted)]
         good = ~np.isnan(counted)
         at_ms, counted = at_ms[good], counted[good]
         if len(at_ms) > 1:
             found.append((side.name, at_ms + migration.offset_ms(side), counted))
     return found
+
+
+def _named(mark: Mark) -> bool:
+    return mark.what not in ("switchover", "prepared", "commit", "ended", "recovered")
 
 
 def _name_marks(figure: Figure, axes: Sequence[Axes], clock: Clock, marks: Sequence[Mark], width: int) -> None:
@@ -383,13 +389,7 @@ def _name_marks(figure: Figure, axes: Sequence[Axes], clock: Clock, marks: Seque
     placed: list[tuple[float, str, int, str]] = []
     taken: list[list[tuple[float, float]]] = [[], []]
     for mark in sorted(marks, key=lambda mark: important.index(mark.what) if mark.what in important else 9):
-        if not clock.first_ms <= mark.at_ms <= clock.last_ms or mark.what in (
-            "switchover",
-            "prepared",
-            "commit",
-            "ended",
-            "recovered",
-        ):
+        if not clock.first_ms <= mark.at_ms <= clock.last_ms or not _named(mark):
             continue
         at = left + (right - left) * (mark.at_ms - clock.first_ms) / (clock.last_ms - clock.first_ms)
         word = _MARK_WORDS.get(mark.what, mark.what)[:14]
@@ -501,7 +501,7 @@ def latency(stages: dict[str, Histogram]) -> Draw | None:
             low, high = min(low, float(histogram.upto_us[0])), max(high, float(histogram.upto_us[-1]))
         axes.set_yscale("log")
         axes.set_ylim(10 ** np.floor(np.log10(low)), 10 ** np.ceil(np.log10(high * 1.001)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_duration(value / 1e6)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _decade(value)))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xlim(0, nines)
         ticks: dict[float, str] = {}
@@ -522,6 +522,11 @@ def latency(stages: dict[str, Histogram]) -> Draw | None:
     return draw
 
 
+def _decade(us: float) -> str:
+    unit, per = ("s", 1e6) if us >= 1e6 else ("ms", 1e3) if us >= 1e3 else ("µs", 1)
+    return f"{us / per:g} {unit}"
+
+
 # ---- the pause
 
 
@@ -537,12 +542,13 @@ def pause(parts: Sequence[tuple[str, str, float, float]]) -> Draw:
             axes.barh(
                 -row - 0.24, max(length, end * 0.003) / per, left=begin / per, height=0.36, color=COLOURS[side], lw=0
             )
-            # above its bar, from where that begins; where there is no room on the right, to where it ends
-            right = begin > end / 2
-            axes.text(
-                (begin + length if right else begin) / per, -row + 0.02, f"{label}: {format_duration(length / 1e6)}",
-                va="bottom", ha="right" if right else "left", color=COLOURS["fg"],
-            )  # fmt: skip
+            # above its bar, from where that begins or to where it ends; where there is no room for either, on the right
+            text = f"{label}: {format_duration(length / 1e6)}"
+            room = len(text) * FONT_PT * 0.56 / (width - 18) * end
+            at, side_of = (begin + length, "right") if begin > end / 2 else (begin, "left")
+            if (at < room) if side_of == "right" else (at + room > end):
+                at, side_of = (end, "right") if room < end else (0.0, "left")
+            axes.text(at / per, -row + 0.02, text, va="bottom", ha=side_of, color=COLOURS["fg"])
         axes.set_xlim(0, end / per)
         axes.set_ylim(-len(parts) + 0.35, 0.62)
         axes.yaxis.set_major_locator(NullLocator())
@@ -569,6 +575,8 @@ _ROW, _HEAD = 13.0, 20.0  # points
 def policies(cells: Sequence[Cell]) -> Draw:
     """A bar for each policy, by workload and quantity. All bars of a quantity have one scale."""
     most = {name: max((cell.values.get(name, 0.0) for cell in cells), default=0.0) for name, _, _ in _COLUMNS}
+    texts = (shown(cell.values.get(name, 0.0)) for cell in cells for name, _, shown in _COLUMNS)
+    beside = FONT_PT * 0.56 * max(len(text) for text in texts) + 8  # of a bar: its value
     workloads = {cell.workload: [one for one in cells if one.workload == cell.workload] for cell in cells}
 
     def draw(width: int) -> Figure:
@@ -596,7 +604,7 @@ def policies(cells: Sequence[Cell]) -> Draw:
                     axes.text(2, y - 6, _shorter(cell.policy, left))
                     for number, (name, _, shown) in enumerate(columns):
                         value, x = cell.values.get(name), left + number * column
-                        length = (column - 56) * max(0.0, value or 0.0) / (most[name] or 1.0)
+                        length = max(0.0, column - beside) * max(0.0, value or 0.0) / (most[name] or 1.0)
                         if value is not None:
                             axes.barh(y - 9, max(length, 1.0), left=x, height=8, color=COLOURS["background"], lw=0)
                         said = shown(value) if value is not None else "failed" if cell.failure else "-"

@@ -31,7 +31,8 @@ MAX_VALUES = 64
 MAX_ROUNDS = 1024
 _SAME_BOOT_MS = 50.0  # wall clocks are adjusted in small steps
 MAX_TEXT = 300
-MAX_FIELDS = 1024  # of an object or a list, beside the recording
+MAX_FIELDS = 80  # of an object, beside the recording
+MAX_LIST = 1024  # of vCPUs
 MAX_NUMBER = 2.0**53
 MAX_MS = 100 * 365.25 * 86400e3
 _LEVELS = np.full(128, -1, dtype=np.int8)
@@ -189,6 +190,11 @@ class Migration:
 
     def text(self, key: str) -> str:
         return next((text for side in (self.dest, self.source) if side is not None and (text := side.text(key))), "")
+
+    @property
+    def is_vm(self) -> bool:
+        """Whether it is no migration, but a virtual machine that a pager has served."""
+        return "pager" in self.sides
 
     @property
     def runs(self) -> bool:

@@ -26,24 +26,19 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def page(reader: Reader) -> str:
-    """The whole page."""
+    """The whole page, of at least one migration or comparison."""
     migrations = reader.migrations
     drawn = migrations[-MOST_DRAWN:]
-    heading = f"Migration of {_words.title(drawn[0])}" if len(migrations) == 1 else f"{len(migrations)} migrations"
-    if len(migrations) == 1 and drawn[0].main.name == "pager":
-        heading = f"Virtual machine {_words.title(drawn[0])}"
+    vms = all(one.is_vm for one in migrations)
+    heading = f"{len(migrations)} {'virtual machines' if vms else 'migrations'}"
+    if len(migrations) == 1:
+        heading = f"{'Virtual machine' if vms else 'Migration of'} {_words.title(drawn[0])}"
+    elif migrations and [one.number("attempts") for one in migrations] == list(range(1, len(migrations) + 1)):
+        heading = f"Migration of {_words.title(migrations[0])}, {len(migrations)} attempts"
     cells = list(reader.cells.values())
     if cells:
         heading = "Ways to migrate, compared"
-    elif not migrations:
-        heading = "No migration"
     body = [*_problems(reader), *_comparison(cells, reader.conditions)]
-    if not migrations and not cells:
-        body.append(
-            "<p class=lead>There is no migration in the lines that were read. A report is made of what"
-            " <code>postcopy source</code>, <code>dest</code>, <code>daemon</code>, <code>pager</code> or"
-            " <code>demo</code> writes with <code>--json</code>.</p>"
-        )
     if len(migrations) > 1:
         body += _overview(migrations, drawn, reader.forgotten)
     differences = _words.differences(drawn) if len(migrations) > 1 else {}
@@ -102,18 +97,9 @@ def _overview(migrations: Sequence[Migration], drawn: Sequence[Migration], forgo
         before = format_count(forgotten, "migration")
         yield f"<p>There were {before} before these; only the last {len(migrations)} are kept.</p>"
     differences = _words.differences(migrations)
-    header: tuple[str, ...] = (
-        "machine",
-        "options",
-        "status",
-        "downtime",
-        "total time",
-        "faults",
-        "p50",
-        "p99",
-        "max",
-        "sent / memory",
-    )
+    header = (
+        "machine", "options", "status", "downtime", "total time", "faults", "p50", "p99", "max", "sent / memory",
+    )  # fmt: skip
     rows: list[tuple[str, ...]] = []
     first = len(migrations) - len(drawn)
     for number, migration in enumerate(migrations):
@@ -129,10 +115,9 @@ def _overview(migrations: Sequence[Migration], drawn: Sequence[Migration], forgo
             *(us(latency[key]) if latency.get("count") and key in latency else "" for key in ("p50", "p99", "max")),
             f"{moved / size:.2f}" if moved and size else "",
         ))  # fmt: skip
-    yield "<section><h2>All migrations</h2>"
-    if not any(differences.values()):  # that column says nothing
-        header, rows = (header[0], *header[2:]), [(cells[0], *cells[2:]) for cells in rows]
-    yield from table(header, rows, numbers_from=2)
+    yield "<section><h2>All of them</h2>"
+    said = [number for number in range(len(header)) if any(cells[number] for cells in rows)]
+    yield from table([header[n] for n in said], [[cells[n] for n in said] for cells in rows], numbers_from=2)
     if first:
         yield f"<p>Pictures of the last {len(drawn)} follow.</p>"
     yield "</section>"

@@ -8,7 +8,7 @@ are forgotten.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
 from typing import Any, BinaryIO
 
 import msgspec
@@ -18,6 +18,7 @@ from postcopy.records import Json
 from postcopy.report._model import (
     MAX_CELLS,
     MAX_FIELDS,
+    MAX_LIST,
     MAX_TEXT,
     Cell,
     Migration,
@@ -99,9 +100,10 @@ class Reader:
                 "at-ms": at_ms[-1:] if isinstance(at_ms, list) else at_ms,
                 "latency": recording.get("latency", {}),
             }
-            self.latencies.append({**fields, "recording": part} if event == "timeline" else fields)
+            kept = {key: fields[key] for key in _OF_LATENCY if key in fields}
+            self.latencies.append(kept | ({"recording": part} if event == "timeline" else {}))
         if event == "run":
-            self._run = _short(fields)
+            self._run = {key: _short(fields[key]) for key in _OF_RUN if key in fields}
             return
         if event == "measurement":
             if (cell := cell_of(fields)) is not None and len(self.cells) < MAX_CELLS:
@@ -110,7 +112,9 @@ class Reader:
                 self.conditions = text_of(fields.get("note"), 1000)
             return
         if "vm" in fields:  # of a pager
-            fields = {**fields, **object_of(fields.get("figures")), "side": "pager", "machine": fields["vm"]}
+            figures = object_of(fields.get("figures"))
+            ram = {"total": figures.get("memory"), "page-size": figures.get("page-size")}
+            fields = {**fields, **figures, "side": "pager", "machine": fields["vm"], "ram": ram}
         for machine in fields["machines"] if isinstance(fields.get("machines"), list) else ():
             job = object_of(object_of(machine).get("migration"))
             if job.get("migration-id"):
@@ -141,29 +145,24 @@ class Reader:
         one.run = self._run or one.run
         if event == "timeline" and (timeline := timeline_of(fields, self.problems)) is not None:
             one.timeline = timeline
-        one.facts.update(
-            (key, value) for key, value in _short(fields).items() if value is not None and key not in _COLUMNS
-        )
+        one.facts.update((key, _short(fields[key])) for key in _OF_SIDE if fields.get(key) is not None)
 
 
-_COLUMNS = frozenset({"recording", "figures"})
-"""What is not kept as it is."""
+# What a page is made of, beside the recording: a line may be made of anything, and the last one of each side is kept.
+_OF_SIDE = (
+    "status", "error", "mode", "machine", "name", "kind", "memory", "peer", "encrypted", "pager", "downtime-ms",
+    "total-ms", "attempts", "resident", "downtime-breakdown-us", "ram", "recoveries", "fault-latency-us",
+    "blocktime-ms",
+)  # fmt: skip
+_OF_RUN = ("command", "version", "started", "options", "host")
+_OF_LATENCY = ("event", "started", "side", "machine", "vm", "figure", "name", "distributions", "elapsed-ms")
 
 
-def _short(value: Any, depth: int = 3) -> Any:
-    """As much of it as a page can show: a line may be made of anything, and the last one of each side is kept."""
-    if isinstance(value, str):
-        return value[: MAX_TEXT + 1]
+def _short(value: Any) -> Any:
+    """As much of it as a page can show: numbers, texts, and an object or a list of these."""
     if isinstance(value, dict):
-        found = list(value.items())[:MAX_FIELDS] if depth else []
-        return {key[:MAX_TEXT]: _short(one, depth - 1) for key, one in found}
+        found = ((key[:MAX_TEXT], _short(one)) for key, one in value.items() if isinstance(one, str | int | float))
+        return dict(itertools.islice(found, MAX_FIELDS))
     if isinstance(value, list):
-        return [one for one in value[:MAX_FIELDS] if isinstance(one, int | float)]
-    return value
-
-
-def read(files: Iterable[tuple[str, BinaryIO]]) -> Reader:
-    reader = Reader()
-    for name, file in files:
-        reader.read(file, name)
-    return reader
+        return [one for one in value[:MAX_LIST] if isinstance(one, int | float)]
+    return value[: MAX_TEXT + 1] if isinstance(value, str) else value

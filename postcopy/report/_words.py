@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from postcopy._throughput import BACK, Throughput, joined, throughput
-from postcopy.output.words import format_count, format_duration, format_speed
+from postcopy.output.words import AT_DESTINATION, AT_SOURCE, format_count, format_duration, format_speed
 from postcopy.report._charts import bytes_of
 from postcopy.report._model import Histogram, Mark, Migration, Side, object_of, text_of
 from postcopy.units import format_size
@@ -21,10 +21,7 @@ PARTS = {
     "arm": "make changed pages missing", "load": "load the device state", "first-run": "the first vCPU runs",
 }  # fmt: skip
 """Of the pause, by their names in `downtime-breakdown-us`."""
-_AT_SOURCE, _WITHIN = (
-    ("stop", "dirty", "state", "send", "prepared", "commit"),
-    {"prepared": ("arm", "load"), "commit": ("first-run",)},
-)
+_WITHIN = {"prepared": ("arm", "load"), "commit": ("first-run",)}
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ def pause_parts(migration: Migration) -> list[Part]:
         return []
     lengths = {name: migration.number("downtime-breakdown-us", name) for name in PARTS}
     found, at = [], 0.0
-    for name in _AT_SOURCE:
+    for name in AT_SOURCE:
         if (length := lengths[name]) is None:
             continue
         found.append(Part(name, "source", at, length))
@@ -53,7 +50,7 @@ def pause_parts(migration: Migration) -> list[Part]:
             begin += there
         at += length
     if not found:  # a destination alone
-        for name in ("arm", "load", "first-run"):
+        for name in AT_DESTINATION:
             if (length := lengths[name]) is not None:
                 found.append(Part(name, "dest", at, length))
                 at += length
@@ -67,11 +64,13 @@ def status_of(migration: Migration) -> str:
 
 
 def title(migration: Migration) -> str:
-    """``vm1 (kvm, 256 MiB)``."""
+    """``vm1 (kvm, 256 MiB), attempt 2``."""
     name, kind = migration.text("machine") or migration.text("name"), migration.text("kind")
     total = migration.number("ram", "total") or migration.number("memory")
     about = ", ".join(filter(None, (kind if kind != name else "", size_of(total) if total else "")))
-    return f"{name or kind or 'a machine'}{f' ({about})' if about else ''}"
+    attempt = migration.number("attempts") or 1
+    which = f", attempt {attempt:.0f}" if attempt > 1 else ""
+    return f"{name or kind or 'a machine'}{f' ({about})' if about else ''}{which}"
 
 
 def differences(migrations: Sequence[Migration]) -> dict[str, str]:
@@ -154,19 +153,23 @@ def lead(migration: Migration, guest: Throughput | None) -> Iterator[str]:
         if status in ("failed", "cancelled", "postcopy-failed"):
             what = "was cancelled" if status == "cancelled" else "failed"
             yield f"The migration {what}{where}{f': {error}' if error else ''}."
-        elif migration.main.name != "pager":
+        elif status == "lost" and error:
+            yield f"Its pages could not be had: {error}."
+        elif not migration.is_vm:
             why = f": {error}" if error else ""
-            yield f"The migration has not ended as far as is known here; its last status was {status}{why}."
+            yield f"The migration did not complete, as far as is known here; its last status was {status}{why}."
     if downtime and migration.runs:
         yield f"The machine stood still for {ms(downtime)}" + (
             f", and {memory} had arrived {ms(total)} after the request to pause." if total else "."
         )
     elif total:
         yield f"{memory[0].upper()}{memory[1:]} had arrived after {ms(total)}."
+    if (resident := migration.number("resident")) is not None and size:
+        yield f"{size_of(resident)} of its memory ({size_of(size)}) was there in the end."
     latency = latency_of(migration)
     if latency.get("count"):
         count = latency["count"]
-        words = f"{_grouped(count)} {'access' if count == 1 else 'accesses'} had to wait for a page"
+        words = f"{grouped(count)} {'access' if count == 1 else 'accesses'} had to wait for a page"
         if count == 1:
             yield f"{words}, for {us(latency['max'])}."
         elif {"p50", "p99", "max"} <= latency.keys():
@@ -191,6 +194,8 @@ def lead(migration: Migration, guest: Throughput | None) -> Iterator[str]:
 def _back(guest: Throughput) -> str:
     if guest.back_ms is None:
         return "it was not back at 90 % when the recording ended"
+    if not guest.back_ms:  # what was lost was in precopy
+        return "since the pause it has not been below 90 %"
     return f"it was back at 90 % {ms(guest.back_ms)} after the pause began"
 
 
@@ -210,10 +215,10 @@ def cards(migration: Migration, guest: Throughput | None) -> Iterator[tuple[str,
     latency = latency_of(migration)
     if latency.get("count"):
         shown = [f"{name} {us(latency[name])}" for name in ("p50", "p99", "max") if name in latency]
-        yield "Faults that waited", _grouped(latency["count"]), ", ".join(shown)
+        yield "Faults that waited", grouped(latency["count"]), ", ".join(shown)
     elif latency and status_of(migration) in GOOD:
         yield "Faults that waited", "0", "no access met a missing page"
-    if blocked := blocktimes(migration):
+    if sum(blocked := blocktimes(migration)):
         yield (
             "vCPUs waited",
             ms(sum(blocked)),
@@ -225,16 +230,15 @@ def cards(migration: Migration, guest: Throughput | None) -> Iterator[tuple[str,
         yield (
             "Sent",
             size_of(moved),
-            ", ".join(filter(None, (over, f"{_grouped(twice)} pages twice" if twice else ""))),
+            ", ".join(filter(None, (over, f"{grouped(twice)} pages twice" if twice else ""))),
         )
     if guest is not None:
-        back = (
-            "not back at 90 % in the recording" if guest.back_ms is None else f"back at 90 % after {ms(guest.back_ms)}"
-        )
+        back = f"back at 90 % after {ms(guest.back_ms)}" if guest.back_ms else "not below 90 % since the pause"
+        back = "not back at 90 % in the recording" if guest.back_ms is None else back
         yield "Guest throughput, lowest", f"{100 * guest.least / guest.before:.0f} %", back
     if recovered := migration.number("recoveries", "count"):
         longest = migration.number("recoveries", "max-ms")
-        yield "Recoveries", _grouped(recovered), f"the longest took {ms(longest)}" if longest is not None else ""
+        yield "Recoveries", grouped(recovered), f"the longest took {ms(longest)}" if longest is not None else ""
 
 
 def blocktimes(migration: Migration) -> list[float]:
@@ -247,11 +251,12 @@ def blocktimes(migration: Migration) -> list[float]:
 
 
 def phases(migration: Migration) -> list[tuple[str, str, float, str]]:
-    """Where the time went, on the outside: kind, label, milliseconds, what happened in it."""
-    if not migration.runs:
+    """Where the time went, on the outside: kind, label, milliseconds, what happened in it. Nothing of one that did not
+    come to its end: of its last phase the length is not known."""
+    downtime, total = migration.number("downtime-ms") or 0.0, migration.number("total-ms") or 0.0
+    if not migration.runs or not total:
         return []
     marks = {mark.what: mark.at_ms for mark in reversed(marks_of(migration))}
-    downtime, total = migration.number("downtime-ms") or 0.0, migration.number("total-ms") or 0.0
     found = []
     if "offer" in marks and "pause" in marks and marks["pause"] > marks["offer"]:
         rounds = migration.number("ram", "iteration")
@@ -304,8 +309,5 @@ def times(count: int) -> str:
     return {1: "once", 2: "twice"}.get(count, f"{count} times")
 
 
-def _grouped(value: float) -> str:
+def grouped(value: float) -> str:
     return f"{round(value):,}"
-
-
-grouped = _grouped

@@ -46,7 +46,8 @@ def render(status: Json) -> str:
 
 
 def _rows(rows: list[tuple[str, str]]) -> str:
-    return "\n".join(f"{label + ':':<{_LABEL_WIDTH}} {value}" for label, value in rows)
+    width = max(_LABEL_WIDTH, *(len(label) + 1 for label, _ in rows))
+    return "\n".join(f"{label + ':':<{width}} {value}" for label, value in rows)
 
 
 def _process_rows(status: Json) -> list[tuple[str, str]]:

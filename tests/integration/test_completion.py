@@ -28,6 +28,7 @@ TYPED = [
     ("daemon --log-level deb\t", "daemon --log-level debug"),
     ("source --machine image --image guest\t--listen :0", "source --machine image --image guest.img --listen :0"),
     ("lab li\th1 cu\t", "lab link h1 cut"),
+    ("faultpaths compare gue\tb.json", "faultpaths compare guest.img b.json"),
 ]
 
 

@@ -270,6 +270,8 @@ def test_a_terminal_is_given_back_while_it_is_not_needed(
         drawn = len(one.raw)
         one.type(b"fg\n")
         one.wait_for_picture(lambda picture: shown in "".join(picture), drawn)
+    if whole:
+        one.type(b"\x1c")  # Ctrl-\, which is no key here
     one.type(b"\x03")
     assert one.end()[0] == (0 if whole else 1)
     assert one.screen.as_it_was
@@ -282,7 +284,20 @@ def test_a_pager_has_a_view_too(terminal: Callable[..., Terminal], tmp_path: Pat
     image = tmp_path / "vm.mem"
     image.write_bytes(bytes(1 << 20))
     one = terminal("pager", "--socket", str(tmp_path / "vm.sock"), "--image", str(image), shell=True)
-    one.wait_for_picture(lambda picture: "pager  0 virtual machines" in "".join(picture))
+    shown = "pager  0 virtual machines"
+    one.wait_for_picture(lambda picture: shown in "".join(picture))
+    # Ctrl-Z stops the keeper only: the engine goes on, and takes away what is left of its picture.
+    one.type(b"\x1a")
+    one.wait_for("stopped")
+    deadline = time.monotonic() + DEADLINE_S
+    while shown in one.screen.text:
+        assert time.monotonic() < deadline, one.screen.text
+        time.sleep(0.01)
+    assert "stopped" in one.screen.text
+    assert one.screen.as_it_was
+    drawn = len(one.raw)
+    one.type(b"fg\n")
+    one.wait_for_picture(lambda picture: shown in "".join(picture), drawn)
     one.type(b"\x03")
     assert one.end()[0] == 0
     assert one.screen.as_it_was
@@ -376,8 +391,20 @@ def test_top(
         plain.wait()
     assert "has ended" in said.read_text()
     text = shown.read_text()
-    assert "daemon: 1 machine, " in text
+    assert "daemon  1 machine, " in text
     assert "\x1b" not in text
+
+
+def test_top_ends_where_there_is_no_room_for_it(daemon: Callable[..., Any], operator: Callable[[str], Any]) -> None:
+    assert daemon("a").address
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*POSTCOPY, "ctl", "--control", str(operator("a").path), "top"],
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=DEADLINE_S, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert "standard output: No space left on device" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_top_goes_on_with_the_next_process(

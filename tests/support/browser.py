@@ -180,6 +180,7 @@ TEXTS = """
     found.push({text, x: box.left + scrollX, y: box.top + scrollY, width: box.width, height: box.height,
       size: svg ? parseFloat(style.fontSize) * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width
         : parseFloat(style.fontSize),
+      cut: !!svg && (box.left < svg.getBoundingClientRect().left || box.right > svg.getBoundingClientRect().right + 1),
       colour: svg ? style.fill : style.color, background: background(element), svg: svgs.indexOf(svg),
       scrolls: !!element.closest('.scroll'), tag: element.tagName.toLowerCase()});
   }

@@ -157,6 +157,11 @@ def test_size_of_whole_pages(size_bytes: int, unit_bytes: int, text: str) -> Non
     assert whole_units(size_bytes, unit_bytes) == text
 
 
+def test_a_rate_is_shown_as_it_was_written() -> None:
+    for text in ("60MiB/s", "1500KiB/s", "100mbit", "1.5gbit", "none"):
+        assert format_rate(parse_rate(text)) == text
+
+
 @given(st.integers(0, MAX_RATE))
 def test_rate_that_is_shown_can_be_written(rate: int) -> None:
     assert parse_rate(format_rate(rate)) == rate

@@ -499,6 +499,19 @@ def test_output_says_once_that_nobody_reads(pipe: Pipe) -> None:
     assert events[-1]["lines"] + len(events) - 2 == 1000
 
 
+def test_a_long_line_takes_no_room_of_progress(pipe: Pipe) -> None:
+    """As the timeline of a migration, which is longer than all progress may be: nobody has been slow."""
+    stderr = io.StringIO()
+    output = Output(True, pipe.stream, stderr)
+    output.start()
+    output.emit("timeline", {"text": "x" * (100 << 10)})
+    output.emit("timeline", {"text": "x" * (100 << 10)})  # in the queue, whatever the thread has taken out of it
+    output.emit("progress", Progress(side="dest", status="active", error=None))
+    assert stderr.getvalue() == ""
+    pipe.unstuff()
+    assert pipe.read_until(lambda text: text.endswith("}\n") and '"progress"' in text).count("\n") == 3
+
+
 def test_progress_that_may_have_been_dropped_is_told_again(pipe: Pipe) -> None:
     output = Output(True, pipe.stream, io.StringIO())
     output.start()

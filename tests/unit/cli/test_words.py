@@ -136,6 +136,7 @@ def test_a_plain_line_has_labels_and_says_nothing_twice() -> None:
     assert "pages: 55 on demand (1 thread waiting), 12000 in background" in fields
     assert "guest: running, 12 operations" in fields
     assert view.line(now) == ""
+    assert "memory: 99 %" in View().line(now | {"ram": RAM | {"remaining": 1}})  # a whole is not rounded up
     assert "machine: " not in view.line(now | {"status": "completed"})  # what it is was said
 
 
@@ -144,19 +145,14 @@ def test_a_rate_that_is_not_known_is_not_zero() -> None:
     assert dict(View().rows(now))["network"] == "48 MiB transferred"
 
 
-def test_a_table_of_machines() -> None:
+def test_a_process_in_a_line() -> None:
     job = {
         "migration-id": "ff", "status": "postcopy-active", "direction": "incoming", "ram": RAM, "pending-faults": 2,
         "fault-latency-us": {"count": 9, "p99": 1584300.0},
     }  # fmt: skip
     here = {"name": "vm1", "memory": 64 * MIB, "guest": {"state": "running"}, "migration": job}
     idle = {"name": "vm2", "memory": 32 * MIB, "guest": {"state": "running"}, "migration": None}
-    header, rows = View().machines({"side": "daemon", "machines": [here, idle]})
-    table = dict(zip(header, rows[0], strict=True))
-    assert table["migration"] == "postcopy-active, incoming"
-    assert (table["arrived"], table["faults"], table["fault p99"]) == ("75 %", "55 (2 waiting)", "1.6 s")
-    assert not any(rows[1][3:])
-    assert View().rows({"side": "daemon", "machines": [here, idle]}) == [("daemon", "2 machines, 1 migrating")]
+    assert View().line({"side": "daemon", "machines": [here, idle]}) == "daemon: 2 machines, 1 migrating"
 
 
 @pytest.mark.parametrize(

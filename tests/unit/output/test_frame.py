@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -169,8 +170,18 @@ def test_virtual_machines_of_a_pager() -> None:
 
 def test_a_virtual_machine_without_memory() -> None:
     now = pager(VM | {"memory": 0, "resident": 0})
-    assert View().machines(now)[1][0][3] == "0 %"
     assert "db.mem.71" in "\n".join(written(frames().below(now, 108, 22)))
+
+
+def test_a_table_for_a_file() -> None:
+    of, now = frames(), process(2, 1)
+    title, header, *rows = of.plain(now, 160)
+    assert title == "daemon  2 machines, 1 migrating"
+    assert re.sub(" +", " ", header) == "machine memory status way arrived map rate remaining waiting fault p99"
+    assert rows[0] == "vm0          64 MiB  running"
+    assert re.fullmatch(r"vm1 +64 MiB  postcopy-active   incoming     75 %  [·░▒▓█]+ +2     130 µs", rows[1])
+    assert of.plain(now, 160) == [title, header, *rows]
+    assert of.plain({"side": "daemon", "machines": []}, 160) == ["daemon  0 machines, 0 migrating"]
 
 
 def test_machines_that_have_no_room_are_counted() -> None:
@@ -305,3 +316,11 @@ def test_no_row_is_wider_than_the_terminal(many: list[Any], width: int, height: 
                     assert cell_len(line) <= width
                     assert line.isprintable()
                     line.encode(encoding)
+
+
+def test_of_many_machines_half_of_the_rows_are_a_list() -> None:
+    """And of few no more than there are."""
+    rows = written(frames().whole(process(50, 0), 79, 16))
+    assert rows[0] == "daemon  1 to 6 of 50 machines, 0 migrating"
+    assert rows[8:10] == ["", "vm0      running"]
+    assert written(frames().whole(process(2, 0), 79, 16))[4:6] == ["", "vm0      running"]

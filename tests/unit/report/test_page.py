@@ -21,12 +21,13 @@ import timelines
 from lines import parse_line
 from timelines import Json, both, dest, run, source, text
 
+from postcopy._throughput import Throughput
 from postcopy.errors import ConfigurationError
 from postcopy.records import VERSION
 from postcopy.records.timeline import COLUMNS
 from postcopy.report import _charts, _page, _read, draw
 from postcopy.report._model import Histogram, Migration
-from postcopy.report._words import guest_of, latency_of, marks_of, pause_parts
+from postcopy.report._words import cards, guest_of, latency_of, lead, marks_of, pause_parts
 
 
 @pytest.fixture(autouse=True)
@@ -178,6 +179,14 @@ def test_progress_of_the_guest_before_and_after() -> None:
     assert guest.back_ms == pytest.approx(900 * math.log(7.5), abs=130)
 
 
+def test_a_dip_in_precopy_alone_is_not_back_after_nothing() -> None:
+    guest = Throughput(before=20_000.0, least=10_600.0, back_ms=0.0)
+    said = " ".join([*lead(only(both()), guest), *(note for *_, note in cards(only(both()), guest))])
+    assert "fell to 53 % of what it was before; since the pause it has not been below 90 %." in said
+    assert "not below 90 % since the pause" in said
+    assert "0 µs" not in said
+
+
 def test_without_a_time_before_the_first_round_progress_is_compared_with_that_before_the_pause() -> None:
     """As of a source that has begun to record when it connected."""
     line = source()
@@ -214,6 +223,51 @@ def test_a_mark_at_another_time_than_the_recording_hides_nothing_of_it(at_ms: fl
     assert timelines.ALL_MS - 100 < end <= timelines.END_MS
     for span in _charts.spans(marks_of(migration), end):
         assert span.begin_ms <= span.end_ms
+
+
+def test_the_guest_is_drawn_until_the_pause() -> None:
+    ((side, at_ms, counted),) = _charts.operations(only(text(source())))
+    assert (side, at_ms[-1]) == ("source", timelines.PAUSE_MS + 500)  # its recording began earlier
+    assert counted[-1] == pytest.approx(20 * timelines.PAUSE_MS, rel=0.001)
+
+
+@pytest.mark.parametrize("width", [_charts.WIDE, _charts.NARROW])
+def test_no_label_of_the_pause_is_cut_off(width: int) -> None:
+    for begin in range(0, 1000, 50):
+        with _charts._drawing():
+            figure = _charts.pause([
+                ("source", "stop", 0.0, 1000.0), ("dest", "make changed pages missing", float(begin), 5.0)
+            ])(width)  # fmt: skip
+            for label in figure.axes[0].texts:
+                box = label.get_window_extent()
+                assert box.x0 >= 0, begin
+                assert box.x1 <= width, begin
+
+
+def test_attempts_are_told_apart_and_what_came_again_is_explained() -> None:
+    first = _failed_early() | {"migration-id": "a" * 32, "attempts": 1}
+    again = dest() | {"attempts": 2}
+    seen = words(text(first, again))
+    assert "Migration of vm1 (rv64, 256 MiB), 2 attempts" in seen
+    assert "vm1 (rv64, 256 MiB), attempt 2" in seen
+    assert "The dashed line is the memory (256 MiB): pages that were written after they had been sent came" in seen
+    assert "came again" not in words(text(changed(again, "recording", "series", "precopied", to=[0] * COLUMNS)))
+
+
+def test_a_migration_that_was_abandoned() -> None:
+    line = source() | {"status": "postcopy-paused", "error": "abandoned: the destination is lost", "total-ms": 0.0}
+    seen = words(text(run("source"), line))
+    assert "did not complete, as far as is known here; its last status was postcopy-paused: abandoned: the" in seen
+    assert "Where the time went" not in seen  # of the last phase the length is not known
+    assert ">Pages that were sent, by kind<" in page_of(text(run("source"), line))
+
+
+def test_several_virtual_machines() -> None:
+    page = page_of(text(run("pager"), _vm("vm1"), _vm("vm2")))
+    assert "<h1>2 virtual machines</h1>" in page
+    assert page.count("<strong class=good>ended") == 2
+    header = re.findall(r"<th scope=col>([^<]*)</th>", page)[:6]
+    assert header == ["machine", "status", "faults", "p50", "p99", "max"]  # and no column that says nothing
 
 
 # ---- of `bench migrate`
@@ -381,10 +435,10 @@ def _result() -> Json:
     }
 
 
-def _vm() -> Json:
+def _vm(name: str = "vm1", **more: Any) -> Json:
     line = dest()
-    figures = {"name": "vm1", "memory": 1 << 28, "status": "running", "resident": 1 << 27, "faults": 2113}
-    return {"event": "timeline", "side": "pager", "vm": "vm1", "figures": figures, "recording": line["recording"]}
+    figures = {"name": name, "memory": 1 << 28, "page-size": 4096, "status": "ended", "resident": 1 << 27} | more
+    return {"event": "timeline", "side": "pager", "vm": name, "figures": figures, "recording": line["recording"]}
 
 
 @pytest.mark.parametrize(
@@ -418,8 +472,20 @@ def _vm() -> Json:
             2,
         ),
         ([_result()], ["No timeline is among these lines", "20 accesses had to wait"], 1),
-        ([_vm()], ["Virtual machine vm1", "2,113 accesses had to wait for a page"], 3),
-        ([run("dest")], ["No migration", "There is no migration in the lines"], 0),
+        (
+            [_vm()],
+            [
+                "Virtual machine vm1 (256 MiB)",
+                "128 MiB of its memory (256 MiB) was there in the end. 2,113 accesses had to wait for a page",
+                "it was served no more",
+            ],
+            3,
+        ),
+        (
+            [_vm(status="lost", error="vm.mem: Input/output error")],
+            ["Its pages could not be had: vm.mem: Input/output error."],
+            3,
+        ),
         (
             [{"event": "result", "side": "source", "status": "failed", "error": "no route to host"}],
             ["no route to host"],
@@ -436,7 +502,7 @@ def _vm() -> Json:
         "image",
         "result",
         "pager",
-        "nothing",
+        "pager, lost",
         "never began",
     ],
 )
@@ -568,12 +634,15 @@ def test_no_line_can_break_the_page(spoil: Callable[[Json], None]) -> None:
 
 def test_of_a_line_is_kept_what_a_page_can_show() -> None:
     much = {"list": [1.5] * 10_000, "text": "x" * 100_000, "deep": [[[1]]], "map": {f"{n}": n for n in range(10_000)}}
-    line = dest() | {f"much-{n}": much for n in range(5)}
+    line = dest() | {f"much-{n}": much for n in range(5)} | {"recoveries": much}
     begin = run("dest") | {"options": much}
     side = only(text(begin, line)).main
-    assert len(json.dumps(side.facts)) < 128 << 10
+    assert len(json.dumps(side.facts)) < 16 << 10
     assert len(json.dumps(side.run)) < 32 << 10
     assert side.number("ram", "total") == 1 << 28
+    reader = _read.Reader(keep_latencies=True)
+    reader.read(io.BytesIO(text(begin, line)), "lines")
+    assert len(json.dumps(reader.latencies)) < 64 << 10
 
 
 def test_a_file_that_is_no_such_file_is_refused() -> None:

@@ -310,7 +310,6 @@ def test_a_matplotlib_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
         (["good.jsonl", "--output", "none/page.html"], "--output none/page.html: directory"),
         (["good.jsonl", "--output", "."], "--output .: that is a directory"),
         (["good.jsonl", "--svg", "none"], "--svg none: no such directory"),
-        (["good.jsonl", "--svg", "."], "--svg: there is no migration in these lines"),
         (["good.jsonl", "--hdr", "none/log"], "--hdr none/log: directory"),
         (["good.jsonl", "--output", "./good.jsonl"], "--output ./good.jsonl: that is read, and would be replaced"),
         (["good.jsonl", "--hdr", "good.jsonl"], "--hdr good.jsonl: that is read, and would be replaced"),
@@ -326,3 +325,18 @@ def test_what_is_asked_for_wrongly(
     assert main(["report", *arguments]) == 2
     assert said in capsys.readouterr().err
     assert sorted(os.listdir(".")) == before
+
+
+@pytest.mark.parametrize("lines", [b"", text(run("dest")), b"\n\n"], ids=["empty", "one that ended early", "blank"])
+def test_lines_without_a_migration_make_no_page(
+    lines: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a command that has failed before there was one, in a pipe."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lines").write_bytes(lines)
+    (tmp_path / "before.html").write_text("an earlier page")
+    for more in ([], ["--svg", "."]):
+        assert main(["report", "lines", "--output", "before.html", *more]) == 1
+        assert "there is no migration in these lines" in capsys.readouterr().err
+    assert sorted(os.listdir(".")) == ["before.html", "lines"]
+    assert (tmp_path / "before.html").read_text() == "an earlier page"
