@@ -177,7 +177,7 @@ static int place_word(struct pc_pager *pager, const struct channel *channel, con
     int error = 0;
 
     while (*mine && !error) {
-        uint64_t first = pc_bits_lowest(word, *mine), shifted = *mine >> (first % 64), done = 0;
+        uint64_t first = pc_bits_lowest(word, *mine), shifted = *mine >> (first % 64), done = 0, removed;
         uint64_t count = ~shifted ? (uint64_t)__builtin_ctzll(~shifted) : 64;
         struct shard *shard = pc_find_shard(pager, block, first, &count);
 
@@ -192,24 +192,16 @@ static int place_word(struct pc_pager *pager, const struct channel *channel, con
             }
             continue;
         }
-        if (shard->gated) {
-            uint64_t removed;
-
-            pthread_mutex_lock(&shard->gate);
-            removed = *mine & pc_bits_word(block->received, word);
-            if (removed) { /* taken away since they were claimed: look again at what is left */
-                pthread_mutex_unlock(&shard->gate);
-                *mine &= ~removed;
-                continue;
-            }
-        }
-        error = place_run(shard, block, first, count, content + (first - frame->first_page) * block->memory.page_bytes, &done);
+        pc_gate_enter(shard, channel);
+        removed = *mine & pc_bits_word(block->received, word); /* taken away since they were claimed: look again at what is left */
+        if (!removed)
+            error = place_run(shard, block, first, count, content + (first - frame->first_page) * block->memory.page_bytes, &done);
         if (done) {
             (void)pc_atomic_set(block->received, word, pc_bits_mask(word, first, done));
             pc_count_received(block, done);
         }
-        if (shard->gated)
-            pthread_mutex_unlock(&shard->gate);
+        pc_gate_leave(shard, channel);
+        *mine &= ~removed;
         if (done) {
             after_placing(shard, channel, frame->block, first, done, received_ns);
             *placed += done;
@@ -246,7 +238,7 @@ static int place_pages(struct pc_pager *pager, const struct channel *channel, co
                 (void)pc_fail(-error, progress->text, sizeof(progress->text), "cannot place page %llu of RAM block %u: %s",
                               (unsigned long long)failed, frame->block, strerror(-error));
                 if (!may_heal(error))
-                    (void)pc_pager_fatal(pager, error, "cannot place", frame->block, failed);
+                    pc_pager_fatal(pager, error, "cannot place", frame->block, failed);
             }
         } else {
             progress->done = (word + 1) * 64 - frame->first_page;
