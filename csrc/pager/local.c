@@ -448,12 +448,7 @@ static uint64_t place_zero_pages(struct pc_pager *pager, const struct pc_page_ru
             page = first + 1;
             continue;
         }
-        if (block->memory.kind == PC_MEMORY_HUGETLB) {
-            pages = 1;
-            error = pc_uffd_copy(shard->uffd, pc_page_address(block, first), pager->zero_page, page_bytes, 0, &done);
-        } else {
-            error = pc_uffd_zeropage(shard->uffd, pc_page_address(block, first), pages * page_bytes, 0, &done);
-        }
+        error = pc_fill_zeros(shard, block, first, pages, &done);
         count += done / page_bytes;
         page = first + done / page_bytes;
         if (error == -EEXIST)

@@ -3,8 +3,8 @@
  * What the files of the pager share: its records, which thread may touch them, and the invariants between them. How the whole
  * works is described at the head of pager.c.
  *
- * Threads: the *fault thread* of each shard (urgent.c), the *bulk threads* (bulk.c), and the *callers* of postcopy/engine.h. What a
- * record does not mark as shared belongs to the thread that its comment names.
+ * Threads: the *fault thread* of each shard (urgent.c), the *bulk threads* (bulk.c), the *readers* (local.c), and the *callers* of
+ * postcopy/engine.h. What a record does not mark as shared belongs to the thread that its comment names.
  */
 #ifndef PC_PAGER_H
 #define PC_PAGER_H
@@ -400,7 +400,9 @@ void pc_shard_free(struct shard *shard);
 void pc_shard_unregister(struct pc_pager *pager, struct shard *shard);
 int pc_shard_poison(struct pc_pager *pager, struct shard *shard);
 
-/* placement.c: fault threads and bulk threads. */
+/* placement.c: fault threads, bulk threads and readers. */
+/* Places zeros, of huge pages one: *done bytes. 0 or -errno. */
+int pc_fill_zeros(struct shard *shard, const struct block *block, uint64_t page, uint64_t pages, uint64_t *done);
 /* Resolves a fault on a received page. After an error that is temporary no thread has been woken. */
 int pc_resolve(struct shard *shard, const struct block *block, uint64_t page, bool minor);
 void pc_announce_received(struct pc_pager *pager, uint64_t pages);

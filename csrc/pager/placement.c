@@ -2,7 +2,7 @@
  *
  * Placement: what a frame brought becomes memory, once for each page, and faults on pages that are there already are resolved.
  *
- * Owns the rules by which `claimed`, `received` and `zero` change (head of pager.c). Runs on fault threads and bulk threads at the
+ * Owns the rules by which `claimed`, `received` and `zero` change (head of pager.c). Runs on fault threads, bulk threads and readers at the
  * same time; set_zero brings a caller here too.
  */
 #include <errno.h>
@@ -32,18 +32,22 @@ static bool may_heal(int error)
     return error == -ENOMEM || error == -ENOSPC || error == -ENOENT || error == -EAGAIN;
 }
 
+int pc_fill_zeros(struct shard *shard, const struct block *block, uint64_t page, uint64_t pages, uint64_t *done)
+{
+    uint64_t address = pc_page_address(block, page), bytes = block->memory.page_bytes;
+
+    if (block->memory.kind == PC_MEMORY_HUGETLB) /* which has no ZEROPAGE */
+        return pc_uffd_copy(shard->uffd, address, shard->pager->zero_page, bytes, 0, done);
+    return pc_uffd_zeropage(shard->uffd, address, pages * bytes, 0, done);
+}
+
 /* What a fault on a received page means is described at the head of pager.c. */
 int pc_resolve(struct shard *shard, const struct block *block, uint64_t page, bool minor)
 {
-    uint64_t address = pc_page_address(block, page), bytes = block->memory.page_bytes, done;
-    int error;
+    uint64_t done;
+    int error = minor ? pc_uffd_continue(shard->uffd, pc_page_address(block, page), block->memory.page_bytes, 0, &done)
+                      : pc_fill_zeros(shard, block, page, 1, &done);
 
-    if (minor)
-        error = pc_uffd_continue(shard->uffd, address, bytes, 0, &done);
-    else if (block->memory.kind == PC_MEMORY_HUGETLB)
-        error = pc_uffd_copy(shard->uffd, address, shard->pager->zero_page, bytes, 0, &done);
-    else
-        error = pc_uffd_zeropage(shard->uffd, address, bytes, 0, &done);
     if (pc_is_temporary(error))
         return error;
     /* Whatever else the kernel says, let the thread look again: if the page still is not there, it faults anew. */
