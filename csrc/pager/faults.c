@@ -395,7 +395,7 @@ static bool resolve_or_retry(struct shard *shard, uint32_t index, uint64_t page,
         return false;
     }
     if (error)
-        (void)pc_pager_fatal(shard->pager, error, "cannot resolve a fault on", index, page);
+        pc_pager_fatal(shard->pager, error, "cannot resolve a fault on", index, page);
     return true;
 }
 
@@ -492,7 +492,7 @@ static void handle_fault(struct shard *shard, const struct uffd_msg *message, ui
     }
     if (minor && !(shard->api.features & (UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_MINOR_HUGETLBFS))) {
         /* Nor for this; what the page has in it is not ours to say. */
-        (void)pc_pager_fatal(pager, -EOPNOTSUPP, "the userfaultfd was not opened for minor faults, of which there is one on", range->block,
+        pc_pager_fatal(pager, -EOPNOTSUPP, "the userfaultfd was not opened for minor faults, of which there is one on", range->block,
                              page);
         return;
     }
@@ -533,19 +533,16 @@ static void handle_fault(struct shard *shard, const struct uffd_msg *message, ui
 bool pc_read_events(struct shard *shard)
 {
     struct pc_journal *journal = shard->journal;
-    size_t count, removals = 0;
+    size_t count, removals;
     uint64_t now_ns;
     ssize_t got;
 
-    if (shard->gated)
-        pthread_mutex_lock(&shard->gate);
+    pc_gate_close(shard);
     got = shard->may_block ? pc_uffd_read_now(shard->uffd, journal->events, sizeof(journal->events))
                            : read(shard->uffd, journal->events, sizeof(journal->events));
     count = got > 0 ? (size_t)got / sizeof(journal->events[0]) : 0; /* EAGAIN: the fault went away before it was read */
-    if (shard->gated) {
-        removals = pc_apply_removals(shard, count); /* the kernel gives faults before events that came first */
-        pthread_mutex_unlock(&shard->gate);
-    }
+    removals = pc_apply_removals(shard, count); /* the kernel gives faults before events that came first */
+    pc_gate_open(shard);
     if (!count)
         return false;
     now_ns = pc_now_ns();

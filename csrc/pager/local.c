@@ -134,12 +134,11 @@ struct placed { /* pages that were not there before */
     uint64_t pages, zeros;
 };
 
-/* Places those pages of what was read that no other thread has claimed: 0, or why it could not. `own`: the shard of the calling fault thread. */
-static int place(struct pc_pager *pager, struct shard *own, uint32_t index, uint64_t first, uint64_t pages,
+/* Places those pages of what was read that no other thread has claimed: 0, or why it could not. */
+static int place(struct pc_pager *pager, struct channel *channel, uint32_t index, uint64_t first, uint64_t pages,
                  const uint8_t *content, uint8_t flags, struct placed *placed)
 {
     uint64_t page_bytes = pager->blocks[index]->memory.page_bytes;
-    struct channel channel = {.own = own, .local = true};
     int error = 0;
 
     for (uint64_t at = 0, end; at < pages && !error; at = end) {
@@ -155,25 +154,26 @@ static int place(struct pc_pager *pager, struct shard *own, uint32_t index, uint
         frame.pages = (uint32_t)(end - at);
         progress.done = progress.fresh = 0;
         progress.work_ns = UINT64_MAX;
-        error = pc_handle_frame(pager, &channel, &frame, content + at * page_bytes, &progress);
+        error = pc_handle_frame(pager, channel, &frame, content + at * page_bytes, &progress);
         *(zero ? &placed->zeros : &placed->pages) += progress.fresh;
     }
     return error;
 }
 
 /* The same by a reader: what the kernel refuses for the moment as often as it takes. */
-static int place_patiently(struct pc_pager *pager, uint32_t index, uint64_t first, uint64_t pages, const uint8_t *content,
-                           uint8_t flags, bool without_memory, struct placed *placed)
+static int place_patiently(const struct reader *reader, uint32_t index, uint64_t first, uint64_t pages, uint8_t flags,
+                           bool without_memory, struct placed *placed)
 {
+    struct channel channel = {.index = reader->index, .local = true};
     uint64_t wait_ns = RETRY_NS;
 
     for (;;) {
         /* What is placed already counts as a duplicate then, and is left alone. */
-        int error = place(pager, NULL, index, first, pages, content, flags, placed);
+        int error = place(reader->pager, &channel, index, first, pages, reader->buffer, flags, placed);
 
         if (error != -EAGAIN && !(error == -ENOMEM && without_memory))
             return error;
-        if (is_ending(pager->readers))
+        if (is_ending(reader->pager->readers))
             return -ECANCELED;
         pc_sleep_ns(wait_ns);
         if (wait_ns < (flags & PC_FRAME_DEMAND ? 4 * RETRY_NS : RETRY_MAX_NS))
@@ -197,11 +197,12 @@ void pc_local_schedule(struct shard *shard)
 bool pc_local_serve(struct shard *shard, uint32_t index, uint64_t page)
 {
     const struct block *block = shard->pager->blocks[index];
+    struct channel channel = {.own = shard, .local = true};
     struct placed placed = {0};
 
     pc_local_schedule(shard);
     if (read_pages(block, page, 1, shard->page, __atomic_load_n(&block->local.now, __ATOMIC_RELAXED)) ||
-        place(shard->pager, shard, index, page, 1, shard->page, PC_FRAME_DEMAND, &placed))
+        place(shard->pager, &channel, index, page, 1, shard->page, PC_FRAME_DEMAND, &placed))
         return false;
     return placed.pages || placed.zeros; /* else another thread is about to */
 }
@@ -240,7 +241,7 @@ static void serve_request(struct reader *reader, const struct request *request)
         report_unreadable(pager, request->block, request->page, 1, error);
         return; /* pc_pager_set_local has it requested again */
     }
-    error = place_patiently(pager, request->block, request->page, 1, reader->buffer, PC_FRAME_DEMAND, true, &placed);
+    error = place_patiently(reader, request->block, request->page, 1, PC_FRAME_DEMAND, true, &placed);
     if (error == -ENOENT) /* its memory has gone; should it be back one day, a fault begins anew */
         pc_atomic_clear_bit(block->requested, request->page);
 }
@@ -447,12 +448,7 @@ static uint64_t place_zero_pages(struct pc_pager *pager, const struct pc_page_ru
             page = first + 1;
             continue;
         }
-        if (block->memory.kind == PC_MEMORY_HUGETLB) {
-            pages = 1;
-            error = pc_uffd_copy(shard->uffd, pc_page_address(block, first), pager->zero_page, page_bytes, 0, &done);
-        } else {
-            error = pc_uffd_zeropage(shard->uffd, pc_page_address(block, first), pages * page_bytes, 0, &done);
-        }
+        error = pc_fill_zeros(shard, block, first, pages, &done);
         count += done / page_bytes;
         page = first + done / page_bytes;
         if (error == -EEXIST)
@@ -487,7 +483,7 @@ static int do_run(struct reader *reader, const struct pc_page_run *run, bool set
         if (error)
             report_unreadable(pager, run->block, first, pages, error);
         else
-            error = place_patiently(pager, run->block, first, pages, reader->buffer, 0, block->local.staging, &placed);
+            error = place_patiently(reader, run->block, first, pages, 0, block->local.staging, &placed);
         if (error == -ENOENT)
             error = 0; /* its memory has gone */
     }

@@ -46,9 +46,9 @@
  * -----------------------------------------
  * A userfaultfd of another process may report what that process throws away. Such a page is received and zero from then on, whatever
  * arrives later. The kernel lets the process go on as soon as the event has been *read*, and refuses placements (EAGAIN) as long as
- * it has not; so a placement that was decided before the read must not happen after it. Hence the gate: a placement holds it from
- * looking at `received` to setting it, the fault thread holds it from the read until what it read is in the maps. It is the one lock
- * between bulk and fault thread, only for shards with such events, held for one run of pages at a time, and inherits priority.
+ * it has not; so a placement that was decided before the read must not happen after it. Hence the gate: a placement holds a lane of it
+ * from looking at `received` to setting it, the fault thread holds all lanes from the read until what it read is in the maps. It is the
+ * one lock between bulk and fault thread, only for shards with such events, and held for one run of pages at a time.
  * Memory that is a file is thrown away by a hole first, of which nothing tells: a page that is placed between that and the event is
  * removed when the event is read.
  * What is read goes straight into a journal that outlives the pager (removed.c): the process goes on once its event was read, also when
@@ -84,11 +84,10 @@
 
 #include "pager/pager.h"
 
-int pc_pager_fatal(struct pc_pager *pager, int error, const char *what, uint32_t block, uint64_t page)
+void pc_pager_fatal(struct pc_pager *pager, int error, const char *what, uint32_t block, uint64_t page)
 {
     pc_events_push(&pager->events, PC_EVENT_FATAL, 0, 0, -error, "%s page %llu of RAM block %u: %s", what,
                    (unsigned long long)page, block, error == -ESRCH ? "the process that it belongs to has ended" : strerror(-error));
-    return error;
 }
 
 static int new_pager(const struct pc_metrics *metrics, struct pc_pager **out)

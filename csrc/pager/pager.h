@@ -3,8 +3,8 @@
  * What the files of the pager share: its records, which thread may touch them, and the invariants between them. How the whole
  * works is described at the head of pager.c.
  *
- * Threads: the *fault thread* of each shard (urgent.c), the *bulk threads* (bulk.c), and the *callers* of postcopy/engine.h. What a
- * record does not mark as shared belongs to the thread that its comment names.
+ * Threads: the *fault thread* of each shard (urgent.c), the *bulk threads* (bulk.c), the *readers* (local.c), and the *callers* of
+ * postcopy/engine.h. What a record does not mark as shared belongs to the thread that its comment names.
  */
 #ifndef PC_PAGER_H
 #define PC_PAGER_H
@@ -35,6 +35,7 @@
 #define MAX_RANGES (PC_MAX_BLOCKS * MAX_SEGMENTS)
 #define RECEIVE_BYTES (PC_FRAME_HEADER_BYTES + PC_FRAME_MAX_PAYLOAD_BYTES)
 #define SEND_BYTES (4096 * PC_FRAME_HEADER_BYTES)
+#define GATE_LANES 5 /* the shard's own thread has the first; the others are shared by bulk threads and readers */
 #define REQUEST_AHEAD ((uint32_t)PC_PAGER_REQUEST_AHEAD) /* no thread waits for it; the answer brings the bit back */
 
 /* What work costs, in estimated nanoseconds: a turn of the fault thread's loop does a bounded amount. */
@@ -168,10 +169,14 @@ struct shard {
     uint64_t busy_poll_ns;
     struct pc_uffd_api api;
     bool gated; /* its userfaultfd tells what is taken away */
-    pthread_mutex_t gate;
-    struct pc_journal *journal; /* what is read of it, removed.c; with the gate: `own_journal`, or in the states of the block armed first */
+    /* The gate, where it does. Who places a page holds a lane from looking at `received` until it has set it; who reads an event, changes the
+     * ranges or the journal holds all lanes. So no placement that was decided before an event is read happens after that read, from which on
+     * the thread that takes the memory away goes on; until then the kernel refuses all of them (EAGAIN). Lanes are taken in ascending order;
+     * placers do not wait for each other, and each lane inherits priority, as no lock for readers and writers does. */
+    pthread_mutex_t gate[GATE_LANES];
+    struct pc_journal *journal; /* what is read of it, removed.c; with the gate closed: `own_journal`, or in the states of the block armed first */
     struct pc_journal own_journal;
-    bool disarmed; /* with the gate: nothing is armed any more, and what is taken away does not matter here */
+    bool disarmed; /* with the gate closed: nothing is armed any more, and what is taken away does not matter here */
     pthread_t thread;
 
     /* Shared, atomic: from other threads to the fault thread. */
@@ -381,7 +386,7 @@ static inline bool pc_is_temporary(int error)
 }
 
 /* pager.c */
-int pc_pager_fatal(struct pc_pager *pager, int error, const char *what, uint32_t block, uint64_t page); /* any thread */
+void pc_pager_fatal(struct pc_pager *pager, int error, const char *what, uint32_t block, uint64_t page); /* any thread */
 
 /* registry.c: callers, but the first two. */
 /* The shard that guards `page`, and how many of the next `pages` it guards as well; NULL when none does. Any thread. */
@@ -393,7 +398,9 @@ void pc_shard_free(struct shard *shard);
 void pc_shard_unregister(struct pc_pager *pager, struct shard *shard);
 int pc_shard_poison(struct pc_pager *pager, struct shard *shard);
 
-/* placement.c: fault threads and bulk threads. */
+/* placement.c: fault threads, bulk threads and readers. */
+/* Places zeros, of huge pages one: *done bytes. 0 or -errno. */
+int pc_fill_zeros(struct shard *shard, const struct block *block, uint64_t page, uint64_t pages, uint64_t *done);
 /* Resolves a fault on a received page. After an error that is temporary no thread has been woken. */
 int pc_resolve(struct shard *shard, const struct block *block, uint64_t page, bool minor);
 void pc_announce_received(struct pc_pager *pager, uint64_t pages);
@@ -408,7 +415,12 @@ int pc_check_payload(const struct pc_frame *frame, const uint8_t *payload, struc
 int pc_handle_frame(struct pc_pager *pager, struct channel *channel, const struct pc_frame *frame, const uint8_t *payload,
                     struct progress *progress);
 
-/* removed.c: with the gate, but for those that callers use to arm. */
+/* removed.c. Where a shard has no gate the first four do nothing. */
+void pc_gate_enter(struct shard *shard, const struct channel *channel); /* to place pages, until it leaves */
+void pc_gate_leave(struct shard *shard, const struct channel *channel);
+void pc_gate_close(struct shard *shard); /* when nothing is being placed; nothing is until it is opened */
+void pc_gate_open(struct shard *shard);
+/* With the gate closed, but for those that callers use to arm. */
 /* Fault thread. Puts into the maps what the first events of the journal say was taken away; how many say so. */
 size_t pc_apply_removals(struct shard *shard, size_t count);
 /* Arming, in this order. Before anything is armed: which journal it is. */
@@ -416,8 +428,8 @@ void pc_journal_open(struct shard *shard, const struct block *block);
 /* Whether an earlier pager has registered this range: what has left the userfaultfd since is not ours any more. */
 bool pc_journal_knows(const struct shard *shard, const struct range *range);
 void pc_journal_registered(struct shard *shard, const struct range *range);
-void pc_journal_apply(struct shard *shard); /* with the gate: what has been taken away of the range that was added */
-void pc_journal_disarmed(struct shard *shard); /* with the gate: all of it has been unregistered */
+void pc_journal_apply(struct shard *shard); /* with the gate closed: what has been taken away of the range that was added */
+void pc_journal_disarmed(struct shard *shard); /* with the gate closed: all of it has been unregistered */
 void pc_drain_removals(struct shard *shard); /* the fault thread, last of all */
 
 /* faults.c: the shard's fault thread, but the first. */

@@ -2,7 +2,7 @@
  *
  * Placement: what a frame brought becomes memory, once for each page, and faults on pages that are there already are resolved.
  *
- * Owns the rules by which `claimed`, `received` and `zero` change (head of pager.c). Runs on fault threads and bulk threads at the
+ * Owns the rules by which `claimed`, `received` and `zero` change (head of pager.c). Runs on fault threads, bulk threads and readers at the
  * same time; set_zero brings a caller here too.
  */
 #include <errno.h>
@@ -32,18 +32,22 @@ static bool may_heal(int error)
     return error == -ENOMEM || error == -ENOSPC || error == -ENOENT || error == -EAGAIN;
 }
 
+int pc_fill_zeros(struct shard *shard, const struct block *block, uint64_t page, uint64_t pages, uint64_t *done)
+{
+    uint64_t address = pc_page_address(block, page), bytes = block->memory.page_bytes;
+
+    if (block->memory.kind == PC_MEMORY_HUGETLB) /* which has no ZEROPAGE */
+        return pc_uffd_copy(shard->uffd, address, shard->pager->zero_page, bytes, 0, done);
+    return pc_uffd_zeropage(shard->uffd, address, pages * bytes, 0, done);
+}
+
 /* What a fault on a received page means is described at the head of pager.c. */
 int pc_resolve(struct shard *shard, const struct block *block, uint64_t page, bool minor)
 {
-    uint64_t address = pc_page_address(block, page), bytes = block->memory.page_bytes, done;
-    int error;
+    uint64_t done;
+    int error = minor ? pc_uffd_continue(shard->uffd, pc_page_address(block, page), block->memory.page_bytes, 0, &done)
+                      : pc_fill_zeros(shard, block, page, 1, &done);
 
-    if (minor)
-        error = pc_uffd_continue(shard->uffd, address, bytes, 0, &done);
-    else if (block->memory.kind == PC_MEMORY_HUGETLB)
-        error = pc_uffd_copy(shard->uffd, address, shard->pager->zero_page, bytes, 0, &done);
-    else
-        error = pc_uffd_zeropage(shard->uffd, address, bytes, 0, &done);
     if (pc_is_temporary(error))
         return error;
     /* Whatever else the kernel says, let the thread look again: if the page still is not there, it faults anew. */
@@ -177,7 +181,7 @@ static int place_word(struct pc_pager *pager, const struct channel *channel, con
     int error = 0;
 
     while (*mine && !error) {
-        uint64_t first = pc_bits_lowest(word, *mine), shifted = *mine >> (first % 64), done = 0;
+        uint64_t first = pc_bits_lowest(word, *mine), shifted = *mine >> (first % 64), done = 0, removed;
         uint64_t count = ~shifted ? (uint64_t)__builtin_ctzll(~shifted) : 64;
         struct shard *shard = pc_find_shard(pager, block, first, &count);
 
@@ -192,24 +196,16 @@ static int place_word(struct pc_pager *pager, const struct channel *channel, con
             }
             continue;
         }
-        if (shard->gated) {
-            uint64_t removed;
-
-            pthread_mutex_lock(&shard->gate);
-            removed = *mine & pc_bits_word(block->received, word);
-            if (removed) { /* taken away since they were claimed: look again at what is left */
-                pthread_mutex_unlock(&shard->gate);
-                *mine &= ~removed;
-                continue;
-            }
-        }
-        error = place_run(shard, block, first, count, content + (first - frame->first_page) * block->memory.page_bytes, &done);
+        pc_gate_enter(shard, channel);
+        removed = *mine & pc_bits_word(block->received, word); /* taken away since they were claimed: look again at what is left */
+        if (!removed)
+            error = place_run(shard, block, first, count, content + (first - frame->first_page) * block->memory.page_bytes, &done);
         if (done) {
             (void)pc_atomic_set(block->received, word, pc_bits_mask(word, first, done));
             pc_count_received(block, done);
         }
-        if (shard->gated)
-            pthread_mutex_unlock(&shard->gate);
+        pc_gate_leave(shard, channel);
+        *mine &= ~removed;
         if (done) {
             after_placing(shard, channel, frame->block, first, done, received_ns);
             *placed += done;
@@ -246,7 +242,7 @@ static int place_pages(struct pc_pager *pager, const struct channel *channel, co
                 (void)pc_fail(-error, progress->text, sizeof(progress->text), "cannot place page %llu of RAM block %u: %s",
                               (unsigned long long)failed, frame->block, strerror(-error));
                 if (!may_heal(error))
-                    (void)pc_pager_fatal(pager, error, "cannot place", frame->block, failed);
+                    pc_pager_fatal(pager, error, "cannot place", frame->block, failed);
             }
         } else {
             progress->done = (word + 1) * 64 - frame->first_page;

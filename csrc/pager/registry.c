@@ -140,7 +140,8 @@ void pc_shard_free(struct shard *shard)
     pc_buffer_free(shard->send, SEND_BYTES);
     pc_buffer_free(shard->pending, sizeof(*shard->pending));
     pc_buffer_free(shard->ranges, MAX_RANGES * sizeof(*shard->ranges));
-    pthread_mutex_destroy(&shard->gate);
+    for (int lane = 0; lane < GATE_LANES; lane++)
+        pthread_mutex_destroy(&shard->gate[lane]);
     free(shard);
 }
 
@@ -155,7 +156,8 @@ static struct shard *new_shard(struct pc_pager *pager, int uffd, const struct pc
         errno = ENOMEM;
         return NULL;
     }
-    pc_lock_init(&shard->gate);
+    for (int lane = 0; lane < GATE_LANES; lane++)
+        pc_lock_init(&shard->gate[lane]);
     shard->pager = pager;
     shard->uffd = uffd;
     shard->poll_fd = -1;
@@ -284,8 +286,8 @@ static int drop_unplaced(const struct block *block, uint64_t first, uint64_t pag
     return 0;
 }
 
-/* Registers, then publishes: first the segment, so that what the fault thread finds as a range has an address. With the gate nothing is placed
- * there before what was taken away of it already is in the maps. */
+/* Registers, then publishes: first the segment, so that what the fault thread finds as a range has an address. The gate is closed: nothing is
+ * placed there before what was taken away of it already is in the maps. */
 static int register_range(struct shard *shard, struct block *block, const struct range *range, uint64_t mode)
 {
     const uint64_t needed = UINT64_C(1) << PC_UFFD_IOCTL_COPY | UINT64_C(1) << PC_UFFD_IOCTL_WAKE;
@@ -303,7 +305,7 @@ static int register_range(struct shard *shard, struct block *block, const struct
             return error;
         pc_journal_registered(shard, range);
     }
-    pthread_mutex_lock(&shard->gate);
+    pc_gate_close(shard);
     block->segments[block->segment_count] =
         (struct segment){.first_page = range->first_page, .pages = range->pages, .address = range->address, .shard = shard->index};
     __atomic_store_n(&block->segment_count, block->segment_count + 1, __ATOMIC_SEQ_CST); /* see pc_local_staged */
@@ -311,7 +313,7 @@ static int register_range(struct shard *shard, struct block *block, const struct
     __atomic_store_n(&shard->range_count, shard->range_count + 1, __ATOMIC_RELEASE);
     if (shard->gated)
         pc_journal_apply(shard);
-    pthread_mutex_unlock(&shard->gate);
+    pc_gate_open(shard);
     /* Faults that an earlier pager has read, those that it has not, and those that came before this: they happen again. */
     (void)pc_uffd_wake(shard->uffd, range->address, range->bytes);
     pc_shard_notify(shard); /* it looks at its userfaultfd from now on */
@@ -394,7 +396,7 @@ void pc_shard_unregister(struct pc_pager *pager, struct shard *shard)
 {
     pthread_mutex_lock(&pager->lock);
     /* From then on its owner waits for nobody: what was read to be thrown away there has been thrown away before. */
-    pthread_mutex_lock(&shard->gate);
+    pc_gate_close(shard);
     for (uint32_t i = 0; i < shard->range_count; i++) {
         if (!shard->ranges[i].bytes)
             continue;
@@ -404,7 +406,7 @@ void pc_shard_unregister(struct pc_pager *pager, struct shard *shard)
         __atomic_store_n(&shard->ranges[i].bytes, 0, __ATOMIC_RELAXED);
     }
     pc_journal_disarmed(shard);
-    pthread_mutex_unlock(&shard->gate);
+    pc_gate_open(shard);
     pthread_mutex_unlock(&pager->lock);
     pc_shard_notify(shard);
 }

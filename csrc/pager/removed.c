@@ -2,7 +2,7 @@
  *
  * Memory that is taken away (REMOVE, UNMAP): what was read of it becomes part of the maps.
  *
- * Owns the journal of a shard (memory/states.h). Its userfaultfd is read into it, with the gate held, and what was taken away is erased
+ * Owns the journal of a shard (memory/states.h). Its userfaultfd is read into it, with the gate closed, and what was taken away is erased
  * there when the maps say so. A pager that is killed at any instruction leaves in it what its successor has to apply, which does so when it
  * arms the memory, before a page of it can be placed. (What it had read of faults need not be known: arming wakes all who wait.)
  * Memory may be taken away that is registered with the userfaultfd already, by its owner or by an earlier pager, and armed here a moment
@@ -17,6 +17,35 @@
 #include "uffd/uffd_abi.h"
 
 #define DRAIN_NS UINT64_C(5000000000) /* for memory that is being taken away while the pager ends */
+
+static pthread_mutex_t *lane_of(struct shard *shard, const struct channel *channel)
+{
+    return &shard->gate[channel->own == shard ? 0 : 1 + channel->index % (GATE_LANES - 1)];
+}
+
+void pc_gate_enter(struct shard *shard, const struct channel *channel)
+{
+    if (shard->gated)
+        pthread_mutex_lock(lane_of(shard, channel));
+}
+
+void pc_gate_leave(struct shard *shard, const struct channel *channel)
+{
+    if (shard->gated)
+        pthread_mutex_unlock(lane_of(shard, channel));
+}
+
+void pc_gate_close(struct shard *shard)
+{
+    for (int lane = 0; shard->gated && lane < GATE_LANES; lane++)
+        pthread_mutex_lock(&shard->gate[lane]);
+}
+
+void pc_gate_open(struct shard *shard)
+{
+    for (int lane = 0; shard->gated && lane < GATE_LANES; lane++)
+        pthread_mutex_unlock(&shard->gate[lane]);
+}
 
 /* Whether a thread takes memory away: it has said so, or is about to, and has not run again since that was read. The kernel refuses every
  * change of the memory meanwhile; it looks at that before it looks at the address, where there is nothing to change. */

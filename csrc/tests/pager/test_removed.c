@@ -12,15 +12,16 @@
 int __real_pc_uffd_copy(int uffd, uint64_t address, const void *source, uint64_t bytes, uint64_t mode, uint64_t *done_bytes);
 int __wrap_pc_uffd_copy(int uffd, uint64_t address, const void *source, uint64_t bytes, uint64_t mode, uint64_t *done_bytes);
 
-static _Atomic(void *) watched;   /* a placement here is held */
-static atomic_int entered, go_on; /* before the placement */
+static _Atomic(void *) watched;   /* a placement on this page is held, or on one of the next */
+#define WATCHED_PAGES 3
+static atomic_int entered, go_on; /* before the placement: how many were, and may go on */
 static atomic_int placed, leave;  /* after it */
 static atomic_int refusals;       /* so many placements get EAGAIN, and no event ends it */
 
 int __wrap_pc_uffd_copy(int uffd, uint64_t address, const void *source, uint64_t bytes, uint64_t mode, uint64_t *done_bytes)
 {
     uint64_t at = (uint64_t)(uintptr_t)atomic_load(&watched);
-    bool held = at && at - address < bytes;
+    bool held = at && address - at < WATCHED_PAGES * bytes; /* frames of these tests have one page */
     int result;
 
     if (atomic_load(&refusals) > 0 && atomic_fetch_sub(&refusals, 1) > 0) {
@@ -28,8 +29,9 @@ int __wrap_pc_uffd_copy(int uffd, uint64_t address, const void *source, uint64_t
         return -EAGAIN;
     }
     if (held) {
-        atomic_store(&entered, 1);
-        WAIT_UNTIL(atomic_load(&go_on));
+        int number = atomic_fetch_add(&entered, 1);
+
+        WAIT_UNTIL(atomic_load(&go_on) > number);
     }
     result = __real_pc_uffd_copy(uffd, address, source, bytes, mode, done_bytes);
     if (held) {
@@ -76,7 +78,7 @@ static void discarded_while_it_is_placed(int kind)
     fd = script_urgent(&rig, 0);
     bulk_fd = script_bulk(&rig, 0);
     atomic_store(&watched, dest_page(&rig, 0, 0));
-    atomic_store(&go_on, 1);
+    atomic_store(&go_on, INT32_MAX);
     CHECK_EQ(pthread_create(&thread, NULL, touch_discard_touch, &rig), 0);
     CHECK(receive_frame(fd, &frame));
     serve_page(&rig, bulk_fd, 0, 0);
@@ -239,46 +241,53 @@ OF_EACH_KIND(removed_under_a_fault)
 
 struct remover {
     struct rig *rig;
-    uint64_t page;
+    uint64_t page, pages;
     atomic_bool done;
     pthread_t thread;
 };
 
-static void *remove_page(void *argument)
+static void *remove_pages(void *argument)
 {
     struct remover *remover = argument;
 
-    throw_away(remover->rig, remover->page, 1);
+    throw_away(remover->rig, remover->page, remover->pages);
     atomic_store(&remover->done, true);
     return NULL;
 }
 
-/* A bulk thread has decided to place a page; before it does, the page is thrown away. */
+/* Two bulk threads and the fault thread of another shard have decided to place a page each, at the same time; before they do, all three are
+ * thrown away, which cannot be done before the last of those placements is. */
 static void removed_between_decision_and_placement(int kind)
 {
     struct remover remover = {0};
     struct rig rig;
-    int fd, bulk_fd;
+    int fds[WATCHED_PAGES];
 
     open_foreign(&rig, kind, 64, EVENT_REMOVE);
+    CHECK_EQ(add_shard(&rig, 0), 1);
     remover.rig = &rig;
-    fd = script_urgent(&rig, 0);
-    bulk_fd = script_bulk(&rig, 0);
+    remover.pages = WATCHED_PAGES;
     atomic_store(&watched, dest_page(&rig, 0, 0));
     atomic_store(&leave, 1);
-    serve_page(&rig, bulk_fd, 0, 0);
-    WAIT_UNTIL(atomic_load(&entered));
-    CHECK_EQ(pthread_create(&remover.thread, NULL, remove_page, &remover), 0);
-    for (int i = 0; i < 20 && !atomic_load(&remover.done); i++) /* it cannot be done before the placement, if all is well */
-        pc_sleep_ns(SERVED_MS * 1000000 / 20);
-    atomic_store(&go_on, 1);
+    for (int i = 0; i < WATCHED_PAGES; i++) {
+        fds[i] = i < 2 ? script_bulk(&rig, 2 * (uint32_t)i) : script_urgent(&rig, 1); /* each has a lane of its own */
+        serve_page(&rig, fds[i], 0, (uint64_t)i);
+    }
+    WAIT_UNTIL(atomic_load(&entered) == WATCHED_PAGES);
+    CHECK_EQ(pthread_create(&remover.thread, NULL, remove_pages, &remover), 0);
+    for (int i = 1; i <= WATCHED_PAGES; i++) {
+        pc_sleep_ns(SERVED_MS * 1000000);
+        CHECK(!atomic_load(&remover.done));
+        atomic_store(&go_on, i < WATCHED_PAGES ? i : INT32_MAX);
+    }
     CHECK_EQ(pthread_join(remover.thread, NULL), 0);
-    CHECK(zero_here(&rig, 0));
     atomic_store(&watched, NULL);
-    serve_the_rest(&rig, bulk_fd);
-    CHECK(zero_here(&rig, 0));
-    close(fd);
-    close(bulk_fd);
+    serve_the_rest(&rig, fds[0]);
+    for (uint64_t page = 0; page < WATCHED_PAGES; page++)
+        CHECK(zero_here(&rig, page));
+    CHECK_EQ(pager_stats(&rig).removed_pages, WATCHED_PAGES);
+    for (int i = 0; i < WATCHED_PAGES; i++)
+        close(fds[i]);
     close_rig(&rig);
 }
 OF_EACH_KIND(removed_between_decision_and_placement)
@@ -304,7 +313,7 @@ static void removals_beside_arrivals(int kind)
     struct rig rig;
     pthread_t thread;
     size_t count = 0;
-    int fd, bulk_fd;
+    int fd, bulk_fds[3];
 
     open_foreign(&rig, kind, 600, EVENT_REMOVE);
     visits = calloc(rig.pages[0], sizeof(*visits));
@@ -312,7 +321,8 @@ static void removals_beside_arrivals(int kind)
     for (uint64_t page = 1; page < rig.pages[0]; page += 2)
         visits[count++].page = page;
     fd = script_urgent(&rig, 0);
-    bulk_fd = script_bulk(&rig, 0);
+    for (uint32_t i = 0; i < 3; i++)
+        bulk_fds[i] = script_bulk(&rig, i);
     CHECK_EQ(pthread_create(&thread, NULL, remove_many, &rig), 0);
     start_toucher(&toucher, &rig, -1, visits, count);
     for (uint64_t page = 0; page < rig.pages[0]; page++) {
@@ -320,7 +330,7 @@ static void removals_beside_arrivals(int kind)
             CHECK(receive_frame(fd, &frame));
             serve_page(&rig, fd, 0, frame.first_page);
         }
-        serve_page(&rig, bulk_fd, 0, page);
+        serve_page(&rig, bulk_fds[page % 3], 0, page);
     }
     EXPECT_EVENT(&rig.from_pager, PC_EVENT_COMPLETE, 0, 0, NULL);
     join_toucher(&toucher);
@@ -328,7 +338,8 @@ static void removals_beside_arrivals(int kind)
     EXPECT_NO_EVENT(&rig.from_pager, PC_EVENT_FATAL);
     free(visits);
     close(fd);
-    close(bulk_fd);
+    for (int i = 0; i < 3; i++)
+        close(bulk_fds[i]);
     close_rig(&rig);
 }
 OF_EACH_KIND(removals_beside_arrivals)
