@@ -4,21 +4,34 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from postcopy.errors import MigrationError
+from postcopy.testbed._linux import die_with
 
 WAIT_S = 60.0
 _LINE = re.compile(r"^guest: (\w+)(.*)$", re.MULTILINE)
 _VALUE = re.compile(r"(\w+)=(\d+)")
+
+# A process dies with the thread that has started it (PR_SET_PDEATHSIG): one that lives as long as we do.
+_starter = ThreadPoolExecutor(1, "vmm-starter")
+
+
+def start_vmm(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    """Whatever ends this process ends it too. OSError when it cannot be started."""
+    die = partial(die_with, os.getpid())
+    return _starter.submit(lambda: subprocess.Popen[bytes](command, preexec_fn=die, **options)).result()
 
 
 @dataclass(frozen=True)

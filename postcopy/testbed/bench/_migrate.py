@@ -35,7 +35,7 @@ from postcopy.records.commands import DemoResult
 from postcopy.records.results import Measurement, Value
 from postcopy.records.timeline import Recording, Timeline
 from postcopy.report import explain_missing
-from postcopy.testbed._processes import parse
+from postcopy.testbed._processes import parse, run_captured
 from postcopy.testbed._report import Section, Span, make_console, print_line, print_section, row
 from postcopy.testbed.bench._migrate_columns import COLUMNS, FAULTS, PREVENTED, values
 from postcopy.units import (
@@ -171,7 +171,7 @@ async def migrate(
     busy_s, begin_s = _busy_s(), time.monotonic()
     with trio.move_on_after(deadline_s + END_S) as late:
         command = python("-m", "postcopy", "demo", "--json", *arguments)
-        done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
+        done = await run_captured(command)
     if late.cancelled_caught:
         raise MigrationError(f"the demo did not end within {deadline_s + END_S:g} s")
     result, recordings = read(done.stdout.splitlines(), recorded)
