@@ -219,14 +219,17 @@ def parse(line: str | bytes) -> Json:
 
 
 def run(function: Callable[[*Ts], Awaitable[T]], *arguments: *Ts) -> T:
-    """`trio.run` for a command without an `Output`: Ctrl-C and errors for a person come as they are, not in a group.
-    SIGTERM, and SIGHUP where it is not ignored, are as Ctrl-C: there are processes, mounts and files to end."""
+    """`trio.run` for a command without an `Output`: errors for a person come as they are, not in a group. At SIGINT,
+    SIGTERM and SIGHUP, where they are not ignored, it is cancelled, and then `KeyboardInterrupt`: there are processes,
+    mounts and files to end. To ask again meanwhile makes no difference: each end has its deadline."""
 
     async def until_told_to_end() -> T:
         async with trio.open_nursery() as nursery:
-            await nursery.start(_interrupt_when_told)
-            result = await function(*arguments)
+            with await nursery.start(_cancelled_when_told) as scope:
+                result = await function(*arguments)
             nursery.cancel_scope.cancel()
+        if scope.cancelled_caught:
+            raise KeyboardInterrupt
         return result
 
     try:
@@ -237,12 +240,13 @@ def run(function: Callable[[*Ts], Awaitable[T]], *arguments: *Ts) -> T:
         raise known_error(group) from None
 
 
-async def _interrupt_when_told(task_status: trio.TaskStatus[None]) -> None:
-    hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
-    with trio.open_signal_receiver(signal.SIGTERM, *hangup) as received:
-        task_status.started()
+async def _cancelled_when_told(task_status: trio.TaskStatus[trio.CancelScope]) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    scope = trio.CancelScope()
+    with trio.open_signal_receiver(*(one for one in numbers if signal.getsignal(one) != signal.SIG_IGN)) as received:
+        task_status.started(scope)
         async for _ in received:
-            raise KeyboardInterrupt
+            scope.cancel()
 
 
 # ---- without Trio
