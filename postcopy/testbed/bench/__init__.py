@@ -192,8 +192,6 @@ def run(args: argparse.Namespace) -> int:
             break
     if "output" in given:
         write_output("--output", args.output, "".join(f"{line}\n" for line in lines))
-    if interrupted:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "hdr" in given:
         try:
             write_hdr(args.hdr, intervals(map(json.loads, lines)))
@@ -201,6 +199,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"postcopy: error: --hdr: {error}", file=sys.stderr)
             reached = False
     if "report" in given:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # it takes a while
         command = python("-m", "postcopy", "report", "-", "--output", args.report)
         reached &= subprocess.run(command, input="\n".join(lines), text=True, check=False).returncode == 0
     if interrupted:

@@ -34,8 +34,8 @@ from postcopy.testbed.bench._compare import interval_of_median
 from postcopy.testbed.bench._worker import HIT_NS, SEED, Job
 from postcopy.uffd import How
 
-BLOCK_PAGES = 512
-BLOCKS = 256
+BLOCK_PAGES = 128
+BLOCKS = 1024
 """Of a pair of processes: some ten seconds."""
 UNIT = 8
 BUDGET_S = 45.0
