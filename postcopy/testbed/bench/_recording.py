@@ -70,7 +70,8 @@ def _figure(times_us: list[float]) -> Measurement:
     found = ratio("fault median, recorded / not", values, "recorded", "plain", GOAL)
     low, high = interval_of_median([each["recorded"] / each["plain"] for each in values])
     found.reached = None if low <= GOAL < high else high <= GOAL
-    found.note = f"95 % interval: {low:.3f} .. {high:.3f}; of {len(values)} times {UNIT} blocks of {BLOCK_PAGES} faults"
+    of = f"of {len(values)} times {UNIT} blocks of {BLOCK_PAGES} faults"
+    found.note = f"{found.result:.3f}, 95 % interval {low:.3f} .. {high:.3f}; {of}"
     return found
 
 

@@ -246,7 +246,7 @@ def test_the_cost_of_recording() -> None:
     found, same = _recording._figure(recorded), _recording._figure(drift)
     assert found.result == pytest.approx(1.25, rel=1e-3)
     assert (found.reached, same.reached) == (False, True)
-    assert "of 8 times 8 blocks" in str(found.note)
+    assert str(found.note).startswith("1.250, 95 % interval 1.250 .. 1.250; of 8 times 8 blocks")
     unclear = _recording._figure(drift[:32] + recorded[32:])
     assert unclear.reached is None
     assert "at most 1.01: not clear" in _text(unclear, 80)
