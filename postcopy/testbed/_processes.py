@@ -221,14 +221,29 @@ def parse(line: str | bytes) -> Json:
 def run(function: Callable[[*Ts], Awaitable[T]], *arguments: *Ts) -> T:
     """`trio.run` for a command without an `Output`: errors for a person come as they are, not in a group. At SIGINT,
     SIGTERM and SIGHUP, where they are not ignored, it is cancelled, and then `KeyboardInterrupt`: there are processes,
-    mounts and files to end. To ask again meanwhile makes no difference: each end has its deadline."""
+    mounts and files to end. To ask again makes no difference from then on, to what comes after this call either: each
+    end has its deadline, and what there is to say then is short."""
+    numbers = [one for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]
+
+    def ask_no_more() -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+
+    async def cancelled_when_told(task_status: trio.TaskStatus[trio.CancelScope]) -> None:
+        scope = trio.CancelScope()
+        with trio.open_signal_receiver(*numbers) as received:
+            task_status.started(scope)
+            async for _ in received:
+                ask_no_more()  # what waits at its end would be sent to this process again
+                scope.cancel()
 
     async def until_told_to_end() -> T:
         async with trio.open_nursery() as nursery:
-            with await nursery.start(_cancelled_when_told) as scope:
+            with await nursery.start(cancelled_when_told) as scope:
                 result = await function(*arguments)
             nursery.cancel_scope.cancel()
-        if scope.cancelled_caught:
+        if scope.cancel_called:
+            ask_no_more()
             raise KeyboardInterrupt
         return result
 
@@ -238,15 +253,6 @@ def run(function: Callable[[*Ts], Awaitable[T]], *arguments: *Ts) -> T:
         if group.subgroup(KeyboardInterrupt) is not None:
             raise KeyboardInterrupt from None
         raise known_error(group) from None
-
-
-async def _cancelled_when_told(task_status: trio.TaskStatus[trio.CancelScope]) -> None:
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    scope = trio.CancelScope()
-    with trio.open_signal_receiver(*(one for one in numbers if signal.getsignal(one) != signal.SIG_IGN)) as received:
-        task_status.started(scope)
-        async for _ in received:
-            scope.cancel()
 
 
 # ---- without Trio

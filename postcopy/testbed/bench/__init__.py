@@ -179,7 +179,6 @@ def run(args: argparse.Namespace) -> int:
             print(f"postcopy: error: {name}: {error}", file=sys.stderr)
             reached = False
         except KeyboardInterrupt:  # what was measured before is kept, however often one asks
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
             interrupted = True
         for measurement in found.measurements:
             measurement.figure = name
