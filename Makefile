@@ -156,7 +156,7 @@ docs: setup ## build the documentation as a site into build/site; a warning is a
 # Each run is kept in build/bench. FIGURES="fault bulk": these, without a limit of time. (The status is that of the measurement: a goal that is not reached.)
 bench: setup ## measure against floors, in ten minutes at most, and say what has changed since the last run
 	@mkdir -p build/bench; last=$$(ls build/bench/*.jsonl 2>/dev/null | tail -n 1); now=build/bench/$$(date -u +%Y%m%dT%H%M%SZ).jsonl; status=0; \
-	$(BIN)/postcopy bench $(or $(FIGURES),--quick --within 9min) --output "$$now" || status=$$?; \
+	$(BIN)/postcopy bench $(or $(FIGURES),quick --within 9min) --output "$$now" || status=$$?; \
 	if [ -z "$$last" ] || ! [ -e "$$now" ]; then echo "bench: nothing to compare with yet"; exit $$status; fi; \
 	echo; echo "bench: since the last run:"; $(BIN)/postcopy bench compare "$$last" "$$now" || true; exit $$status
 

@@ -219,8 +219,8 @@ COMMANDS: Mapping[str, Command] = {
             ("Two of them:", "postcopy bench fault bulk"),
             (
                 "What has changed between two runs, as a check:",
-                "postcopy bench --quick --output a.jsonl\n"
-                "postcopy bench --quick --output b.jsonl\n"
+                "postcopy bench quick --output a.jsonl\n"
+                "postcopy bench quick --output b.jsonl\n"
                 "postcopy bench compare a.jsonl b.jsonl --fail-above 10",
             ),
         ),

@@ -91,7 +91,7 @@ class Measurement(Record, kw_only=True):
         None
     )
     reached: Annotated[
-        bool | None, doc("Whether the goal is; not there without one, and where the interval of an exponent holds it.")
+        bool | None, doc("Whether the goal is; not there without one, and where its interval holds it.")
     ] = None
     curve: Annotated[Curve | None, doc("Where the values are points of one.")] = None
     distributions: Annotated[dict[str, Distribution] | None, doc("Distributions of times, all rounds together.")] = None

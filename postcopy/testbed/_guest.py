@@ -4,21 +4,44 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from postcopy.errors import MigrationError
+from postcopy._files import share_file
+from postcopy.errors import MigrationError, ResourceError
+from postcopy.testbed._linux import die_with
 
 WAIT_S = 60.0
 _LINE = re.compile(r"^guest: (\w+)(.*)$", re.MULTILINE)
 _VALUE = re.compile(r"(\w+)=(\d+)")
+
+# A process dies with the thread that has started it (PR_SET_PDEATHSIG): one that lives as long as we do.
+_starter = ThreadPoolExecutor(1, "vmm-starter")
+
+
+def start_vmm(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    """Whatever ends this process ends it too. OSError when it cannot be started."""
+    die = partial(die_with, os.getpid())
+    return _starter.submit(lambda: subprocess.Popen[bytes](command, preexec_fn=die, **options)).result()
+
+
+def guest_file(name: str) -> str:
+    """The path of a guest of ours; `ResourceError` where this installation has none (it is for x86-64)."""
+    path = share_file(name)
+    if not os.path.isfile(path):
+        why = f"this installation has no {name}"
+        raise ResourceError(why, "install it with pip, on x86-64; it is in the prefix's share/postcopy")
+    return path
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ be (`lab`, which enters namespaces): `read_json` and `hang_up`, of a `subprocess
 Resource handling: a `Child` owns its process and both ends of its pipes. `end` closes standard input, asks by a signal
 where there is one, waits, and then kills the process (its whole group, where it leads one). It is shielded and
 bounded: a process that hangs in the kernel, and so does not answer SIGKILL, is left behind. It asks twice: a side that
-has a machine past its point of no return sees that through when it is asked once.
+has a machine past its point of no return sees that through when it is asked once. Whatever ends this process, SIGKILL
+too, ends its children (`Process`), and so theirs.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import signal
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar, TypeVarTuple
+from functools import partial
+from typing import IO, Any, TypeVar, TypeVarTuple
 
 import trio
 
 from postcopy.errors import MigrationError, ResourceError, known_error
+from postcopy.testbed._linux import die_with
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -32,6 +35,8 @@ Ts = TypeVarTuple("Ts")
 MAX_LINE_BYTES = 1 << 20
 KILL_S = 10.0
 ASK_AGAIN_S = 1.0
+END_S = 5.0
+"""For a command that was cancelled to end in order."""
 
 
 class Lines:
@@ -57,10 +62,47 @@ class Lines:
         return line.decode("utf-8", "replace")
 
 
+class Process:
+    """As `trio.Process`, but it dies with this one. It does so with the *thread* that has started it, in truth
+    (PR_SET_PDEATHSIG): with a worker, in which Trio would, at any time; so that in which Trio runs starts it."""
+
+    def __init__(self, command: Sequence[str], *, outlives: bool = False, **options: Any) -> None:
+        """`outlives`: not so, as it has something to put right when its standard input ends. Blocks until it runs."""
+        die = None if outlives else partial(die_with, os.getpid())
+        self._popen = subprocess.Popen(list(command), bufsize=0, preexec_fn=die, **options)
+        self.stdin, self.stdout, self.stderr = map(_stream, (self._popen.stdin, self._popen.stdout, self._popen.stderr))
+        self.pid = self._popen.pid
+        self._pidfd = os.pidfd_open(self.pid)
+        self._one_waits = trio.Lock()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._popen.poll()
+
+    async def wait(self) -> int:
+        async with self._one_waits:
+            while (status := self.returncode) is None:
+                await trio.lowlevel.wait_readable(self._pidfd)
+            if self._pidfd >= 0:
+                os.close(self._pidfd)
+                self._pidfd = -1
+        return status
+
+    def send_signal(self, number: signal.Signals) -> None:
+        self._popen.send_signal(number)
+
+
+def _stream(end: IO[bytes] | None) -> trio.lowlevel.FdStream | None:
+    if end is None:
+        return None
+    with end:
+        return trio.lowlevel.FdStream(os.dup(end.fileno()))
+
+
 class Child:
     """A process whose standard output is read by the line. Made by `Child.start`, ended by `end`."""
 
-    def __init__(self, process: trio.Process, ask: signal.Signals | None, end_s: float, leads_group: bool) -> None:
+    def __init__(self, process: Process, ask: signal.Signals | None, end_s: float, leads_group: bool) -> None:
         assert process.stdout is not None
         self.process = process
         self._ask = ask
@@ -78,13 +120,11 @@ class Child:
         start_new_session: bool = False,
         **options: Any,
     ) -> Child:
-        """`ask` and `end_s`: how `end` asks first, and how long it waits; `options` are those of `subprocess.Popen`.
-        OSError when it cannot be started."""
+        """`ask` and `end_s`: how `end` asks first, and how long it waits; `options` are those of `subprocess.Popen`
+        and of `Process`. OSError when it cannot be started."""
+        await trio.lowlevel.checkpoint()
         options = {"stdin": subprocess.DEVNULL, "start_new_session": start_new_session, **options}
-        # Shielded: cancelled half-way, this would leave a process without an owner.
-        with trio.CancelScope(shield=True):
-            process = await trio.lowlevel.open_process(list(command), stdout=subprocess.PIPE, **options)
-        return cls(process, ask, end_s, start_new_session)
+        return cls(Process(command, stdout=subprocess.PIPE, **options), ask, end_s, start_new_session)
 
     @property
     def pid(self) -> int:
@@ -139,11 +179,28 @@ async def open_child(command: Sequence[str], **options: Any) -> AsyncIterator[Ch
         await child.end()
 
 
+async def run_captured(command: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
+    """What a command that ends by itself has written. Cancelled, it is asked to end, and then killed."""
+    written: dict[trio.abc.ReceiveStream | None, bytes] = {}
+
+    async def read(stream: trio.abc.ReceiveStream) -> None:
+        written[stream] = b"".join([data async for data in stream])
+
+    async with open_child(command, ask=signal.SIGTERM, end_s=END_S, stderr=subprocess.PIPE) as child:
+        process = child.process
+        async with trio.open_nursery() as nursery:
+            for stream in (process.stdout, process.stderr):
+                assert stream is not None
+                nursery.start_soon(read, stream)
+        status = await process.wait()
+    return subprocess.CompletedProcess(list(command), status, written[process.stdout], written[process.stderr])
+
+
 async def run_json(command: Sequence[str], what: str, deadline_s: float) -> Any:
     """The last line on standard output, as JSON, of a command that ends by itself. `MigrationError` when it is not done
     in time, prints nothing, or ends with another status than 0, then with the last line of its standard error."""
     with trio.move_on_after(deadline_s):
-        done = await trio.run_process(list(command), capture_stdout=True, capture_stderr=True, check=False)
+        done = await run_captured(command)
         lines = done.stdout.strip().splitlines()
         if done.returncode or not lines:
             words = done.stderr.decode("utf-8", "replace").strip().splitlines()
@@ -162,14 +219,32 @@ def parse(line: str | bytes) -> Json:
 
 
 def run(function: Callable[[*Ts], Awaitable[T]], *arguments: *Ts) -> T:
-    """`trio.run` for a command without an `Output`: Ctrl-C and errors for a person come as they are, not in a group.
-    SIGTERM, and SIGHUP where it is not ignored, are as Ctrl-C: there are processes, mounts and files to end."""
+    """`trio.run` for a command without an `Output`: errors for a person come as they are, not in a group. At SIGINT,
+    SIGTERM and SIGHUP, where they are not ignored, it is cancelled, and then `KeyboardInterrupt`: there are processes,
+    mounts and files to end. To ask again makes no difference from then on, to what comes after this call either: each
+    end has its deadline, and what there is to say then is short."""
+    numbers = [one for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]
+
+    def ask_no_more() -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+
+    async def cancelled_when_told(task_status: trio.TaskStatus[trio.CancelScope]) -> None:
+        scope = trio.CancelScope()
+        with trio.open_signal_receiver(*numbers) as received:
+            task_status.started(scope)
+            async for _ in received:
+                ask_no_more()  # what waits at its end would be sent to this process again
+                scope.cancel()
 
     async def until_told_to_end() -> T:
         async with trio.open_nursery() as nursery:
-            await nursery.start(_interrupt_when_told)
-            result = await function(*arguments)
+            with await nursery.start(cancelled_when_told) as scope:
+                result = await function(*arguments)
             nursery.cancel_scope.cancel()
+        if scope.cancel_called:
+            ask_no_more()
+            raise KeyboardInterrupt
         return result
 
     try:
@@ -178,14 +253,6 @@ def run(function: Callable[[*Ts], Awaitable[T]], *arguments: *Ts) -> T:
         if group.subgroup(KeyboardInterrupt) is not None:
             raise KeyboardInterrupt from None
         raise known_error(group) from None
-
-
-async def _interrupt_when_told(task_status: trio.TaskStatus[None]) -> None:
-    hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
-    with trio.open_signal_receiver(signal.SIGTERM, *hangup) as received:
-        task_status.started()
-        async for _ in received:
-            raise KeyboardInterrupt
 
 
 # ---- without Trio

@@ -16,7 +16,9 @@ from postcopy.testbed.bench._common import medians
 async def curves(name: str, *points: float) -> dict[str, Measurement]:
     """By what they measure: all costs have a value at each point."""
     dimension = replace(_scale.DIMENSIONS[name], points=points)
-    found = await _scale.measure_dimension(name, dimension, 1, math.inf)
+    curves = _scale.Curves(name, dimension)
+    await curves.add_round(math.inf)
+    found = curves.measurements()
     costs = {cost.what for cost in dimension.costs.values()}
     by_cost = {measurement.name.removeprefix(f"{name}: "): measurement for measurement in found}
     assert by_cost.keys() == costs, [measurement.note for measurement in found]

@@ -40,7 +40,7 @@ from postcopy.dataplane.pageserver import PageServer
 from postcopy.errors import MigrationError, ResourceError, check
 from postcopy.memory import Memory
 from postcopy.records.results import Measurement
-from postcopy.testbed._processes import Child, open_child, parse
+from postcopy.testbed._processes import Child, open_child, parse, run_captured
 from postcopy.testbed.bench._common import DEADLINE_S, Rounds, by_turns, ratio, worker
 from postcopy.testbed.bench._worker import channel
 from postcopy.uffd import How
@@ -301,7 +301,7 @@ async def _iperf3_bytes_per_s(size_bytes: int) -> float:
         deadline_s = time.monotonic() + 10
         while True:
             command = [*nice, "iperf3", "-c", *where, "-n", str(size_bytes), "-J"]
-            done = await trio.run_process(command, capture_stdout=True, check=False)
+            done = await run_captured(command)
             result = json.loads(done.stdout)
             if "error" not in result:
                 return float(result["end"]["sum_received"]["bits_per_second"]) / 8

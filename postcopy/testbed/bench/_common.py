@@ -12,7 +12,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
@@ -20,6 +20,7 @@ import trio
 
 from postcopy._child import python
 from postcopy.errors import MigrationError
+from postcopy.records import Json
 from postcopy.records.results import Curve, Measurement, Value
 from postcopy.records.timeline import Distribution
 from postcopy.testbed._processes import open_child, parse, run_json
@@ -30,6 +31,14 @@ DEADLINE_S = 120.0  # for one process of one measurement
 Rounds = list[dict[str, float]]
 K = TypeVar("K")
 T = TypeVar("T")
+
+
+@dataclass
+class Found:
+    """Of what takes minutes: what it has measured so far, which is kept whatever ends it; and where it writes lines."""
+
+    write: Callable[[Json], None]
+    measurements: list[Measurement] = field(default_factory=list)
 
 
 def ratio(

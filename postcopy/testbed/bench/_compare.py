@@ -19,7 +19,7 @@ import statistics
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from postcopy._host import run_line
@@ -43,15 +43,13 @@ MAX_ROWS = 200
 MAX_WIDTH = 100
 
 
-def run(paths: Sequence[str], fail_above: float | None, as_lines: bool) -> int:
+def run(a: str, b: str, fail_above: float | None, as_lines: bool) -> int:
     """0, or with `fail_above` 1 where a value is worse by certainly more than so many percent, or none could be told.
     `ConfigurationError` for files that cannot be compared."""
-    if len(paths) != 2:
-        raise ConfigurationError(f"bench compare needs two files of results, A.jsonl and B.jsonl, not {len(paths)}")
-    before, after = read(paths[0]), read(paths[1])
+    before, after = read(a), read(b)
     found = list(compare(before, after))
     if as_lines:
-        print(run_line("bench", {"compare": list(paths)}))
+        print(run_line("bench", {"compare": [a, b]}))
         for each in found:
             print(json.dumps({"schema": VERSION, "event": "comparison", "elapsed-ms": 0.0} | as_json(each)))
     failed = [each for each in found if fail_above is not None and worse_by(each) > fail_above]
@@ -111,8 +109,17 @@ def _compared(name: str, one: Value, other: Value) -> Comparison:
 
 def interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
     """In which the ratio of the medians lies, `after` over `before`, with confidence `LEVEL`."""
-    ratios = sorted(map(_quotient, resampled_medians(after, 1), resampled_medians(before, 0)))
-    return ratios[_TAIL - 1], ratios[-_TAIL]
+    return _middle(map(_quotient, resampled_medians(after, 1), resampled_medians(before, 0)))
+
+
+def interval_of_median(values: Sequence[float]) -> tuple[float, float]:
+    """In which the median lies of what `values` are drawn from, with confidence `LEVEL`."""
+    return _middle(resampled_medians(values, 0))
+
+
+def _middle(resamples: Iterable[float]) -> tuple[float, float]:
+    ordered = sorted(resamples)
+    return ordered[_TAIL - 1], ordered[-_TAIL]
 
 
 def resampled_medians(values: Sequence[float], seed: int) -> list[float]:
@@ -266,7 +273,5 @@ def warnings(before: Results, after: Results) -> Iterator[str]:
 
 def _options(run: Run) -> list[str]:
     return [
-        f"{name}={value}"
-        for name, value in sorted(run.options.items())
-        if name not in ("figures", "rounds", "quick", "within")
+        f"{name}={value}" for name, value in sorted(run.options.items()) if name not in ("figures", "rounds", "within")
     ]

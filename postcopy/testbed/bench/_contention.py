@@ -3,18 +3,12 @@
 
 from __future__ import annotations
 
-import argparse
-import io
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from rich.console import Console
-
-from postcopy._files import check_new_file, write_output
 from postcopy._native import lib
 from postcopy.dataplane.histogram import Histogram
 from postcopy.errors import ErrorLine
@@ -56,20 +50,13 @@ def main(pending_faults: str, bulk: str) -> None:
     print(json.dumps({call: percentiles_us(histogram, 50, 99) for call, histogram in histograms.items()}))
 
 
-WIDTH = 107  # of the picture
+MAX_WIDTH = 107
 _LABELS, _NUMBERS = 26, 31  # characters of a line that are not its bar
 _PARTS = ("p50", "p99", "max")
-_TITLE = "mmap and munmap of one thread while others wait for a page: solid to p50, shaded to p99, dots to the maximum"
 
 
-def add_arguments_contention(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--svg", default=None, metavar="FILE", help="draw it there")
-
-
-async def measure_contention(rounds: int, args: argparse.Namespace) -> list[Measurement]:
+async def measure_contention(rounds: int) -> list[Measurement]:
     """mmap and munmap beside pending faults and bulk placement, against neither."""
-    if args.svg is not None:  # now, not after minutes of measuring
-        check_new_file("--svg", args.svg)
     # One round has all scenes, each in a process of its own, so that a slow spell of the host hits them alike.
     parts = {}
     for scene in SCENES:
@@ -85,12 +72,10 @@ async def measure_contention(rounds: int, args: argparse.Namespace) -> list[Meas
                 for turn in turns
             ]
             figures.append(ratio(f"{call} p50, {scene.name} / none", values, "p50", "idle-p50", 1.5))
-    if args.svg is not None:
-        write_output("--svg", args.svg, _svg(figures))
     return figures
 
 
-def text_contention(measurements: Sequence[Measurement], width: int = WIDTH) -> str:
+def text_contention(measurements: Sequence[Measurement], width: int) -> str:
     """A bar for each scene of each call, of medians in microseconds: solid to p50, shaded to p99, dots to the maximum;
     not wider than `width`. Each measurement has these, and ``idle-`` of each."""
     bars: list[tuple[str, str, list[float], float]] = []
@@ -102,7 +87,7 @@ def text_contention(measurements: Sequence[Measurement], width: int = WIDTH) -> 
         bars.append((call, scene, [median[part] for part in _PARTS], measurement.result or 0.0))
     low = math.floor(math.log10(min(us[0] for _, _, us, _ in bars)))
     high = max(math.ceil(math.log10(max(us[2] for _, _, us, _ in bars))), low + 1)
-    longest = max(16, min(width, WIDTH) - _LABELS - _NUMBERS)
+    longest = max(16, min(width, MAX_WIDTH) - _LABELS - _NUMBERS)
     first, last = f"{_time(low)} ", f" {_time(high)}"
     axis = first + "." * (longest - len(first) - len(last)) + last
     lines = [f"{'':<{_LABELS}}{axis:<{longest}}  {'p50 / p99 / max us':<23} ratio"]
@@ -118,11 +103,3 @@ def _time(power: int) -> str:
     """So many powers of ten of a microsecond, in the unit that has no exponent."""
     unit = min(max(power // 3, -1), 2)
     return f"{10 ** (power - 3 * unit)} {('us', 'ms', 's', 'ns')[unit]}"
-
-
-def _svg(measurements: Sequence[Measurement]) -> str:
-    """The same as a picture, for a document; it needs nothing beside it, so no font from the network."""
-    text = text_contention(measurements)
-    console = Console(record=True, file=io.StringIO(), width=max(map(len, text.splitlines())))
-    console.print(text, markup=False, highlight=False)
-    return re.sub(r"\s*@font-face \{.*?\}", "", console.export_svg(title=_TITLE), flags=re.DOTALL)

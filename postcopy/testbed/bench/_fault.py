@@ -27,17 +27,6 @@ async def measure_fault(rounds: int) -> list[Measurement]:
     return found
 
 
-async def measure_recording(rounds: int) -> list[Measurement]:
-    """What it costs that a migration is recorded over time (`--json`): the median of a demand fault with the recorder
-    beside it. Its p50 would be the edge of a bucket, 2 % from the next one."""
-    parts = {prefix: partial(touch, "engine", 64 << 20, touches=8000, recorded=not prefix) for prefix in ("", "plain-")}
-    turns = await by_turns(rounds, parts)
-    values = [
-        {prefix + name: turn[prefix].us[name] for prefix in parts for name in ("median", "p99")} for turn in turns
-    ]
-    return [ratio("fault median, recorded / not", values, "median", "plain-median", 1.01)]
-
-
 async def measure_pager_process(rounds: int) -> list[Measurement]:
     """What it costs that the machine survives its pager: demand fault p50 through a pager in a process of its own."""
     parts = {

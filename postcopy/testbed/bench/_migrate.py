@@ -11,32 +11,30 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
-import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import trio
 from msgspec import ValidationError, convert
 from rich.console import Console
 
 from postcopy._child import python
-from postcopy._files import check_new_file
-from postcopy.errors import ConfigurationError, MigrationError
+from postcopy.errors import MigrationError
 from postcopy.machines.toy.machine import explain_no_kvm
 from postcopy.output.words import format_duration
-from postcopy.records import Json, as_json
+from postcopy.records import Json
 from postcopy.records.commands import DemoResult
 from postcopy.records.results import Measurement, Value
 from postcopy.records.timeline import Recording, Timeline
-from postcopy.report import explain_missing
-from postcopy.testbed._processes import parse
+from postcopy.testbed._processes import parse, run_captured
 from postcopy.testbed._report import Section, Span, make_console, print_line, print_section, row
+from postcopy.testbed.bench._common import Found
 from postcopy.testbed.bench._migrate_columns import COLUMNS, FAULTS, PREVENTED, values
 from postcopy.units import (
     argument,
@@ -171,7 +169,7 @@ async def migrate(
     busy_s, begin_s = _busy_s(), time.monotonic()
     with trio.move_on_after(deadline_s + END_S) as late:
         command = python("-m", "postcopy", "demo", "--json", *arguments)
-        done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
+        done = await run_captured(command)
     if late.cancelled_caught:
         raise MigrationError(f"the demo did not end within {deadline_s + END_S:g} s")
     result, recordings = read(done.stdout.splitlines(), recorded)
@@ -215,32 +213,16 @@ def _busy_s() -> float:
 # ---- all of them
 
 
-async def compare(plan: Plan, rounds: int, said: Callable[[str], None], recorded: Callable[[Json], None]) -> list[Cell]:
-    """Every policy with every workload, `rounds` times, or until the first SIGINT: minutes of work are worth having.
-    `said` is told about each cell that is done. `recorded` gets the lines `timeline` of all, with the cell as the
-    machine's name."""
-    cells = {(workload, policy): Cell(policy, workload) for workload in plan.workloads for policy in plan.policies}
-    with trio.open_signal_receiver(signal.SIGINT) as signals:
-        async with trio.open_nursery() as nursery:
-
-            async def stop() -> None:
-                await anext(signals)
-                said("interrupted: what has been measured so far is shown")
-                nursery.cancel_scope.cancel()
-
-            nursery.start_soon(stop)
-            await _all(plan, rounds, cells, said, recorded)
-            nursery.cancel_scope.cancel()
-    return [cell for cell in cells.values() if cell.rounds]
-
-
-async def _all(
+async def compare(
     plan: Plan,
     rounds: int,
-    cells: dict[tuple[str, str], Cell],
     said: Callable[[str], None],
     recorded: Callable[[Json], None],
+    kept: Callable[[list[Cell]], None],
 ) -> None:
+    """Every policy with every workload, `rounds` times. `said` is told about each cell that is done, `kept` has all of
+    them after each. `recorded` gets the lines `timeline` of all, with the cell as the machine's name."""
+    cells = {(workload, policy): Cell(policy, workload) for workload in plan.workloads for policy in plan.policies}
     with tempfile.TemporaryDirectory(prefix="postcopy-bench-") as directory:
         for number in range(rounds):
             for workload in plan.workloads:
@@ -249,9 +231,11 @@ async def _all(
                 if LEARNED in plan.policies and DEMAND not in plan.policies:  # it shows what there is to learn
                     await _one(plan, baseline, number, file, said, lambda _: None)
                 for policy in order(plan.policies, number):
-                    await _one(plan, cells[workload, policy], number, file, said, recorded)
-                if baseline.rounds:
-                    _add_prevented([cells[workload, policy] for policy in plan.policies], baseline)
+                    cell = cells[workload, policy]
+                    await _one(plan, cell, number, file, said, recorded)
+                    if baseline.rounds:
+                        _add_prevented(cell.rounds[-1], baseline.rounds[-1])
+                    kept([cell for cell in cells.values() if cell.rounds])
 
 
 def order(policies: Sequence[str], number: int) -> list[str]:
@@ -281,13 +265,11 @@ async def _one(
     said(f"round {number + 1}: {cell.workload}, {cell.policy}: {outcome} ({took})")
 
 
-def _add_prevented(cells: Iterable[Cell], baseline: Cell) -> None:
-    """To the newest round: which part of the faults of pure demand did not happen."""
-    most = baseline.rounds[-1].get(FAULTS)
-    for cell in cells:
-        count = cell.rounds[-1].get(FAULTS)
-        if most and count is not None:
-            cell.rounds[-1][PREVENTED] = 1 - count / most
+def _add_prevented(values: dict[str, float | None], baseline: Mapping[str, float | None]) -> None:
+    """Which part of the faults of pure demand did not happen."""
+    count, most = values.get(FAULTS), baseline.get(FAULTS)
+    if most and count is not None:
+        values[PREVENTED] = 1 - count / most
 
 
 # ---- as a table
@@ -356,23 +338,24 @@ def text_migrate(measurements: Sequence[Measurement], _width: int) -> str:
 # ---- the command line
 
 
-def add_arguments_migrate(group: argparse._ArgumentGroup) -> None:
+def add_arguments_migrate(parser: argparse.ArgumentParser) -> None:
     default = Plan()
+    more: Any = {"default": argparse.SUPPRESS}
     # fmt: off
-    group.add_argument("--policies", type=_names(POLICIES), default=default.policies, metavar="LIST",
-                       help=f"of {', '.join(POLICIES)} (default: all)")
-    group.add_argument("--workloads", type=_names(WORKLOADS), default=default.workloads, metavar="LIST",
-                       help=f"of {', '.join(WORKLOADS)} (default: all)")
-    group.add_argument("--machine", dest="kind", choices=("rv64", "kvm"), default=default.kind,
-                       help=f"its kind (default: {default.kind})")
-    group.add_argument("--memory", type=argument(parse_size), default=default.memory, metavar="SIZE",
-                       help=f"of the machine (default: {format_size(default.memory)})")
-    group.add_argument("--bandwidth", type=argument(parse_rate), default=default.bandwidth, metavar="RATE",
-                       help="of each connection between the two sides, or none"
-                       f" (default: {format_rate(default.bandwidth)})")
-    group.add_argument("--delay", type=argument(parse_seconds), default=default.delay, metavar="SECONDS",
-                       help="of the network, each way (default: 0)")
-    group.add_argument("--report", default=None, metavar="FILE.html", help="write a report of all migrations there")
+    parser.add_argument("--policies", type=_names(POLICIES), metavar="LIST", **more,
+                        help=f"of {', '.join(POLICIES)} (default: all)")
+    parser.add_argument("--workloads", type=_names(WORKLOADS), metavar="LIST", **more,
+                        help=f"of {', '.join(WORKLOADS)} (default: all)")
+    parser.add_argument("--machine", dest="kind", choices=("rv64", "kvm"), **more,
+                        help=f"its kind (default: {default.kind})")
+    parser.add_argument("--memory", type=argument(parse_size), metavar="SIZE", **more,
+                        help=f"of the machine (default: {format_size(default.memory)})")
+    parser.add_argument("--bandwidth", type=argument(parse_rate), metavar="RATE", **more,
+                        help="of each connection between the two sides, or none"
+                        f" (default: {format_rate(default.bandwidth)})")
+    parser.add_argument("--delay", type=argument(parse_seconds), metavar="SECONDS", **more,
+                        help="of the network, each way (default: 0)")
+    parser.add_argument("--report", metavar="FILE.html", **more, help="write a report of all migrations there")
     # fmt: on
 
 
@@ -383,40 +366,21 @@ def _names(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
     return argument(parse_names)
 
 
-async def measure_migrate(rounds: int, args: argparse.Namespace) -> list[Measurement]:
-    if args.rounds is None:
-        rounds = ROUNDS  # a round of all is as long as many rounds of others
-    plan = Plan(args.policies, args.workloads, args.kind, args.memory, args.bandwidth, args.delay)
+async def measure_migrate(given: Mapping[str, Any], found: Found) -> None:
+    """A cell is kept when it is done."""
+    plan = Plan(**{each.name: given[each.name] for each in fields(Plan) if each.name in given})
+    rounds = given.get("rounds", ROUNDS)  # a round of all is as long as many rounds of others
     if plan.kind == "kvm" and (why := explain_no_kvm()) is not None:
         raise why
-    if args.report is not None:
-        if reason := explain_missing():
-            raise ConfigurationError(f"--report: {reason}")
-        check_new_file("--report", args.report)
-    begin_s = time.monotonic()
-    with tempfile.TemporaryFile() as kept:
 
-        def recorded(line: Json) -> None:
-            text = json.dumps(line | {"elapsed-ms": round(1e3 * (time.monotonic() - begin_s), 1)})
-            if args.json:
-                print(text, flush=True)
-            kept.write(text.encode() + b"\n")
-
-        cells = await compare(plan, rounds, _tell, recorded)
+    def kept(cells: list[Cell]) -> None:
         about = conditions(plan, cells)
-        if sum(len(cell.rounds) for cell in cells) < rounds * len(plan.policies) * len(plan.workloads):
-            about.reached, about.note = False, f"{about.note} Interrupted: this is not all of it."
-        measurements = [*(cell.record() for cell in cells), about]
-        if args.report is not None:
-            for measurement in measurements:
-                kept.write(json.dumps({"event": "measurement", **as_json(measurement)}).encode() + b"\n")
-            kept.seek(0)
-            command = python("-m", "postcopy", "report", "-", "--output", args.report)
-            if (await trio.run_process(command, stdin=kept, check=False)).returncode == 0:
-                _tell(f"report: {args.report}")
-            else:  # its error is above
-                about.reached = False
-    return measurements
+        made, asked = sum(len(cell.rounds) for cell in cells), rounds * len(plan.policies) * len(plan.workloads)
+        if made < asked:
+            about.reached, about.note = False, f"{about.note} Ended early: {made} of {asked} migrations were made."
+        found.measurements = [*(cell.record() for cell in cells), about]
+
+    await compare(plan, rounds, _tell, found.write, kept)
 
 
 def _tell(text: str) -> None:

@@ -5,16 +5,20 @@ A dimension has points; a round measures all its costs at each point, in process
 `_scale_moves`). A cost need not have a value at each point: whole machines end where the host does, parts of the engine
 go on with sparse memory. What is fitted are the medians of the rounds. docs/scale.md says what comes of it.
 
-The time is bounded: each dimension has an equal part of `BUDGET_S`, with what those before it have left, and as many
-rounds as fit into that. On a host on which the first does not fit every second point is missing.
+The time is bounded (`BUDGET_S`, or what was asked for). The next round is one of the dimension that has used least of
+it, so that the rounds of each are spread over all of the time, and what is cheap has more of them; and within a round
+the points come in an order of their own. What the host does for a while is then part of some rounds of each point, from
+which the median keeps it out, and no growth. On a host on which a first round does not fit every second point is
+missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import textwrap
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import log
 from typing import Any
@@ -26,12 +30,14 @@ from postcopy.records.results import Curve, Measurement, Value
 from postcopy.testbed._processes import run_json
 from postcopy.testbed.bench import _scale_moves as moves
 from postcopy.testbed.bench._bulk import Take, open_sides
-from postcopy.testbed.bench._common import medians, pair, worker
+from postcopy.testbed.bench._common import Found, pair, worker
 from postcopy.testbed.bench._scale_fit import fit, last_exponent
 from postcopy.units import format_size
 
 BUDGET_S = 165.0
 """Of all dimensions that are asked for, together."""
+ROUNDS = 25
+"""Of a dimension at most."""
 PART_DEADLINE_S = 60.0
 GIB = 1 << 30
 STRIPED_BYTES = 64 << 20
@@ -213,64 +219,84 @@ DIMENSIONS = {
 }  # fmt: skip
 
 
-def add_arguments_scale(group: Any) -> None:
-    group.add_argument(
-        "--dimension", action="append", choices=list(DIMENSIONS), metavar="NAME",
+def add_arguments_scale(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dimension", action="append", choices=list(DIMENSIONS), metavar="NAME", default=argparse.SUPPRESS,
         help=f"measure this one only, of {', '.join(DIMENSIONS)}; may be repeated (default: all)",
     )  # fmt: skip
 
 
-async def measure_scale(rounds: int, args: argparse.Namespace) -> list[Measurement]:
-    """All costs of the dimensions asked for. A point that fails is left out of its curve."""
-    names = list(dict.fromkeys(args.dimension or DIMENSIONS))
-    found: list[Measurement] = []
-    began_s = trio.current_time()
-    for number, name in enumerate(names):
-        ends_s = began_s + BUDGET_S * (number + 1) / len(names)
-        found += await measure_dimension(name, DIMENSIONS[name], rounds, ends_s)
-    return found
+async def measure_scale(given: Mapping[str, Any], found: Found) -> None:
+    """All costs of the dimensions asked for, kept after each round. `MigrationError` at the end for dimensions without
+    any point."""
+    budget_s, rounds = given.get("within", BUDGET_S), given.get("rounds", ROUNDS)
+    names = list(dict.fromkeys(given.get("dimension", DIMENSIONS)))
+    under_way = [Curves(name, DIMENSIONS[name]) for name in names]
+    began_s, left = trio.current_time(), list(under_way)
+    while left:
+        each = min(left, key=lambda each: each.spent_s)
+        now_s = trio.current_time()
+        if len(each.done) == rounds or (each.done and now_s + each.longest_s > began_s + budget_s):
+            left.remove(each)
+            continue
+        try:
+            await each.add_round(began_s + budget_s if each.done else now_s + budget_s / len(names))
+        finally:
+            found.measurements = [curve for curves in under_way for curve in curves.measurements()]
+    for each in under_way:
+        if not any(each.done):
+            raise MigrationError(f"{each.name}: no point could be measured: {next(iter(each.problems.values()))}")
 
 
 Points = dict[float, dict[str, float]]
 
 
-async def measure_dimension(name: str, dimension: Dimension, rounds: int, ends_s: float) -> list[Measurement]:
-    """`ends_s`: by Trio's clock. A round that would not be done by then is not begun, and one that is not is left out;
-    but of the first all points count that were done."""
-    order = (
-        *dimension.points[::-2],
-        *dimension.points[-2::-2],
-    )  # where the time ends first, there are some of all sizes
-    done: list[Points] = []
-    problems: dict[str, str] = {}
-    longest_s = 0.0
-    while len(done) < rounds and (not done or trio.current_time() + longest_s <= ends_s):
-        began_s, points = trio.current_time(), Points()
-        with trio.move_on_at(ends_s) as in_time:
-            for x in order:
-                try:
-                    points[x] = await _contained(dimension.measure, x)
-                except MigrationError as error:
-                    problems[dimension.label(x)] = str(error)
-        if in_time.cancelled_caught:
-            if not done:
-                done.append(points)
-                late = [dimension.label(x) for x in dimension.points if x not in points]
-                problems |= {label: "there was no time left" for label in late if label not in problems}
-            break
-        done.append(points)
-        longest_s = max(longest_s, trio.current_time() - began_s)
-    if not any(done):
-        raise MigrationError(f"{name}: no point could be measured: {next(iter(problems.values()))}")
-    labels = {
-        problem: [label for label, other in problems.items() if other == problem] for problem in problems.values()
-    }
-    note = "; ".join(f"left out: {', '.join(left)}: {problem}" for problem, left in labels.items())
-    return [
-        curve
-        for key, cost in dimension.costs.items()
-        if (curve := _curve(name, dimension, key, cost, done, note)) is not None
-    ]
+class Curves:
+    """The costs of a dimension, as far as they were measured. A point that more rounds lack than have is left out."""
+
+    def __init__(self, name: str, dimension: Dimension) -> None:
+        self.name = name
+        self._dimension = dimension
+        self.done: list[Points] = []  # a round each
+        self.problems: dict[str, str] = {}  # by the point's label
+        self.longest_s = self.spent_s = 0.0
+
+    async def add_round(self, ends_s: float) -> None:
+        """`ends_s`: by Trio's clock. A round that does not come to its end is left out, but of the first all points
+        that were done count."""
+        points, label = self._dimension.points, self._dimension.label
+        # Where the time ends in the first there are some of all sizes.
+        order = [*points[::-2], *points[-2::-2]]
+        if number := len(self.done):
+            random.Random(number).shuffle(order)
+        began_s, found, whole = trio.current_time(), Points(), False
+        try:
+            with trio.move_on_at(ends_s):
+                for x in order:
+                    try:
+                        found[x] = await _contained(self._dimension.measure, x)
+                    except MigrationError as error:
+                        self.problems[label(x)] = str(error)
+                whole = True
+        finally:
+            if whole or not self.done:
+                self.done.append(found)
+            for x in points if len(self.done) == 1 else ():
+                if x not in found:
+                    self.problems.setdefault(label(x), "there was no time left")
+            took_s = trio.current_time() - began_s
+            self.longest_s, self.spent_s = max(self.longest_s, took_s), self.spent_s + took_s
+
+    def measurements(self) -> list[Measurement]:
+        labels: dict[str, list[str]] = {}
+        for x in self._dimension.points:
+            if sum(x in points for points in self.done) * 2 <= len(self.done) and self.done:
+                label = self._dimension.label(x)
+                labels.setdefault(self.problems[label], []).append(label)
+        note = "; ".join(f"left out: {', '.join(left)}: {problem}" for problem, left in labels.items())
+        costs = self._dimension.costs.items()
+        curves = (_curve(self.name, self._dimension, key, cost, self.done, note) for key, cost in costs)
+        return [curve for curve in curves if curve is not None]
 
 
 async def _contained(measure: Measure, x: float) -> dict[str, float]:
@@ -282,7 +308,7 @@ async def _contained(measure: Measure, x: float) -> dict[str, float]:
     except PostcopyError as error:
         raise MigrationError(str(error)) from None
     except BaseExceptionGroup as group:
-        if group.subgroup(KeyboardInterrupt) is not None:
+        if group.subgroup((KeyboardInterrupt, trio.Cancelled)) is not None:
             raise
         raise MigrationError(str(known_error(group))) from None
 
@@ -293,12 +319,11 @@ def _curve(name: str, dimension: Dimension, key: str, cost: Cost, done: list[Poi
     at: dict[str, float] = {}
     for x in dimension.points:
         rounds = [points.get(x, {}).get(key) for points in done]
-        if None in rounds:
-            continue
-        values[dimension.label(x)] = rounds
-        at[dimension.label(x)] = (
-            statistics.median(points[x][dimension.x_of] for points in done) if dimension.x_of else x
-        )
+        if 2 * rounds.count(None) < len(rounds):
+            values[dimension.label(x)] = rounds
+            at[dimension.label(x)] = (
+                statistics.median(points[x][dimension.x_of] for points in done if x in points) if dimension.x_of else x
+            )
     if not values:
         return None
     measurement = Measurement(
@@ -309,7 +334,7 @@ def _curve(name: str, dimension: Dimension, key: str, cost: Cost, done: list[Poi
         note="; ".join(filter(None, (cost.note, note))) or None,
     )
     assert measurement.curve is not None
-    found = fit(list(at.values()), list(medians(measurement).values()))
+    found = fit(list(at.values()), list(_medians(measurement).values()))
     if found is not None:
         measurement.curve.fit = found
         measurement.result, measurement.better = found.exponent, "less"
@@ -317,6 +342,12 @@ def _curve(name: str, dimension: Dimension, key: str, cost: Cost, done: list[Poi
         if cost.goal is not None and not found.low <= cost.goal <= found.high:
             measurement.reached = found.high < cost.goal
     return measurement
+
+
+def _medians(measurement: Measurement) -> dict[str, float]:
+    """Of the rounds that have a point."""
+    values = measurement.values.items()
+    return {label: statistics.median(each for each in value.rounds if each is not None) for label, value in values}
 
 
 # ---- for people
@@ -348,7 +379,7 @@ def text_scale(measurements: Sequence[Measurement], width: int) -> str:
 def _line(measurement: Measurement, width: int) -> list[str]:
     curve = measurement.curve
     assert curve is not None
-    what, found = measurement.name.partition(": ")[2], medians(measurement)
+    what, found = measurement.name.partition(": ")[2], _medians(measurement)
     unit = next(iter(measurement.values.values())).unit
     ys, xs = list(found.values()), [curve.at[label] for label in found]
     name = f"{what}{'' if unit == '1' else f', {unit}'}"

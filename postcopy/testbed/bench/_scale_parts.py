@@ -33,7 +33,7 @@ from postcopy.memory import Memory, MemoryKind
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.changes import Changes
 from postcopy.testbed.bench._recovery import recovery_map
-from postcopy.testbed.bench._worker import HIT_NS, SEED, Job
+from postcopy.testbed.bench._worker import HIT_NS, SEED, Job, ready
 from postcopy.uffd import How, UffdFeature, Userfaultfd, probe
 
 PAGE_BYTES = int(lib.pc_page_bytes())
@@ -235,11 +235,6 @@ def _page(request: bytes) -> bytes:
 # ---- userfaultfds of one memory, in two processes
 
 
-def _ready() -> None:
-    print("ready", flush=True)
-    sys.stdin.readline()
-
-
 async def _striped_source(job: Job) -> None:
     memory = Memory.create("memfd", job.size_bytes)
     lib.pc_bench_fill(memory.struct.base, job.size_bytes, SEED)
@@ -247,7 +242,7 @@ async def _striped_source(job: Job) -> None:
         server.add_block(memory)
         for number, fd in enumerate((job.urgent_fd, *job.bulk_fds)):
             server.attach_urgent(number, fd)
-        _ready()
+        ready()
         server.start()
         await trio.to_thread.run_sync(sys.stdin.read)
 
@@ -265,7 +260,7 @@ async def _striped_dest(job: Job) -> None:
         pager.attach_urgent(number, fd)
     await pager.confirm()
     found = {"start": (time.perf_counter() - begin_s) * 1e3}
-    _ready()
+    ready()
     alone = Histogram()
     base, page_bytes = memory.struct.base, memory.page_bytes
 

@@ -24,7 +24,6 @@ from postcopy.dataplane.histogram import Histogram
 from postcopy.dataplane.pager import EventType, Pager
 from postcopy.dataplane.pager_process import ProcessPager
 from postcopy.dataplane.pageserver import PageServer
-from postcopy.dataplane.recorder import Recorder
 from postcopy.errors import check
 from postcopy.memory import Memory
 from postcopy.records import as_json
@@ -48,7 +47,6 @@ class Job(msgspec.Struct, frozen=True):
     touches: int = 0
     busy_poll_us: int = 0  # the floor polls without end where this is not 0
     pager_process: bool = False  # engine-dest: the pager apart from the thread that touches
-    recorded: bool = False  # engine-dest: over time, as for --json
     cpus: tuple[int, ...] = ()  # the host's processors; any where empty
     tls: str = ""  # engine-*: the directory of the certificates for ADDRESS
 
@@ -65,7 +63,8 @@ async def channel(fd: int, tls: str, *, listens: bool) -> tuple[int, Any]:
     return stream.detach().detach()
 
 
-def _ready() -> None:
+def ready() -> None:
+    """Says so, and waits for a line."""
     print("ready", flush=True)
     sys.stdin.readline()
 
@@ -79,10 +78,10 @@ def _filled(job: Job) -> Memory:
 def percentiles_us(histogram: Histogram, *percentiles: float) -> dict[str, float]:
     """And the maximum; and the median between the edges of its bucket, which are 2 to 3 % apart."""
     found = {f"p{p:g}": histogram.percentile(p) / 1e3 for p in percentiles}
-    return found | {"max": histogram.max_ns / 1e3, "median": _median_ns(histogram) / 1e3}
+    return found | {"max": histogram.max_ns / 1e3, "median": median_ns(histogram) / 1e3}
 
 
-def _median_ns(histogram: Histogram) -> float:
+def median_ns(histogram: Histogram) -> float:
     seen, rank = 0, histogram.count / 2
     for edge_ns, count in histogram.buckets():
         if seen + count >= rank:
@@ -119,7 +118,7 @@ def _touch(memory: Memory, touches: int) -> Histogram:
 
 async def _floor_source(job: Job) -> dict[str, Any]:
     memory = _filled(job)
-    _ready()
+    ready()
     # Until the destination is gone, in whatever way.
     lib.pc_bench_floor_serve(job.urgent_fd, memory.struct.base, memory.page_bytes, memory.pages, bool(job.busy_poll_us))
     return {}
@@ -129,7 +128,7 @@ async def _floor_dest(job: Job) -> dict[str, Any]:
     memory = Memory.create("memfd", job.size_bytes)
     uffd = check(lib.pc_uffd_open(How.ANY, 0, ffi.NULL), "opening a userfaultfd")
     check(lib.pc_uffd_register(uffd, memory.address, job.size_bytes, 1, ffi.NULL), "registering memory")
-    _ready()
+    ready()
     waits: list[Histogram] = []
 
     async def touch() -> None:
@@ -147,7 +146,7 @@ async def _floor_dest(job: Job) -> dict[str, Any]:
     return touched(waits[0])
 
 
-async def _engine_source(job: Job) -> dict[str, Any]:
+async def engine_source(job: Job) -> dict[str, Any]:
     memory = _filled(job)
     async with PageServer() as server:
         server.add_block(memory)
@@ -156,7 +155,7 @@ async def _engine_source(job: Job) -> dict[str, Any]:
         for index, bulk_fd in enumerate(job.bulk_fds):
             fd, tls = await channel(bulk_fd, job.tls, listens=False)
             server.attach_bulk(index, fd, tls=tls)
-        _ready()
+        ready()
         server.start()
         await trio.to_thread.run_sync(sys.stdin.read)
         return {}
@@ -168,16 +167,13 @@ async def _engine_dest(job: Job) -> dict[str, Any]:
         pager.add_block(memory)
         pager.add_shard(How.ANY, job.busy_poll_us)
         pager.arm(0, 0, 0, memory.pages)
-        if job.recorded:
-            recorder = Recorder()
-            recorder.follow(pager, [("memory", job.size_bytes, memory.page_bytes)])
         fd, tls = await channel(job.urgent_fd, job.tls, listens=True)
         pager.attach_urgent(0, fd, tls=tls)
         for index, bulk_fd in enumerate(job.bulk_fds):
             fd, tls = await channel(bulk_fd, job.tls, listens=True)
             pager.attach_bulk(index, fd, tls=tls)
         await pager.confirm()
-        _ready()
+        ready()
         begin_s = time.perf_counter()
         result: dict[str, Any] = {}
         if job.touches:
@@ -204,7 +200,7 @@ def main(argument: str) -> None:
     roles = {
         "floor-source": _floor_source,
         "floor-dest": _floor_dest,
-        "engine-source": _engine_source,
+        "engine-source": engine_source,
         "engine-dest": _engine_dest,
     }
     print(json.dumps(trio.run(roles[job.role], job)), flush=True)

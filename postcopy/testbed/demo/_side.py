@@ -18,7 +18,7 @@ from postcopy.output import Output
 from postcopy.records import Record
 from postcopy.records.events import Progress
 from postcopy.records.timeline import Timeline
-from postcopy.testbed._processes import Child, Json, Lines, parse
+from postcopy.testbed._processes import Child, Json, Lines, Process, parse
 from postcopy.wire import one_line
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Side(Generic[R]):
             output.kick()
         self._news.set()
 
-    async def _read_errors(self, process: trio.Process, output: Output | None) -> None:
+    async def _read_errors(self, process: Process, output: Output | None) -> None:
         assert process.stderr is not None
         async for line in Lines(process.stderr):
             self._stderr.append(line)

@@ -114,6 +114,7 @@ class Runner(contextlib.AbstractAsyncContextManager["Runner"]):
                 self._child = await Child.start(
                     self._command,
                     end_s=STOP_S,  # for the guard, which takes down what is below it when its input ends
+                    outlives=True,  # likewise
                     stdin=subprocess.PIPE,
                     stderr=self._stderr.fileno(),
                     start_new_session=True,

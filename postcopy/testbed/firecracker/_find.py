@@ -10,12 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from postcopy._files import share_file
 from postcopy.errors import ResourceError
+from postcopy.testbed._guest import guest_file
 
 BINARY = "POSTCOPY_FIRECRACKER"
 """The environment variable that names it."""
-GUEST = "firecracker-guest.elf"
 REMEDY = (
     f"take it from github.com/firecracker-microvm/firecracker/releases and name it with {BINARY}=PATH, or put it into"
     " PATH; in a checkout: .venv/bin/python tools/fetch_firecracker.py"
@@ -49,10 +48,5 @@ def version_of(binary: str) -> tuple[int, int, int]:
 
 
 def guest_path() -> str:
-    """The kernel that a microVM is to boot; `ResourceError` where this installation has none (it is for x86-64)."""
-    path = share_file(GUEST)
-    if not os.path.isfile(path):
-        raise ResourceError(
-            f"this installation has no {GUEST}", "install it with pip, on x86-64; it is in the prefix's share/postcopy"
-        )
-    return path
+    """The kernel that a microVM is to boot; `ResourceError` where this installation has none."""
+    return guest_file("firecracker-guest.elf")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from postcopy.errors import MigrationError, ResourceError
-from postcopy.testbed._guest import GuestProcess
+from postcopy.testbed._guest import GuestProcess, start_vmm
 from postcopy.testbed.firecracker._find import REMEDY, find, guest_path
 
 START_S = 30.0
@@ -75,7 +75,7 @@ class Firecracker(GuestProcess):
         command += ["--log-path", str(directory / "log"), "--level", "Info", *arguments]
         try:
             with open(directory / "serial", "wb") as serial:
-                process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=serial, stderr=subprocess.STDOUT)
+                process = start_vmm(command, stdin=subprocess.PIPE, stdout=serial, stderr=subprocess.STDOUT)
         except OSError as error:
             if owns:
                 shutil.rmtree(directory, ignore_errors=True)

@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
 
-from postcopy._files import share_file
 from postcopy.errors import ResourceError
+from postcopy.testbed._guest import guest_file
 
 QEMU = "qemu-system-x86_64"
 OLDEST = (7, 1)
 """The first one that has postcopy-preempt, beside which we are measured."""
-GUEST = "qemu-guest.elf"
 REMEDY = "apt-get install --no-install-recommends qemu-system-x86"
 
 
@@ -34,10 +32,5 @@ def check() -> None:
 
 
 def guest_path() -> str:
-    """The kernel (-kernel) of our guest; `ResourceError` where this installation has none (it is for x86-64)."""
-    path = share_file(GUEST)
-    if not os.path.isfile(path):
-        raise ResourceError(
-            f"this installation has no {GUEST}", "install it with pip, on x86-64; it is in the prefix's share/postcopy"
-        )
-    return path
+    """The kernel (-kernel) of our guest; `ResourceError` where this installation has none."""
+    return guest_file("qemu-guest.elf")

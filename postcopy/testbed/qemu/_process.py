@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import json
 import os
 import shutil
@@ -14,13 +13,11 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from postcopy.errors import MigrationError, ResourceError
-from postcopy.testbed import _linux
-from postcopy.testbed._guest import WAIT_S, GuestLine, GuestProcess
+from postcopy.testbed._guest import WAIT_S, GuestLine, GuestProcess, start_vmm
 from postcopy.testbed.qemu._find import QEMU, REMEDY, guest_path
 
 START_S = 30.0
@@ -30,9 +27,6 @@ SHARED_FILE = "memory-backend-file,share=on"
 
 _MEMORY = Path("/dev/shm")
 _PREFIX = "postcopy-qemu-"
-
-# A process dies with the thread that has started it (PR_SET_PDEATHSIG): one that lives as long as we do.
-_starter = ThreadPoolExecutor(1, "qemu-starter")
 
 
 def _directory() -> tuple[Path, int]:
@@ -243,16 +237,14 @@ class Qemu(GuestProcess):
                 os.chown(directory, user, -1)
             with its, open(directory / "serial", "wb") as serial:
                 (directory / "log").touch()
-                process = _starter.submit(
-                    subprocess.Popen[bytes],
+                process = start_vmm(
                     [*command, *arguments],
                     stdin=subprocess.PIPE,
                     stdout=serial,
                     stderr=subprocess.STDOUT,
                     pass_fds=[its.fileno(), *pass_fds],
                     start_new_session=True,  # Ctrl-C is ours
-                    preexec_fn=functools.partial(_linux.die_with, os.getpid()),
-                ).result()
+                )
         except BaseException as error:
             ours.close()
             its.close()

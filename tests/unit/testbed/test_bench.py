@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import json
 import random
+import signal
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from xml.etree import ElementTree
+from typing import Any
 
 import pytest
 import trio
@@ -16,8 +19,8 @@ from postcopy.cli import main
 from postcopy.dataplane.histogram import Histogram
 from postcopy.errors import MigrationError
 from postcopy.records.results import Curve, Measurement
-from postcopy.testbed.bench import FIGURES, _contention, _of, _text
-from postcopy.testbed.bench._common import Touched, by_turns, joined, medians, ratio
+from postcopy.testbed.bench import FIGURES, STUDIES, _contention, _of, _recording, _text
+from postcopy.testbed.bench._common import Found, Touched, by_turns, joined, medians, ratio
 from postcopy.testbed.bench._firecracker_move import _calls_ms
 from postcopy.testbed.bench._recovery import tail
 from postcopy.testbed.bench._worker import distribution
@@ -31,7 +34,7 @@ def figures() -> list[Measurement]:
 
 
 def test_the_plot_has_medians_and_the_ratio_to_idle() -> None:
-    _, *lines = _contention.text_contention(figures()).splitlines()
+    _, *lines = _contention.text_contention(figures(), 107).splitlines()
     assert [line.split()[0] for line in lines] == ["mmap", "mmap", "munmap", "munmap"]
     assert lines[0].split("none pending")[1].split() == [
         "█" + "▒" * 3 + "·" * 17,
@@ -146,23 +149,9 @@ def test_one_that_fails_does_not_end_the_others(
     assert (line["figure"], line["result"], line["reached"]) == ("pager-process", 2.0, True)
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", [*FIGURES, *STUDIES])
 def test_every_figure_can_be_measured(name: str) -> None:
     assert callable(_of(name, "measure"))
-
-
-def test_the_plot_as_svg() -> None:
-    picture = _contention._svg(figures())
-    assert "url(" not in picture.replace("url(#", "")  # nothing beside it
-    root = ElementTree.fromstring(picture)
-    text = "".join("".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text"))
-    assert "bulk <placement>" in text.replace("\xa0", " ")
-    assert "2.00 / 20.00 / 4000" in text.replace("\xa0", " ")
-
-
-def test_a_picture_that_cannot_be_written_is_refused_first(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "contention", "--svg", "/nonexistent/x"]) == 2
-    assert "directory /nonexistent does not exist" in capsys.readouterr().err
 
 
 def test_what_is_not_measured_in_time_is_left_out(
@@ -173,18 +162,18 @@ def test_what_is_not_measured_in_time_is_left_out(
     async def measure_fault(rounds: int) -> list[Measurement]:
         return [ratio("a fault", [{"p50": 2.0}] * rounds, "p50", None, 2.5)]
 
-    async def measure_bulk(rounds: int) -> list[Measurement]:
+    async def measure_rv64(rounds: int) -> list[Measurement]:
         await trio.sleep_forever()
         raise AssertionError
 
     monkeypatch.setattr("postcopy.testbed.bench._fault.measure_fault", measure_fault)
-    monkeypatch.setattr("postcopy.testbed.bench._bulk.measure_bulk", measure_bulk)
-    monkeypatch.setattr("postcopy.testbed.bench.QUICK", ("fault", "bulk", "rv64"))
+    monkeypatch.setattr("postcopy.testbed.bench._machine.measure_rv64", measure_rv64)
+    monkeypatch.setattr("postcopy.testbed.bench.QUICK", ("fault", "rv64", "dirty"))
     path = tmp_path / "x.jsonl"
-    assert main(["bench", "--quick", "--within", "1", "--output", str(path)]) == 0
+    assert main(["bench", "quick", "--within", "1", "--output", str(path)]) == 0
     said = capsys.readouterr()
     assert "a fault" in said.out
-    assert [line.split()[2] for line in said.err.splitlines()] == ["bulk", "rv64"]
+    assert [line.split()[2] for line in said.err.splitlines()] == ["rv64", "dirty"]
     began, line = map(parse_line, path.read_text().splitlines())
     assert (began["event"], line["name"]) == ("run", "a fault")
     assert main(["bench", "fault", "--hdr", str(tmp_path / "x.hlog")]) == 1  # measured, but it has no distribution
@@ -196,30 +185,71 @@ def test_what_is_not_measured_in_time_is_left_out(
 def test_what_was_measured_before_ctrl_c_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Of a study too, and when it is pressed again while the children end."""
+
     async def measure_fault(rounds: int) -> list[Measurement]:
         return [ratio("a fault", [{"p50": 2.0}] * rounds, "p50", None, 2.5)]
 
-    async def measure_bulk(rounds: int) -> list[Measurement]:
-        raise KeyboardInterrupt
+    async def measure_rv64(rounds: int) -> list[Measurement]:
+        signal.raise_signal(signal.SIGINT)
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async def measure_scale(given: Mapping[str, Any], found: Found) -> None:
+        curve = Curve(over="things", x_unit="1", at={"1": 1})
+        found.write({"event": "timeline"})
+        found.measurements = [ratio("things: a cost", [{"1": 2.0}], "1", None, None, curve=curve)]
+        try:
+            signal.raise_signal(signal.SIGINT)
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    signal.raise_signal(number)
+                    await trio.sleep(0.01)
 
     monkeypatch.setattr("postcopy.testbed.bench._fault.measure_fault", measure_fault)
-    monkeypatch.setattr("postcopy.testbed.bench._bulk.measure_bulk", measure_bulk)
-    monkeypatch.setattr("postcopy.testbed.bench.QUICK", ("fault", "bulk", "fault"))
+    monkeypatch.setattr("postcopy.testbed.bench._machine.measure_rv64", measure_rv64)
+    monkeypatch.setattr("postcopy.testbed.bench._scale.measure_scale", measure_scale)
     path = tmp_path / "x.jsonl"
-    assert main(["bench", "--quick", "--output", str(path)]) == 1
-    assert [parse_line(line)["event"] for line in path.read_text().splitlines()] == ["run", "measurement"]
+    for words, events in (
+        (["fault", "rv64", "fault"], ["run", "measurement"]),
+        (["scale"], ["run", "timeline", "measurement"]),
+    ):
+        assert main(["bench", *words, "--output", str(path)]) == 1
+        assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == events
+    assert "a cost" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_options_that_make_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
     for words, complaint in (
-        (("fault", "--quick"), "--quick chooses figures"),
         (("fault", "--output", "/nonexistent/x"), "directory /nonexistent does not exist"),
         (("fault", "--hdr", "/nonexistent/x"), "directory /nonexistent does not exist"),
-        (("fault", "--memory", "1GiB"), "--memory is an option of migrate, which is not measured"),
-        (("--quick", "--dimension", "memory"), "--dimension is an option of scale, which is not measured"),
+        (("fault", "--memory", "1GiB"), "bench fault has no --memory; bench migrate has"),
+        (("quick", "--dimension", "memory"), "bench quick has no --dimension; bench scale has"),
+        (("--policies", "hybrid"), "bench has no --policies; bench migrate has"),
+        (("migrate", "fault"), "bench migrate has no use for 'fault'"),
+        (("fault", "bulkk"), "did you mean bulk?"),
+        (("falt",), "unknown figure 'falt'; did you mean fault?"),
+        (("compare", "a.jsonl"), "bench compare needs B.jsonl"),
+        (("compare", "a.jsonl", "b.jsonl", "--rounds", "3"), "bench compare has no --rounds"),
     ):
         assert main(["bench", *words]) == 2
         assert complaint in capsys.readouterr().err
+
+
+def test_the_cost_of_recording() -> None:
+    """A quarter more in recorded blocks is found whatever grows or falls steadily meanwhile; and the words."""
+    drift = [75.0 + block for block in range(64)]
+    recorded = [us * (1.25 if _recording.is_recorded(block) else 1.0) for block, us in enumerate(drift)]
+    found, same = _recording._figure(recorded), _recording._figure(drift)
+    assert found.result == pytest.approx(1.25, rel=1e-3)
+    assert (found.reached, same.reached) == (False, True)
+    assert str(found.note).startswith("1.250, 95 % interval 1.250 .. 1.250; of 8 times 8 blocks")
+    unclear = _recording._figure(drift[:32] + recorded[32:])
+    assert unclear.reached is None
+    assert "at most 1.01: not clear" in _text(unclear, 80)
 
 
 def test_a_distribution_is_that_of_the_core() -> None:

@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import signal
 from collections.abc import Sequence
 
 import pytest
-import trio
 
 from postcopy.errors import MigrationError
 from postcopy.records import as_json
@@ -19,6 +16,7 @@ from postcopy.records.results import Measurement
 from postcopy.records.timeline import Mark, Origin, Recording, Residency, Series
 from postcopy.testbed.bench import _migrate
 from postcopy.testbed.bench import _migrate_columns as columns
+from postcopy.testbed.bench._common import Found
 from postcopy.testbed.bench._migrate import Cell, Plan, conditions, read, sections, text_migrate
 from postcopy.units import parse_rate, parse_size
 
@@ -145,9 +143,10 @@ async def compared(
 
     said: list[str] = []
     monkeypatch.setattr(_migrate, "migrate", migrate)
-    found = await _migrate.compare(plan, rounds, said.append, lambda _: None)
+    kept: list[list[Cell]] = []
+    await _migrate.compare(plan, rounds, said.append, lambda _: None, kept.append)
     assert not any(left.values())
-    return found, said
+    return kept[-1], said
 
 
 async def test_faults_are_prevented_against_pure_demand_of_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,28 +181,24 @@ async def test_a_working_set_is_recorded_by_pure_demand_that_is_not_shown(monkey
     assert len(said) == 4
 
 
-async def test_what_was_measured_before_ctrl_c_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_each_cell_is_kept_when_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = 0
 
     async def migrate(arguments: Sequence[str], deadline_s: float, recorded: object) -> dict[str, float | None]:
         nonlocal asked
         asked += 1
-        if asked < 3:
-            return faults(asked)
-        signal.raise_signal(signal.SIGINT)
-        await trio.sleep_forever()
-        raise AssertionError
+        if asked == 3:
+            raise KeyboardInterrupt
+        return faults(asked)
 
     monkeypatch.setattr(_migrate, "migrate", migrate)
-    args = argparse.Namespace(
-        rounds=1, policies=("precopy", "hybrid"), workloads=("zipf", "disk"), kind="rv64", memory=16 << 20,
-        bandwidth=0, delay=0.0, report=None, json=False,
-    )  # fmt: skip
-    one, other, about = await _migrate.measure_migrate(1, args)
+    kept = Found(lambda _: None)
+    with pytest.raises(KeyboardInterrupt):
+        await _migrate.measure_migrate({"policies": ("precopy", "hybrid"), "workloads": ("zipf", "disk")}, kept)
+    one, other, about = kept.measurements
     assert [one.name, other.name] == ["zipf, precopy", "zipf, hybrid"]
     assert about.reached is False
-    assert about.note is not None
-    assert about.note.endswith("Interrupted: this is not all of it.")
+    assert str(about.note).endswith("Ended early: 2 of 4 migrations were made.")
 
 
 async def test_a_cell_that_fails_is_shown_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import trio
@@ -15,7 +15,8 @@ from postcopy.errors import MigrationError
 from postcopy.records import as_json
 from postcopy.records.results import Measurement
 from postcopy.testbed.bench import _scale
-from postcopy.testbed.bench._scale import Cost, Dimension, measure_dimension, measure_scale, sparkline, text_scale
+from postcopy.testbed.bench._common import Found
+from postcopy.testbed.bench._scale import Cost, Dimension, measure_scale, sparkline, text_scale
 from postcopy.testbed.bench._scale_fit import fit, last_exponent, t95
 
 XS = (1.0, 4.0, 16.0, 64.0, 256.0)
@@ -91,8 +92,17 @@ def dimension(**costs: float | None) -> Dimension:
     return Dimension("things", "1", XS, measure, {name: Cost(name, "us", goal) for name, goal in costs.items()})
 
 
+async def measured(some: Dimension, rounds: int, within_s: float = math.inf) -> list[Measurement]:
+    """As the only dimension."""
+    found = Found(lambda _: None)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(_scale, "DIMENSIONS", {"some": some})
+        await measure_scale({"rounds": rounds, "within": within_s}, found)
+    return found.measurements
+
+
 async def test_a_dimension_as_curves(autojump_clock: trio.testing.MockClock) -> None:
-    linear, flat = await measure_dimension("some", dimension(as_1=0.5, as_0=0.1), 3, math.inf)
+    linear, flat = await measured(dimension(as_1=0.5, as_0=0.1), 3)
     assert list(linear.values) == ["1", "4", "16", "256"]
     assert list(flat.values) == ["1", "4", "16"]
     assert linear.values["16"].rounds == [32.0] * 3
@@ -109,22 +119,55 @@ async def test_a_dimension_as_curves(autojump_clock: trio.testing.MockClock) -> 
 
 
 async def test_no_round_is_begun_that_would_be_late(autojump_clock: trio.testing.MockClock) -> None:
-    (found,) = await measure_dimension("some", dimension(as_1=None), 9, trio.current_time() + 17)
+    (found,) = await measured(dimension(as_1=None), 9, 17)
     assert found.reached is None
     assert len(found.values["1"].rounds) == 3  # each takes five seconds
     # Of a round that is late nothing counts, but of the first what was done.
-    found = await late_after(7.5)
-    assert [value.rounds for value in found.values.values()] == [[2.0], [8.0], [32.0], [512.0]]
-    found = await late_after(2.5)
+    (found,) = await measured(dimension(as_1=None), 1, 2.5)
     assert list(found.values) == ["16", "256"]
     assert "left out: 1, 4, 64: there was no time left" in str(found.note)
     with pytest.raises(MigrationError, match="there was no time left"):
-        await late_after(0.5)
+        await measured(dimension(as_1=None), 1, 0.5)
 
 
-async def late_after(time_s: float) -> Measurement:
-    (found,) = await measure_dimension("some", dimension(as_1=None), 9, trio.current_time() + time_s)
-    return found
+async def test_what_is_done_is_kept_when_it_is_interrupted(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    found = Found(lambda _: None)
+    monkeypatch.setattr(_scale, "DIMENSIONS", {"some": dimension(as_1=None)})
+    with trio.move_on_after(2.5):
+        await measure_scale({}, found)
+    (curve,) = found.measurements
+    assert list(curve.values) == ["16", "256"]
+
+
+async def test_drift_is_not_taken_for_growth(autojump_clock: trio.testing.MockClock) -> None:
+    """A host that becomes ten times as slow meanwhile: in the order of the points it would be an exponent of 0.4."""
+    began_s = trio.current_time()
+
+    async def measure(x: float) -> dict[str, float]:
+        await trio.sleep(1)
+        return {"cost": 1 + 9 * (trio.current_time() - began_s) / 125}
+
+    (found,) = await measured(Dimension("things", "1", XS, measure, {"cost": Cost("cost", "us", 0.1)}), 25)
+    assert found.result is not None
+    assert abs(found.result) < 0.06
+
+
+async def test_a_point_that_fails_once_is_that_of_the_other_rounds(autojump_clock: trio.testing.MockClock) -> None:
+    calls = 0
+
+    async def measure(x: float) -> dict[str, float]:
+        nonlocal calls
+        calls += 1
+        if calls == 7:
+            raise MigrationError("it failed")
+        return {"cost": x}
+
+    (found,) = await measured(Dimension("things", "1", XS, measure, {"cost": Cost("cost", "us")}), 3)
+    assert sorted(value.rounds.count(None) for value in found.values.values()) == [0, 0, 0, 0, 1]
+    assert found.note is None
+    assert found.result == pytest.approx(1)
 
 
 async def test_what_goes_wrong_in_a_process_is_of_one_point() -> None:
@@ -136,20 +179,26 @@ async def test_what_goes_wrong_in_a_process_is_of_one_point() -> None:
         return {"cost": x}
 
     some = Dimension("things", "1", XS, measure, {"cost": Cost("cost", "us")})
-    (found,) = await measure_dimension("some", some, 1, math.inf)
+    (found,) = await measured(some, 1)
     assert list(found.values) == ["16", "64", "256"]
     assert found.note == "left out: 1: it failed; left out: 4: it was not done in time"
-    none = Dimension("things", "1", (1.0, 4.0), measure, {})
     with pytest.raises(MigrationError, match="some: no point could be measured: it was not done in time"):
-        await measure_dimension("some", none, 1, math.inf)
+        await measured(Dimension("things", "1", (1.0, 4.0), measure, {}), 1)
 
 
 async def test_the_time_is_shared(monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock) -> None:
-    monkeypatch.setattr(_scale, "DIMENSIONS", {name: dimension(as_1=None) for name in ("one", "other")})
-    monkeypatch.setattr(_scale, "BUDGET_S", 31.0)
-    began_s = trio.current_time()
-    one, other = await measure_scale(99, argparse.Namespace(dimension=None))
-    assert [len(found.values["1"].rounds) for found in (one, other)] == [3, 3]
-    assert trio.current_time() - began_s <= 31
-    (found,) = await measure_scale(1, argparse.Namespace(dimension=["other", "other"]))
-    assert found.name == "other: as_1"
+    cheap, dear = dimension(as_1=None), dimension(as_1=None)
+    dear.costs["as_0"] = Cost("as_0", "us")
+
+    async def slow(x: float) -> dict[str, float]:
+        await trio.sleep(2)
+        return {"as_1": x}
+
+    monkeypatch.setattr(_scale, "DIMENSIONS", {"cheap": cheap, "dear": replace(dear, measure=slow)})
+    monkeypatch.setattr(_scale, "BUDGET_S", 61.0)
+    began_s, found = trio.current_time(), Found(lambda _: None)
+    await measure_scale({}, found)
+    assert [len(each.values["1"].rounds) for each in found.measurements] == [6, 3]
+    assert trio.current_time() - began_s <= 61
+    await measure_scale({"rounds": 1, "dimension": ["dear", "dear"]}, found)
+    assert [each.name for each in found.measurements] == ["dear: as_1"]

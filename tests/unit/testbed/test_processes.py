@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from postcopy.testbed import _linux, _processes
+
 COMMAND = """
 import sys, trio
 from postcopy.errors import MigrationError
@@ -46,6 +48,25 @@ def test_a_command_that_is_ended_ends_its_children(number: signal.Signals) -> No
         assert process.stdout is not None
         child = int(process.stdout.readline())
         assert Path(f"/proc/{child}").exists()
-        os.kill(process.pid, number)
+        for _ in range(3):  # impatience leaves no child behind
+            os.kill(process.pid, number)
         assert process.wait(60) == 7
     assert not Path(f"/proc/{child}").exists()
+
+
+def test_a_command_that_is_killed_takes_its_children_with_it() -> None:
+    """As a demo that was killed before its machine has moved: its destination listened for ever."""
+    with subprocess.Popen([sys.executable, "-P", "-c", COMMAND], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        ended = os.pidfd_open(child)
+        process.kill()
+    try:
+        assert _linux.wait_for([ended], 60)
+    finally:
+        os.close(ended)
+
+
+async def test_what_a_command_has_written() -> None:
+    done = await _processes.run_captured(["sh", "-c", "echo said; echo failed >&2; exit 3"])
+    assert (done.returncode, done.stdout, done.stderr) == (3, b"said\n", b"failed\n")
