@@ -429,6 +429,7 @@ void pc_journal_open(struct shard *shard, const struct block *block);
 bool pc_journal_knows(const struct shard *shard, const struct range *range);
 void pc_journal_registered(struct shard *shard, const struct range *range);
 void pc_journal_apply(struct shard *shard); /* with the gate closed: what has been taken away of the range that was added */
+void pc_journal_ends(struct shard *shard); /* closes the gate itself: the pager arms nothing more, and what is armed stays so */
 void pc_journal_disarmed(struct shard *shard); /* with the gate closed: all of it has been unregistered */
 void pc_drain_removals(struct shard *shard); /* the fault thread, last of all */
 

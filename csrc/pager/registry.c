@@ -425,6 +425,7 @@ int pc_pager_disarm(struct pc_pager *pager)
 /* Poisons every page that is missing: touching it is SIGBUS (or EFAULT), and shows no zeros. */
 int pc_shard_poison(struct pc_pager *pager, struct shard *shard)
 {
+    pc_journal_ends(shard); /* as long as an event is not read the kernel refuses to poison */
     for (uint32_t i = 0; i < shard->range_count; i++) {
         const struct range *range = &shard->ranges[i];
         const struct block *block = pager->blocks[range->block];

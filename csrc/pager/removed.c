@@ -209,10 +209,24 @@ void pc_journal_registered(struct shard *shard, const struct range *range)
     }
 }
 
-void pc_journal_disarmed(struct shard *shard)
+/* Nothing is armed from now on: what is taken away of other memory is not kept, for which there may be no room, and all is read. */
+static void arms_no_more(struct shard *shard)
 {
     shard->disarmed = true;
     __atomic_store_n(&shard->journal_full, false, __ATOMIC_SEQ_CST);
+}
+
+void pc_journal_ends(struct shard *shard)
+{
+    pc_gate_close(shard);
+    arms_no_more(shard);
+    pc_gate_open(shard);
+    pc_shard_notify(shard);
+}
+
+void pc_journal_disarmed(struct shard *shard)
+{
+    arms_no_more(shard);
     for (size_t i = 0; i < PC_JOURNAL_EXTENTS; i++)
         __atomic_store_n(&shard->journal->registered[i].end, 0, __ATOMIC_SEQ_CST);
 }

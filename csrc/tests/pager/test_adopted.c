@@ -408,6 +408,27 @@ static void taken_away_before_it_is_armed(void)
     close_adopted(&rig, &guest);
 }
 
+/* There is no room for what was read, and what was not read is refused: a pager that ends then does end, and nobody waits for it. */
+static void ends_with_no_room(void)
+{
+    struct guest guest;
+    struct rig rig;
+
+    start_vmm(&guest, (struct vmm){.features = EVENT_REMOVE, .pages = 512});
+    open_adopted(&rig, &guest);
+    arm(&rig, 0, 0, 0, 64);
+    for (uint64_t i = 0; i < PC_JOURNAL_EXTENTS; i++)
+        (void)do_order(&guest, REMOVE, 100 + 2 * i, 1);
+    start_order(&guest, 0, REMOVE, 300, 1);
+    WAIT_UNTIL(pager_stats(&rig).removes > PC_JOURNAL_EXTENTS);
+    start_order(&guest, 1, REMOVE, 310, 1);
+    CHECK(speaks(guest.uffd, PATIENCE_MS));
+    CHECK_EQ(pc_pager_free(rig.pager), 0);
+    for (int i = 0; i < 2; i++)
+        (void)finish_order(&guest, i);
+    end_vmm(&guest);
+}
+
 /* What a dead pager had read is in the journal, here by hand: both ways of keeping it, and a part of a huge page, which stays. */
 static void what_a_dead_pager_had_read(bool huge)
 {
@@ -983,6 +1004,7 @@ int main(int argc, char **argv)
     borrow_huge_pages(HUGE_POOL_PAGES);
     RUN_CASE(fault_and_removal_in_one_read);
     RUN_CASE(taken_away_before_it_is_armed);
+    RUN_CASE(ends_with_no_room);
     RUN_CASE(what_a_dead_pager_had_read_small);
     RUN_CASE(what_a_dead_pager_had_read_huge);
     RUN_CASE(placed_and_not_known);
