@@ -2,10 +2,10 @@
  *
  * Looks at what a pager or page server counts, at regular times, and keeps that in bounded memory, however long it takes.
  *
- * Nothing is in the way of a fault: counters and maps are read as they are, by one thread for all recorders of the process, which takes
- * no more than a hundredth of a processor: looks that take long put the next ones off, and then all that are due are taken together. While
- * nothing happens it looks less often, 16 periods apart at last, and the last column moves on instead of a new one being kept; a column is
- * kept after an eighth of the phase's time nevertheless, for what the guest does meanwhile.
+ * Nothing is in the way of a fault: counters and maps are read as they are, by one thread for all recorders of the process, which takes no
+ * more than a hundredth of a processor: looks that take long put the next ones off, but for those at a recorder whose phase begins, and
+ * then all that are due are taken together. While nothing happens it looks less often, 16 periods apart at last, and the last column moves
+ * on instead of a new one being kept; a column is kept after an eighth of the phase's time nevertheless, for what the guest does meanwhile.
  *
  * When there is no room for another column, the phase that has most of them gives up every other one; counts are cumulative, so that
  * nothing is lost by that but detail. If it is the phase that goes on, its period doubles. So each phase (what happens from a mark on: the
@@ -70,6 +70,7 @@ static struct {
     pthread_mutex_t lock;
     pthread_cond_t wake;
     struct pc_recorder *first;
+    uint64_t rested_ns; /* when a hundredth of the time has paid for the looks until now */
     bool woken, running; /* there is a thread */
 } all;
 
@@ -255,10 +256,12 @@ static void destroy(struct pc_recorder *recorder)
     pc_buffer_free(recorder, sizeof(*recorder));
 }
 
-/* With `all.lock`, but for the looks. When to look next: when one is due, counted from the end of its look. */
+/* With `all.lock`, but for the looks. When to look next: when one is due, counted from the end of its look, and the looks so far are paid
+ * for. Only where a phase begins is not waited for that. */
 static uint64_t look_at_all(void)
 {
-    uint64_t next_ns = UINT64_MAX;
+    uint64_t before_ns = processor_ns(), next_ns = UINT64_MAX, now_ns;
+    bool rested = all.rested_ns <= pc_now_ns();
     struct pc_recorder *recorder, **at = &all.first;
 
     while ((recorder = *at)) {
@@ -271,7 +274,7 @@ static uint64_t look_at_all(void)
                 destroy(recorder);
             continue;
         }
-        if (phase_began || recorder->due_ns <= pc_now_ns()) {
+        if (phase_began || (rested && recorder->due_ns <= pc_now_ns())) {
             uint64_t wait_ns;
 
             recorder->phase_began = false;
@@ -283,7 +286,9 @@ static uint64_t look_at_all(void)
         next_ns = recorder->due_ns < next_ns ? recorder->due_ns : next_ns;
         at = &recorder->next;
     }
-    return next_ns;
+    now_ns = pc_now_ns();
+    all.rested_ns = (all.rested_ns > now_ns ? all.rested_ns : now_ns) + (processor_ns() - before_ns) * SHARE;
+    return next_ns > all.rested_ns ? next_ns : all.rested_ns;
 }
 
 static void *record(void *unused)
@@ -292,13 +297,10 @@ static void *record(void *unused)
     pc_thread_name("pc-record", 0);
     pthread_mutex_lock(&all.lock);
     while (all.first) {
-        uint64_t before_ns = processor_ns(), next_ns, rested_ns;
         struct timespec until;
 
         all.woken = false;
-        next_ns = look_at_all();
-        rested_ns = pc_now_ns() + (processor_ns() - before_ns) * SHARE;
-        until = pc_timespec(next_ns > rested_ns ? next_ns : rested_ns);
+        until = pc_timespec(look_at_all());
         while (all.first && !all.woken && pthread_cond_timedwait(&all.wake, &all.lock, &until) != ETIMEDOUT) {
         }
     }
@@ -318,6 +320,7 @@ static void begin_all(void)
     pthread_cond_init(&all.wake, &clock);
     pthread_condattr_destroy(&clock);
     all.first = NULL;
+    all.rested_ns = 0;
     all.running = false;
 }
 

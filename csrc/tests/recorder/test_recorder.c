@@ -373,6 +373,45 @@ static void many_have_one_thread(void)
     }
 }
 
+static uint64_t take_all_turns(void)
+{
+    uint64_t next_ns;
+
+    pthread_mutex_lock(&all.lock);
+    next_ns = look_at_all();
+    pthread_mutex_unlock(&all.lock);
+    return next_ns;
+}
+
+/* However often phases begin, only they are looked at before the looks so far are paid for. The thread's turns are the test's. */
+static void a_phase_does_not_make_others_look(void)
+{
+    struct fake fakes[2];
+    uint64_t rested_ns = pc_now_ns() + UINT64_C(3600000000000);
+
+    for (int i = 0; i < 2; i++)
+        open_fake(&fakes[i]);
+    all.running = true;
+    all.rested_ns = rested_ns;
+    for (int i = 0; i < 2; i++)
+        CHECK_EQ(start(fakes[i].recorder), 0);
+    for (uint64_t phases = 1; phases < 4; phases++) {
+        CHECK_EQ(pc_recorder_phase(fakes[0].recorder), 0);
+        CHECK(take_all_turns() > rested_ns);
+        CHECK(all.rested_ns > rested_ns);
+        CHECK_EQ(columns_of(fakes[0].recorder), phases);
+        CHECK_EQ(columns_of(fakes[1].recorder), 0);
+    }
+    all.rested_ns = 0;
+    (void)take_all_turns();
+    CHECK_EQ(columns_of(fakes[1].recorder), 1);
+    for (int i = 0; i < 2; i++)
+        close_fake(&fakes[i]);
+    (void)take_all_turns();
+    CHECK(!all.first);
+    all.running = false;
+}
+
 static void one_that_was_stopped_takes_nothing(void)
 {
     struct fake fake;
@@ -396,6 +435,7 @@ int main(int argc, char **argv)
     RUN(bins_are_what_is_there);
     RUN_CASE(beside_a_pager);
     RUN(many_have_one_thread);
+    RUN(a_phase_does_not_make_others_look);
     RUN(one_that_was_stopped_takes_nothing);
     return test_end();
 }
