@@ -414,6 +414,35 @@ async def test_pictures_are_at_most_ten_a_second(
     assert min(gaps) > 0.099
 
 
+async def test_what_changes_all_the_time_is_told_in_a_tenth_of_the_time(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However little each look costs; and the first of them at once."""
+    used_s, told = 0.0, []
+    monkeypatch.setattr("postcopy.output._output.time.monotonic", trio.current_time)
+    monkeypatch.setattr("postcopy.output._output.time.thread_time", lambda: used_s)
+    output = Output(False, None, None)
+
+    def progress() -> Progress:
+        nonlocal used_s
+        used_s += 0.001
+        told.append(trio.current_time())
+        return Progress(side="daemon", status="active", error=None)
+
+    async def kick() -> None:
+        while True:
+            output.kick()
+            await trio.sleep(0.001)
+
+    began_s = trio.current_time()
+    with trio.move_on_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(kick)
+            await output.follow(progress)
+    assert 950 < len(told) < 1010
+    assert told[4] - began_s < 0.01
+
+
 async def test_a_view_that_fails_does_no_harm(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is taken away, and there are plain lines instead."""
     stdout, stderr, wait_for = terminal
