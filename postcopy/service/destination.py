@@ -19,7 +19,7 @@ from postcopy.migration.source import SourceOptions
 from postcopy.migration.tasks import Interrupted, first_of, now_ns
 from postcopy.net import Acceptor, Address, Asking, Link, Route
 from postcopy.output import Output
-from postcopy.records.events import Progress
+from postcopy.records.events import MigrationEnded, Progress
 from postcopy.service import report
 from postcopy.service._attempts import Attempts
 from postcopy.service._contain import contained
@@ -131,6 +131,7 @@ class Destination(Service):
         last = ""
         while True:
             migration = await self._receive(await self._link(acceptor.next_link, f"a machine came{last}"))
+            self.output.emit("migration-ended", report.ended(self.machines[0].name, migration))
             # (one that has run here, and was taken back by its source, is no reason to wait for another one)
             decided = migration.state is not State.ABORTED or migration.committed_ns
             if decided or isinstance(migration.failure, Interrupted):
@@ -146,6 +147,7 @@ class Destination(Service):
         """The migration that came of calling the source; it is called again as often as the connection is lost before
         the machine is this host's."""
         attempts, pause_s, left_s = Attempts(self.options.heartbeat_s), 0.0, math.inf
+        ended: MigrationEnded | None = None  # how the last attempt has
 
         async def open_link() -> Link:
             with trio.move_on_after(left_s):
@@ -159,16 +161,20 @@ class Destination(Service):
             failure: PostcopyError | None
             try:
                 link = await self._link(open_link, "there was a connection")
-            except PeerError as error:
+            except PostcopyError as error:
                 failure = error
                 left_s = attempts.left_s(error, False, False, self.options.recover_for_s)
                 if left_s <= 0:
+                    if ended is not None:
+                        self.output.emit("migration-ended", ended)
                     raise
             else:
                 migration = await self._receive(link, attempts)
                 failure, lost = migration.failure, migration.may_try_again
                 left_s = self._tries_for_s(attempts, migration)
+                ended = report.ended(self.machines[0].name, migration)
                 if left_s <= 0:
+                    self.output.emit("migration-ended", ended)
                     return migration
             pause_s = attempts.again(lost)
             if attempts.said.due():
@@ -219,12 +225,9 @@ class Destination(Service):
             await migration.run(owned.stop)
             nursery.cancel_scope.cancel()
         owned.phase = Phase.HERE
-        is_begun_again = migration.is_begun_again()
         migration.is_begun_again = lambda: False  # its record is of how it has ended
         if migration.state is not State.COMPLETED:  # else it is recorded until the end of the machine here
             self.emit_timeline(owned, migration)
-        if not is_begun_again:
-            self.output.emit("migration-ended", report.ended(owned.name, migration))
         return migration
 
     async def _announce(self, owned: Owned, migration: DestinationMigration) -> None:

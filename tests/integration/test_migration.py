@@ -244,6 +244,19 @@ class TestKvm:
         told = dest.events("timeline")
         assert [line["status"] for line in (told[0], told[-1])] == ["failed", "completed"]
 
+    def test_called_in_vain(self, side: Start) -> None:
+        """Its source does not come back: the migration has ended all the same."""
+        slowly = ("--precopy", "auto", "--max-bandwidth", "1MiB/s", "--migrate-after", "0")
+        source = side(*KVM, "--workload", "random", "--listen", "127.0.0.1:0", *slowly)
+        dest = side("dest", "--json", "--connect", source.address, "--recover-for", "0.3")
+        source.wait_for("rounds", lambda line: (line.get("ram") or {}).get("iteration"))
+        source.signal(signal.SIGKILL)
+        status, result, errors = dest.end()
+        assert (status, result["status"]) == (1, "failed"), errors
+        assert "not reached again" in result["error"]
+        for event in ("timeline", "migration-ended"):
+            assert [line["status"] for line in dest.events(event)] == ["failed"]
+
     def test_kept_when_it_is_not_reached_again(self, side: Start) -> None:
         """The destination dies for good in the rounds of precopy: when the time is over, the machine runs on."""
         dest = side("dest", "--json", "--listen", "127.0.0.1:0")
