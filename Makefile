@@ -70,10 +70,13 @@ test: setup ## everything CI runs: lint, C tests, sanitizers, fuzzing, pytest, h
 	@rm -f $(LOGS)/unstable.log
 	@status=0; $(MAKE) --no-print-directory -j2 test-1 test-2 || status=$$?; cat $(LOGS)/unstable.log 2>/dev/null; exit $$status
 
-# All steps of a lane, whatever fails: one run shows all that is wrong. (Slow C tests run under both kinds of sanitizers only.)
+# All steps of a lane, whatever fails: one run shows all that is wrong. pytest alone takes as long as all the others. (Slow C tests
+# run under sanitizers only.)
 test-1:
 	@failed=; \
-	$(STEP) 300 --log $(LOGS)/c.log "C tests" ctest --test-dir $(B)-plain --output-on-failure -L unit -LE slow -j2 || failed=1; \
+	$(STEP) 300 --log $(LOGS)/lint.log "lint" $(MAKE) --no-print-directory lint || failed=1; \
+	$(STEP) 200 --log $(LOGS)/docs.log "documentation" $(MAKE) --no-print-directory docs || failed=1; \
+	$(STEP) 300 --log $(LOGS)/c.log "C tests" $(ONCE_MORE) ctest --test-dir $(B)-plain --output-on-failure -L unit -LE slow -j2 || failed=1; \
 	$(STEP) 600 --log $(LOGS)/sanitize.log "C tests, sanitized" $(MAKE) --no-print-directory sanitize || failed=1; \
 	$(STEP) 180 --log $(LOGS)/fuzz.log "fuzz targets: corpus and a short run" $(MAKE) --no-print-directory fuzz-replay || failed=1; \
 	$(STEP) 400 --log $(LOGS)/hostile.log "hostile peers" $(MAKE) --no-print-directory check-hostile PYTEST_ARGS= || failed=1; \
@@ -82,11 +85,7 @@ test-1:
 		POSTCOPY_WHEEL="$$(ls dist/*.whl 2>/dev/null)" || failed=1; \
 	[ -z "$$failed" ]
 test-2:
-	@failed=; \
-	$(STEP) 300 --log $(LOGS)/lint.log "lint" $(MAKE) --no-print-directory lint || failed=1; \
-	$(STEP) 200 --log $(LOGS)/docs.log "documentation" $(MAKE) --no-print-directory docs || failed=1; \
-	$(STEP) 1300 --log $(LOGS)/pytest.log "pytest" $(MAKE) --no-print-directory check-python || failed=1; \
-	[ -z "$$failed" ]
+	@$(STEP) 1300 --log $(LOGS)/pytest.log "pytest" $(MAKE) --no-print-directory check-python
 
 lint: setup $(B)-plain ## ruff, mypy --strict, the rooms' imports, the C core with all warnings as errors
 	$(BIN)/ruff check .
@@ -105,22 +104,22 @@ format: setup ## let ruff sort imports and format the Python files
 stub: setup ## write postcopy/_native.pyi again after a change of a public header
 	$(BIN)/python csrc/cdef.py stub --header csrc/include/postcopy.h --output postcopy/_native.pyi
 
-# The core with its tests and fuzz targets; ninja knows what is out of date.
+# The core with its tests (and fuzz targets, where they run); ninja knows what is out of date.
 CMAKE_plain :=
-CMAKE_asan := -DPOSTCOPY_SANITIZE=address,undefined
+CMAKE_asan := -DPOSTCOPY_FUZZ=ON -DPOSTCOPY_SANITIZE=address,undefined
 CMAKE_tsan := -DPOSTCOPY_SANITIZE=thread
 C_BUILDS := $(B)-plain $(B)-asan $(B)-tsan
 .PHONY: $(C_BUILDS)
 $(C_BUILDS): $(B)-%: setup
 	@[ -f $@/build.ninja ] || cmake -S . -B $@ -G Ninja -DCMAKE_C_COMPILER=$(CC) -DPOSTCOPY_WERROR=ON \
-		-DPOSTCOPY_BUILD_TESTS=ON -DPOSTCOPY_FUZZ=ON $(CMAKE_$*) >$@.log || { cat $@.log; exit 1; }
+		-DPOSTCOPY_BUILD_TESTS=ON $(CMAKE_$*) >$@.log || { cat $@.log; exit 1; }
 	ninja -C $@ --quiet
 
 check-c: $(B)-plain ## C unit tests
 	ctest --test-dir $< --output-on-failure -L unit -j2
 
 sanitize: $(B)-asan $(B)-tsan ## C unit tests under ASan + UBSan and under TSan
-	@failed=; for build in $^; do ctest --test-dir $$build --output-on-failure -L unit -j3 || failed=1; done; [ -z "$$failed" ]
+	@failed=; for build in $^; do $(ONCE_MORE) ctest --test-dir $$build --output-on-failure -L unit -j3 || failed=1; done; [ -z "$$failed" ]
 
 stress: $(B)-plain ## race faults, handlers and discards on one userfaultfd, SECONDS (60) for each kind of memory
 	POSTCOPY_STRESS_SECONDS=$(or $(SECONDS),60) $</csrc/tests/test_uffd_stress

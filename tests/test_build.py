@@ -406,3 +406,85 @@ def test_a_skip_is_a_failure_where_the_capability_is_required(tmp_path: Path) ->
     status, text = outcome("rooot")
     assert status != 0
     assert "unknown: rooot" in text
+
+
+# --- once_more.py -----------------------------------------------------------------------------------------------------
+
+RACE = "WARNING: ThreadSanitizer: data race (pid=7)"
+LEAK = "WARNING: ThreadSanitizer: thread leak (pid=7)"
+FAILED_CHECK = "csrc/tests/pager/test_it.c:12: not true: done"
+
+
+def _once_more(directory: Path, *command: str) -> tuple[int, str, str]:
+    """Its status, what it has written, and what `make test` shows last."""
+    log = directory / "unstable.log"
+    script = [sys.executable, str(ROOT / "tools" / "once_more.py"), "--log", str(log), "--", *command]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # where ctest is
+    environment.pop("PYTEST_ADDOPTS", None)
+    done = subprocess.run(script, cwd=directory, env=environment, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout + done.stderr, log.read_text() if log.exists() else ""
+
+
+def _ctest(directory: Path, **tests: str) -> tuple[int, str, str]:
+    """The same of tests of ctest, each a script of the shell; `once` in it fails the first time only."""
+    (directory / "once").write_text('[ -e "$1.ran" ] && exit 0\ntouch "$1.ran"\nexit 1\n')
+    lines = []
+    for name, script in tests.items():
+        (directory / f"{name}.sh").write_text(script.replace("once", f". ./once {name}"))
+        lines.append(f'add_test({name} "sh" "{name}.sh")\n')
+    (directory / "CTestTestfile.cmake").write_text("".join(lines))
+    return _once_more(directory, "ctest", "--test-dir", str(directory), "--output-on-failure", "-j3")
+
+
+def test_a_c_test_that_passes_the_second_time_is_unstable(tmp_path: Path) -> None:
+    status, said, unstable = _ctest(tmp_path, good="exit 0", **{"bad-1": f"echo '{FAILED_CHECK}'; set -- bad-1; once"})
+    assert status == 0, said
+    assert "once more, alone: bad-1" in said
+    assert unstable.startswith("==> UNSTABLE")
+    assert unstable.endswith("to be mended: bad-1\n")
+
+
+def test_c_tests_that_fail_twice_or_are_many_have_failed(tmp_path: Path) -> None:
+    status, said, unstable = _ctest(tmp_path, bad="exit 1", chance="set -- chance; once")
+    assert (status, unstable) == (8, ""), said
+    assert "once more, alone: bad chance" in said
+    status, said, unstable = _ctest(tmp_path, **{f"test{i}": f"set -- test{i}; once" for i in range(3)})
+    assert (status, unstable) == (8, ""), said
+    assert "once more" not in said
+
+
+@pytest.mark.parametrize(
+    ("output", "is_one"),
+    [
+        ([RACE], True),
+        (["ok   before (3 ms)", "==7==ERROR: AddressSanitizer: heap-use-after-free on address 0x1"], True),
+        (["csrc/core/frame.c:12:3: runtime error: shift exponent 64 is too large"], True),
+        (["==7==ERROR: LeakSanitizer: detected memory leaks"], True),
+        ([FAILED_CHECK, LEAK, "SUMMARY: ThreadSanitizer: thread leak it.c:3 in start"], False),
+        ([FAILED_CHECK, RACE], True),
+        ([FAILED_CHECK, "FAIL first", LEAK, "FAIL second"], True),
+        (["csrc/tests/it.c:12: n is 1 (0x1), should be 2, 2 (0x2)", "FAIL case"], False),
+        (["FAIL case: not done after 20 s"], False),
+    ],
+)
+def test_what_a_sanitizer_reports_is_never_a_chance(tmp_path: Path, output: list[str], is_one: bool) -> None:
+    (tmp_path / "output").write_text("\n".join(output) + "\n")
+    status, said, unstable = _ctest(tmp_path, bad="[ -e bad.ran ] || cat output >&2; set -- bad; once")
+    assert (status, bool(unstable)) == ((8, False) if is_one else (0, True)), said
+    assert ("a sanitizer's report is never a chance" in said) is is_one
+
+
+def test_a_pytest_that_passes_the_second_time_is_unstable(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import pathlib\n\ndef test_it():\n    ran = pathlib.Path('ran')\n    before = ran.exists()\n"
+        "    ran.touch()\n    assert before\n\ndef test_other():\n    pass\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    pytest_ = str(Path(sys.executable).with_name("pytest"))
+    status, said, unstable = _once_more(tmp_path, pytest_, "-q", "test_it.py")
+    assert status == 0, said
+    assert unstable.endswith("to be mended: test_it.py::test_it\n")
+    (tmp_path / "test_it.py").write_text("def test_it():\n    raise OSError('again')\n")
+    status, said, unstable = _once_more(tmp_path, pytest_, "-q", "test_it.py")
+    assert status == 1, said
+    assert unstable.count("UNSTABLE") == 1  # the one from before

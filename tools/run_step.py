@@ -158,14 +158,14 @@ def main() -> int:
             signal.signal(signum, signal.SIG_IGN)
         if immortal := kill_descendants():
             problems.append("cannot be killed: " + "; ".join(immortal))
-    seconds = time.monotonic() - begin
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    took = f"{time.monotonic() - begin:.1f} s ({used.ru_utime + used.ru_stime:.0f} s of processor time)"
     if problems:
         if args.log:
             show_end(args.log)
-        print(f"==> {args.name}: FAILED after {seconds:.1f} s: {', '.join(problems)}", flush=True)
+        print(f"==> {args.name}: FAILED after {took}: {', '.join(problems)}", flush=True)
         return status if 0 < status < 126 else 1
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(f"==> {args.name}: ok, {seconds:.1f} s ({used.ru_utime + used.ru_stime:.0f} s of processor time)", flush=True)
+    print(f"==> {args.name}: ok, {took}", flush=True)
     return 0
 
 

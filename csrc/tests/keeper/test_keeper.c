@@ -122,7 +122,7 @@ static int answer_of(int32_t id)
 
 static int put(const char *name, int count)
 {
-    int fds[PC_KEEPER_FDS + 8], error;
+    int fds[PC_KEEPER_FDS + 8] = {0}, error; /* count may be 0 */
 
     for (int i = 0; i < count; i++)
         fds[i] = memfd_create("toy", MFD_CLOEXEC);

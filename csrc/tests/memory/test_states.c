@@ -259,8 +259,10 @@ static void killed_at_random(int kind)
 
         if (kills < KILLS) {
             /* Not before it has done something, or a slow build would only ever kill what is about to begin. */
-            while (known == before)
+            while (known == before) {
                 (void)known_words(&machine, &known);
+                (void)nanosleep(&(struct timespec){.tv_nsec = 50000}, NULL); /* or this takes the processor from the pager */
+            }
             (void)nanosleep(&(struct timespec){.tv_nsec = (long)test_below(1500000)}, NULL);
             kills++;
         }

@@ -227,11 +227,12 @@ static bool bus_error(const struct area *area, uint64_t page, bool write)
 {
     const struct sigaction action = {.sa_sigaction = catch_sigbus, .sa_flags = SA_SIGINFO | SA_NODEFER};
     volatile uint8_t *at = area->base + page * area->unit;
+    const volatile bool writes = write; /* in memory: what is in a register may be lost with the jump */
 
     CHECK_SYS(sigaction(SIGBUS, &action, NULL));
     if (sigsetjmp(on_sigbus, 1))
         return true;
-    if (write)
+    if (writes)
         *at = 0xEE;
     else
         (void)*at;
