@@ -50,7 +50,7 @@ from postcopy.service.schema import ControlError, Request
 PAGES = 256
 DEADLINE_S = 30.0
 
-pytestmark = pytest.mark.needs("uffd")
+pytestmark = [pytest.mark.needs("uffd"), pytest.mark.slow]
 
 
 def content(seed: int = 1, pages: int = PAGES) -> bytes:

@@ -39,6 +39,8 @@ from postcopy.memory import Memory, page_bytes_of
 from postcopy.net import parse_address
 from postcopy.testbed.chaos import open_chaos_proxy
 
+pytestmark = pytest.mark.slow
+
 PAGE = page_bytes_of("memfd")
 DEADLINE_S = 60
 

@@ -18,7 +18,7 @@ from postcopy.machines.qemu import source
 from postcopy.machines.qemu.source import QemuMachine
 from postcopy.testbed.qemu import Qemu
 
-pytestmark = pytest.mark.needs("qemu")
+pytestmark = [pytest.mark.needs("qemu"), pytest.mark.slow]
 
 BOUND_S = 60.0
 APPEND = "pages=512 spread=1"

@@ -29,6 +29,8 @@ from postcopy.report import _charts, _page, _read, draw
 from postcopy.report._model import Histogram, Migration
 from postcopy.report._words import cards, guest_of, latency_of, lead, marks_of, pause_parts
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _one_width(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,8 @@ from postcopy.output import Output
 from postcopy.report import Reporter
 from postcopy.report import _reporter as reporter_module
 
+pytestmark = pytest.mark.slow
+
 
 def make(path: Path) -> tuple[Reporter, Output, io.StringIO]:
     said = io.StringIO()

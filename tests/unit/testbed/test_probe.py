@@ -29,6 +29,8 @@ from postcopy.testbed.probe import Finding, _findings, _host, _needs, _supervise
 from postcopy.testbed.probe._needs import Use
 from postcopy.uffd import RegisterMode
 
+pytestmark = pytest.mark.slow
+
 NOBODY = 65534
 
 
@@ -124,7 +126,6 @@ def try_bad_ones() -> tuple[dict[str, Any], float]:
     return _supervise.try_in_child(list(_trials.TRIALS), deadline_s=3), time.monotonic() - began
 
 
-@pytest.mark.slow
 def test_a_trial_that_hangs_or_dies_costs_its_own_answer_only(run_in_child: Callable[..., Any]) -> None:
     answers, _ = run_in_child(try_bad_ones).value  # it returned at all: within the child's deadline
     assert answers["first"]["facts"] == {"a": 1}
@@ -438,7 +439,6 @@ def test_a_container_is_told_what_its_host_can_do(monkeypatch: pytest.MonkeyPatc
     assert "seccomp=docker/seccomp-userfaultfd.json" in _host.user_only_remedy(errno.EPERM)
 
 
-@pytest.mark.slow
 @pytest.mark.needs("root")
 def test_a_kernel_that_refuses_user_namespaces_is_told_from_one_without_netem(run_in_child: Callable[..., Any]) -> None:
     # (a user namespace with no room for another one, where this user is no root)
