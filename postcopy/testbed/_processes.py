@@ -231,6 +231,9 @@ def run(function: Callable[[*Ts], Awaitable[T]], *arguments: *Ts) -> T:
 
     async def cancelled_when_told(task_status: trio.TaskStatus[trio.CancelScope]) -> None:
         scope = trio.CancelScope()
+        if not numbers:  # of which Trio would make an error
+            task_status.started(scope)
+            return
         with trio.open_signal_receiver(*numbers) as received:
             task_status.started(scope)
             async for _ in received:

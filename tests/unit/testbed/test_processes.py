@@ -54,6 +54,22 @@ def test_a_command_that_is_ended_ends_its_children(number: signal.Signals) -> No
     assert not Path(f"/proc/{child}").exists()
 
 
+def test_a_command_may_ignore_all_signals() -> None:
+    """As one that was started with `trap "" INT TERM HUP`."""
+
+    async def work() -> int:
+        return 3
+
+    before = {
+        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        assert _processes.run(work) == 3
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_a_command_that_is_killed_takes_its_children_with_it() -> None:
     """As a demo that was killed before its machine has moved: its destination listened for ever."""
     with subprocess.Popen([sys.executable, "-P", "-c", COMMAND], stdout=subprocess.PIPE, text=True) as process:
