@@ -173,6 +173,9 @@ def run(args: argparse.Namespace) -> int:
 
     if "json" in given:
         print(lines[0], flush=True)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C, between two figures too
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     reached = True
     try:
         for name in names:

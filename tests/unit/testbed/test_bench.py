@@ -7,7 +7,7 @@ import errno
 import json
 import random
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -221,6 +221,28 @@ def test_what_was_measured_before_ctrl_c_is_written(
         assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == events
     assert "a cost" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_what_was_measured_is_written_when_it_is_ended_between_two_figures(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def measure_fault(rounds: int) -> list[Measurement]:
+        return [ratio("a fault", [{"p50": 2.0}] * rounds, "p50", None, 2.5)]
+
+    def text_of(measurements: Sequence[Measurement], width: int) -> str:
+        signal.raise_signal(number)
+        return ""
+
+    monkeypatch.setattr("postcopy.testbed.bench._fault.measure_fault", measure_fault)
+    monkeypatch.setattr("postcopy.testbed.bench.text_of", text_of)
+    path = tmp_path / "x.jsonl"
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        assert main(["bench", "fault", "rv64", "--output", str(path)]) == 1
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["run", "measurement"]
 
 
 def test_what_was_measured_before_an_error_is_written(
