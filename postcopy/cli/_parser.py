@@ -237,6 +237,8 @@ class Parser(argparse.ArgumentParser):
             shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
             self.error(f"{self.name} has no {name}; {shown} {'has' if len(found) == 1 else 'have'}")
         bare = name.lstrip("-\u2013\u2014")
+        if bare in self.subcommands:
+            self.error(f"{self.name} has no {name}; write {self.name} {bare}")
         for action in self._actions:
             if action.dest == bare and not action.option_strings:
                 self.error(f"{self.name} has no {name}; write {action.metavar} without it")
@@ -251,7 +253,8 @@ class Parser(argparse.ArgumentParser):
                 "HOST:PORT": bool(re.match(r".+:\d+$", word)),
                 "[HOST]:PORT": bool(re.match(r":\d+$", word)),
             }
-            if word in getattr(action, "words", ()) or metavars.get(_value_of(action)):
+            known = getattr(action, "words", ()) or action.choices or ()
+            if word in known if known else metavars.get(_value_of(action)):
                 hint = f"; did you mean {option} {word}?"
                 break
         self.error(f"{self.name} has no use for {word!r}{hint}")

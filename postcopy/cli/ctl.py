@@ -149,6 +149,8 @@ class CtlCommand:
                 return dict(data)
             elif kind == "migration-status" and self._is_it(data["machine"], data):
                 self._now |= {key: data.get(key) for key in ("status", "attempts")}
+                if data["status"] == "completed":
+                    self._now["ram"] = None  # as it was before: 3 % of it had been sent
                 if data["error"] and data["status"] == "connecting":
                     self._output.say(f"{data['machine']}: {data['error']}; trying again (attempt {data['attempts']})")
                 elif data["error"]:

@@ -72,20 +72,20 @@ class Process:
         self._popen = subprocess.Popen(list(command), bufsize=0, preexec_fn=die, **options)
         self.stdin, self.stdout, self.stderr = map(_stream, (self._popen.stdin, self._popen.stdout, self._popen.stderr))
         self.pid = self._popen.pid
-        self._pidfd = os.pidfd_open(self.pid)
-        self._one_waits = trio.Lock()
 
     @property
     def returncode(self) -> int | None:
         return self._popen.poll()
 
     async def wait(self) -> int:
-        async with self._one_waits:
-            while (status := self.returncode) is None:
-                await trio.lowlevel.wait_readable(self._pidfd)
-            if self._pidfd >= 0:
-                os.close(self._pidfd)
-                self._pidfd = -1
+        """Any number of tasks may."""
+        if (status := self.returncode) is None:
+            pidfd = os.pidfd_open(self.pid)
+            try:
+                while (status := self.returncode) is None:
+                    await trio.lowlevel.wait_readable(pidfd)
+            finally:
+                os.close(pidfd)
         return status
 
     def send_signal(self, number: signal.Signals) -> None:
@@ -231,6 +231,9 @@ def run(function: Callable[[*Ts], Awaitable[T]], *arguments: *Ts) -> T:
 
     async def cancelled_when_told(task_status: trio.TaskStatus[trio.CancelScope]) -> None:
         scope = trio.CancelScope()
+        if not numbers:  # of which Trio would make an error
+            task_status.started(scope)
+            return
         with trio.open_signal_receiver(*numbers) as received:
             task_status.started(scope)
             async for _ in received:

@@ -72,10 +72,12 @@ FIGURES = {
 }
 """The module that measures it, imported then, and what it is."""
 STUDIES = {
-    "scale": ("_scale", "how costs grow along six dimensions, as curves: three minutes", "--dimension memory"),
-    "migrate": ("_migrate", "all ways to migrate, by workload, as a table: seven minutes", "--policies demand,hybrid"),
+    "scale": ("_scale", "how costs grow along six dimensions, as curves: three minutes", "--dimension memory",
+              "as there is time"),
+    "migrate": ("_migrate", "all ways to migrate, by workload, as a table: seven minutes", "--policies demand,hybrid",
+                "1"),
 }
-"""Likewise, and how options are given."""
+"""Likewise, how options are given, and the default of `--rounds`."""
 # fmt: on
 QUICK = (
     "fault",
@@ -97,7 +99,8 @@ _BAR = 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The parser of each figure. What is not given is missing in what they return."""
-    _add_common(parser)
+    others = "; ".join(f"{name}: {rounds}" for name, (*_, rounds) in STUDIES.items())
+    _add_common(parser, f"{ROUNDS}, as compare needs; {others}")
     title = "figures (all but scale and migrate by default)"
     commands = parser.add_subparsers(dest="figure", metavar="FIGURE", title=title)
 
@@ -111,10 +114,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         figure.add_argument("more", nargs="*", type=another, metavar="FIGURE", help="another one")
         _add_common(figure)
     _add_common(add("quick", f"{', '.join(QUICK)}: some eight minutes", "--output today.jsonl"))
-    for name, (_, help, words) in STUDIES.items():
+    for name, (_, help, words, rounds) in STUDIES.items():
         study = add(name, help, words)
         _of(name, "add_arguments")(study)
-        _add_common(study)
+        _add_common(study, rounds)
     help = "not measured: what differs between two files that --output or --json has written"
     compare = add("compare", help, "a.jsonl b.jsonl --fail-above 10")
     for letter in "AB":
@@ -123,15 +126,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fail-above", type=argument(parse_percent), metavar="PERCENT",
         help="status 1 when a value of B is worse than in A by certainly more than that, or nothing can be told",
     )  # fmt: skip
-    compare.add_argument("--json", action="store_true", help="JSON lines: run, then one for each value")
+    compare.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS, help="JSON lines: run, then one for each value"
+    )
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_common(parser: argparse.ArgumentParser, rounds: str = f"{ROUNDS}, as compare needs") -> None:
     more: Any = {"default": argparse.SUPPRESS}
     # fmt: off
     parser.add_argument("--rounds", type=argument(parse_whole, 1, 1000), metavar="N", **more,
-                        help=f"repetitions, medians are shown (default: {ROUNDS}, as compare needs; migrate: 1; scale:"
-                        " as there is time)")
+                        help=f"repetitions, medians are shown (default: {rounds})")
     parser.add_argument("--within", type=argument(parse_seconds, 1, 1e6), metavar="SECONDS", **more,
                         help="end then: what has not been measured is left out")
     parser.add_argument("--json", action="store_true", **more, help="JSON lines: run, then one for each measurement")
@@ -147,7 +151,9 @@ def run(args: argparse.Namespace) -> int:
     if args.figure == "compare":
         from postcopy.testbed.bench import _compare
 
-        return _compare.run(args.A, args.B, given.get("fail_above"), args.json)
+        if unused := sorted({"rounds", "within", "output", "hdr"} & given.keys()):  # in front of its name
+            raise ConfigurationError(f"bench compare has no --{unused[0]}")
+        return _compare.run(args.A, args.B, given.get("fail_above"), "json" in given)
     asked = list(dict.fromkeys([args.figure, *given.get("more", ())])) if args.figure else []
     every = [*QUICK] if asked == ["quick"] else asked or [*FIGURES]
     names = [name for name in every if _can_be_measured(name, asked=name in asked)]
@@ -167,43 +173,50 @@ def run(args: argparse.Namespace) -> int:
 
     if "json" in given:
         print(lines[0], flush=True)
-    reached, interrupted = True, False
-    for name in names:
-        left_s = math.inf if "within" not in given else args.within - (time.monotonic() - began_s)
-        found = Found(write)
-        try:
-            if not _processes.run(_measure, name, given, found, left_s):
-                what = "is not all of it" if found.measurements else "is left out"
-                print(f"postcopy: warning: {name} {what}: {args.within:g} s are over", file=sys.stderr)
-        except MigrationError as error:  # the others are worth having
-            print(f"postcopy: error: {name}: {error}", file=sys.stderr)
-            reached = False
-        except KeyboardInterrupt:  # what was measured before is kept, however often one asks
-            interrupted = True
-        for measurement in found.measurements:
-            measurement.figure = name
-            reached &= measurement.reached is not False
-            write({"schema": VERSION, "event": "measurement"} | as_json(measurement))
-        if found.measurements and "json" not in given:
-            width = min(make_console(sys.stdout).width, MAX_WIDTH)
-            print((_of(name, "text") or text_of)(found.measurements, width), flush=True)
-        if interrupted:
-            break
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C, between two figures too
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+    reached = True
+    try:
+        for name in names:
+            left_s = math.inf if "within" not in given else args.within - (time.monotonic() - began_s)
+            found = Found(write)
+            try:
+                if not _processes.run(_measure, name, given, found, left_s):
+                    what = "is not all of it" if found.measurements else "is left out"
+                    print(f"postcopy: warning: {name} {what}: {args.within:g} s are over", file=sys.stderr)
+            except MigrationError as error:  # the others are worth having
+                print(f"postcopy: error: {name}: {error}", file=sys.stderr)
+                reached = False
+            finally:
+                for measurement in found.measurements:
+                    measurement.figure = name
+                    reached &= measurement.reached is not False
+                    write({"schema": VERSION, "event": "measurement"} | as_json(measurement))
+                if found.measurements and "json" not in given:
+                    width = min(make_console(sys.stdout).width, MAX_WIDTH)
+                    print((_of(name, "text") or text_of)(found.measurements, width), flush=True)
+    finally:  # what was measured is kept, whatever ends it
+        reached &= _keep(given, lines)
+    return 0 if reached else 1
+
+
+def _keep(given: Mapping[str, Any], lines: Sequence[str]) -> bool:
+    """Writes all files that were asked for. False, and it has been said, where the lines do not have what one needs."""
+    done = True
     if "output" in given:
-        write_output("--output", args.output, "".join(f"{line}\n" for line in lines))
+        write_output("--output", given["output"], "".join(f"{line}\n" for line in lines))
     if "hdr" in given:
         try:
-            write_hdr(args.hdr, intervals(map(json.loads, lines)))
-        except ConfigurationError as error:  # what was measured is worth having
+            write_hdr(given["hdr"], intervals(map(json.loads, lines)))
+        except ConfigurationError as error:
             print(f"postcopy: error: --hdr: {error}", file=sys.stderr)
-            reached = False
+            done = False
     if "report" in given:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # it takes a while
-        command = python("-m", "postcopy", "report", "-", "--output", args.report)
-        reached &= subprocess.run(command, input="\n".join(lines), text=True, check=False).returncode == 0
-    if interrupted:
-        raise KeyboardInterrupt
-    return 0 if reached else 1
+        command = python("-m", "postcopy", "report", "-", "--output", given["report"])
+        done &= subprocess.run(command, input="\n".join(lines), text=True, check=False).returncode == 0
+    return done
 
 
 def _of(figure: str, what: str) -> Any:

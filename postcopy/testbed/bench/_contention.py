@@ -50,7 +50,6 @@ def main(pending_faults: str, bulk: str) -> None:
     print(json.dumps({call: percentiles_us(histogram, 50, 99) for call, histogram in histograms.items()}))
 
 
-MAX_WIDTH = 107
 _LABELS, _NUMBERS = 26, 31  # characters of a line that are not its bar
 _PARTS = ("p50", "p99", "max")
 
@@ -87,7 +86,7 @@ def text_contention(measurements: Sequence[Measurement], width: int) -> str:
         bars.append((call, scene, [median[part] for part in _PARTS], measurement.result or 0.0))
     low = math.floor(math.log10(min(us[0] for _, _, us, _ in bars)))
     high = max(math.ceil(math.log10(max(us[2] for _, _, us, _ in bars))), low + 1)
-    longest = max(16, min(width, MAX_WIDTH) - _LABELS - _NUMBERS)
+    longest = max(16, width - _LABELS - _NUMBERS)
     first, last = f"{_time(low)} ", f" {_time(high)}"
     axis = first + "." * (longest - len(first) - len(last)) + last
     lines = [f"{'':<{_LABELS}}{axis:<{longest}}  {'p50 / p99 / max us':<23} ratio"]

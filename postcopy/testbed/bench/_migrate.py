@@ -287,7 +287,8 @@ def conditions(plan: Plan, cells: Sequence[Cell]) -> Measurement:
         f" {plan.window_s:g} s. The guest, both sides and the network between them share {count}"
     )
     if busy:
-        said += f", of which {min(busy):.1f} to {max(busy):.1f} were busy in a cell, on average"
+        least, most = (f"{used:.1f}" for used in (min(busy), max(busy)))
+        said += f", of which {least if least == most else f'{least} to {most}'} were busy in a cell, on average"
     if busy and max(busy) > SATURATED * cpus:
         said += ": latencies, dips and times back to 90 % hold waits for a processor too"
     return Measurement(

@@ -85,9 +85,14 @@ async def test_progress_of_a_migration(capsys: pytest.CaptureFixture[str]) -> No
         ("progress", {"side": "daemon", "machines": machines}),
         ("migration-status", OF | {"status": "postcopy-active"}),
         ("migration-status", OF | {"status": "postcopy-paused", "error": "the cable is out"}),
+        ("migration-status", OF | {"status": "completed"}),
         ("migration-ended", OF | ENDED),
     )
     lines = text.splitlines()
+    # (what was counted before is not all of it)
+    assert [line.partition("; time:")[0] for line in lines if "completed" in line] == [
+        "one: completed; the machine runs at the destination"
+    ]
     assert lines[0].startswith("one: connecting to the destination; time: ")
     assert any(
         line.startswith("one: sending pages; the machine runs at the destination; memory: 25 %, 16 MiB of 64 MiB;")

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,47 @@ def test_what_was_measured_before_ctrl_c_is_written(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_what_was_measured_is_written_when_it_is_ended_between_two_figures(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def measure_fault(rounds: int) -> list[Measurement]:
+        return [ratio("a fault", [{"p50": 2.0}] * rounds, "p50", None, 2.5)]
+
+    def text_of(measurements: Sequence[Measurement], width: int) -> str:
+        signal.raise_signal(number)
+        return ""
+
+    monkeypatch.setattr("postcopy.testbed.bench._fault.measure_fault", measure_fault)
+    monkeypatch.setattr("postcopy.testbed.bench.text_of", text_of)
+    path = tmp_path / "x.jsonl"
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        assert main(["bench", "fault", "rv64", "--output", str(path)]) == 1
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["run", "measurement"]
+
+
+def test_what_was_measured_before_an_error_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever it is: minutes of measuring are worth more than the last figure."""
+
+    async def measure_fault(rounds: int) -> list[Measurement]:
+        return [ratio("a fault", [{"p50": 2.0}] * rounds, "p50", None, 2.5)]
+
+    async def measure_rv64(rounds: int) -> list[Measurement]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("postcopy.testbed.bench._fault.measure_fault", measure_fault)
+    monkeypatch.setattr("postcopy.testbed.bench._machine.measure_rv64", measure_rv64)
+    path = tmp_path / "x.jsonl"
+    assert main(["bench", "fault", "rv64", "--output", str(path)]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["run", "measurement"]
+
+
 def test_options_that_make_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
     for words, complaint in (
         (("fault", "--output", "/nonexistent/x"), "directory /nonexistent does not exist"),
@@ -234,6 +276,10 @@ def test_options_that_make_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
         (("falt",), "unknown figure 'falt'; did you mean fault?"),
         (("compare", "a.jsonl"), "bench compare needs B.jsonl"),
         (("compare", "a.jsonl", "b.jsonl", "--rounds", "3"), "bench compare has no --rounds"),
+        (("--rounds", "3", "compare", "a.jsonl", "b.jsonl"), "bench compare has no --rounds"),
+        (("--quick",), "bench has no --quick; write bench quick"),
+        (("scale", "migrate"), "bench scale has no use for 'migrate' ("),
+        (("scale", "memory"), "did you mean --dimension memory?"),
     ):
         assert main(["bench", *words]) == 2
         assert complaint in capsys.readouterr().err

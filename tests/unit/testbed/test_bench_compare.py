@@ -208,8 +208,13 @@ class TestCommand:
                 lines.append(line | {"event": "migration-ended", "downtime-ms": downtime, "total-ms": 9.0})
             lines.append(lines[0] | {"migration-id": "x", "status": "failed", "downtime-ms": 1e6})
             (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-        assert main(["bench", "compare", str(tmp_path / "a"), str(tmp_path / "b"), "--json"]) == 0
-        _, *lines = map(json.loads, capsys.readouterr().out.splitlines())
+        files = [str(tmp_path / "a"), str(tmp_path / "b")]
+        printed = []
+        for words in (["--json", "compare", *files], ["compare", *files, "--json"]):
+            assert main(["bench", *words]) == 0
+            printed.append([json.loads(line) for line in capsys.readouterr().out.splitlines()][1:])
+        assert printed[0] == printed[1]
+        lines = printed[0]
         found = {line["name"]: line for line in lines}
         assert set(found) == {"migration: downtime", "migration: total time", "migration: fault p50"}
         assert found["migration: downtime"]["rounds-before"] == 5

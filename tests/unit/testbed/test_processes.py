@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
 
 from postcopy.testbed import _linux, _processes
 
@@ -54,6 +56,22 @@ def test_a_command_that_is_ended_ends_its_children(number: signal.Signals) -> No
     assert not Path(f"/proc/{child}").exists()
 
 
+def test_a_command_may_ignore_all_signals() -> None:
+    """As one that was started with `trap "" INT TERM HUP`."""
+
+    async def work() -> int:
+        return 3
+
+    before = {
+        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        assert _processes.run(work) == 3
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_a_command_that_is_killed_takes_its_children_with_it() -> None:
     """As a demo that was killed before its machine has moved: its destination listened for ever."""
     with subprocess.Popen([sys.executable, "-P", "-c", COMMAND], stdout=subprocess.PIPE, text=True) as process:
@@ -70,3 +88,33 @@ def test_a_command_that_is_killed_takes_its_children_with_it() -> None:
 async def test_what_a_command_has_written() -> None:
     done = await _processes.run_captured(["sh", "-c", "echo said; echo failed >&2; exit 3"])
     assert (done.returncode, done.stdout, done.stderr) == (3, b"said\n", b"failed\n")
+
+
+async def test_no_descriptor_is_left_of_a_child() -> None:
+    """Of one that had ended before it was to end: there was one for each measurement of `bench`."""
+
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    async with _processes.open_child(["true"]):
+        pass  # what Trio needs is there
+    before = descriptors()
+    for _ in range(3):
+        async with _processes.open_child(["true"]) as child:
+            assert not await child.line()
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # noqa: ASYNC222 -- it has closed its output
+    assert descriptors() == before
+
+
+async def test_several_wait_for_a_process() -> None:
+    """And one who waits no longer is no harm to the others."""
+    async with _processes.open_child(["cat"], stdin=subprocess.PIPE) as child, trio.open_nursery() as nursery:
+        with trio.move_on_after(0.01) as scope:
+            await child.process.wait()
+        assert scope.cancelled_caught
+        nursery.start_soon(child.process.wait)
+        nursery.start_soon(child.process.wait)
+        await trio.testing.wait_all_tasks_blocked()
+        assert child.process.stdin is not None
+        await child.process.stdin.aclose()
+    assert child.process.returncode == 0
