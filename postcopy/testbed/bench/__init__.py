@@ -189,13 +189,19 @@ def run(args: argparse.Namespace) -> int:
             print((_of(name, "text") or text_of)(found.measurements, width), flush=True)
         if interrupted:
             break
+    # What was measured is worth having, wherever there is room for it.
     if "output" in given:
-        write_output("--output", args.output, "".join(f"{line}\n" for line in lines))
+        try:
+            write_output("--output", args.output, "".join(f"{line}\n" for line in lines))
+        except ResourceError as error:
+            print(f"postcopy: error: {error}", file=sys.stderr)
+            reached = False
     if "hdr" in given:
         try:
             write_hdr(args.hdr, intervals(map(json.loads, lines)))
-        except ConfigurationError as error:  # what was measured is worth having
-            print(f"postcopy: error: --hdr: {error}", file=sys.stderr)
+        except (ConfigurationError, ResourceError) as error:
+            option = "--hdr: " if isinstance(error, ConfigurationError) else ""
+            print(f"postcopy: error: {option}{error}", file=sys.stderr)
             reached = False
     if "report" in given:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # it takes a while
