@@ -181,8 +181,8 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
 
 
 def shortage(error: BaseException | None) -> ResourceError | None:
-    """The `ResourceError` for an error, or a group of them, that only says that memory, threads, descriptors or an
-    installed package are missing, itself or as the cause of another one. None for any other."""
+    """The `ResourceError` for an error, or a group of them, that only says that memory, threads, descriptors, room for
+    temporary files or an installed package are missing, itself or as the cause of another one. None for any other."""
     if isinstance(error, BaseExceptionGroup):
         found = [shortage(each) for each in leaves(error)]
         return found[0] if all(found) else None
@@ -192,6 +192,11 @@ def shortage(error: BaseException | None) -> ResourceError | None:
         return out_of_files(error.errno or 0)
     if isinstance(error, RuntimeError) and "start new thread" in str(error):  # CPython has no class for it
         return ResourceError("no thread can be started", "allow this user, or its control group, more processes")
+    if isinstance(error, FileNotFoundError) and "usable temporary directory" in str(error):  # nor for this
+        return ResourceError(
+            f"temporary files cannot be written: {error.strerror}",
+            "make room there, or set TMPDIR to a directory that this user may write to",
+        )
     if error is None:
         return None
     return missing_package(error) or shortage(error.__cause__)

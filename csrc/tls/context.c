@@ -89,7 +89,9 @@ static int each_certificate(const void *pem, size_t bytes, SSL_CTX *openssl, boo
         count = take(openssl, certificate, count) ? count + 1 : -1;
     if (text)
         pc_openssl.BIO_free(text);
-    if (count > 0 && ERR_GET_REASON(pc_openssl.ERR_peek_last_error()) != PEM_R_NO_START_LINE)
+    if (count <= 0) /* and why is in the queue of errors */
+        return count;
+    if (ERR_GET_REASON(pc_openssl.ERR_peek_last_error()) != PEM_R_NO_START_LINE)
         return -1; /* it ended for another reason than its end */
     pc_openssl.ERR_clear_error();
     return count;

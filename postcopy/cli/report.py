@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     if directory is not None and not os.path.isdir(directory):
         raise ConfigurationError(f"--svg {directory}: no such directory; make it first")
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it keeps its cache of fonts is nobody's concern
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's are of no use here; with little memory they crash
     try:  # only now: a second of processor time
         from postcopy.report import Reader, draw, pictures
     except (ImportError, AttributeError, ValueError) as error:  # its parts do not fit, or MPLBACKEND is none

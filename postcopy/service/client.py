@@ -143,11 +143,16 @@ class ControlClient:
         return value
 
     def _check(self, what: str, value: Json, kinds: Iterable[type[Record]]) -> None:
-        """That it is of one of these kinds; of none there may be anything."""
+        """That it is of one of these kinds; of none there may be anything. Fields of the other kinds are taken out:
+        who shows it tells by them which one it is."""
         problem: ValidationError | None = None
-        for kind in kinds if self._checks else ():
+        kinds = list(kinds) if self._checks else []
+        for kind in kinds:
             try:
                 convert(value, kind)
+                known = {name for other in kinds for name in other.__struct_encode_fields__}
+                for name in known.difference(kind.__struct_encode_fields__):
+                    value.pop(name, None)
                 return
             except ValidationError as error:
                 problem = error

@@ -22,7 +22,7 @@ import secrets
 import shlex
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -188,6 +188,7 @@ def issue(
             (f"{role}-cert.pem", certificate.public_bytes(Encoding.PEM), 0o644),
         ]
         issued.append(_describe(directory / f"{role}-cert.pem", certificate))
+    made = not directory.exists()
     try:
         directory.mkdir(mode=0o755, exist_ok=True)
         if not _trusts(directory / CA_CERT, ca):
@@ -199,6 +200,9 @@ def issue(
     except BlockingIOError as error:
         raise ConfigurationError(f"{out}: another process issues certificates into this directory") from error
     except OSError as error:
+        if made:
+            with suppress(OSError):  # it was not, or another process has something there by now
+                directory.rmdir()
         raise ConfigurationError(f"{out}: {explain_unwritable(error, str(out))}") from error
     return issued
 

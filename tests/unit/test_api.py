@@ -7,6 +7,7 @@ import ast
 import asyncio
 import re
 import subprocess
+import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,18 @@ def test_each_package_is_named_with_what_installs_it() -> None:
     assert missing_package(ModuleNotFoundError("", name="numpy")) is None
     assert missing_package(ImportError("", name="trio")) is None
     assert shortage(ExceptionGroup("", [ModuleNotFoundError("", name="rich")])) is not None
+
+
+def test_no_room_for_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose file systems are read-only: no traceback."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/none"])
+    with pytest.raises(FileNotFoundError) as caught:
+        tempfile.gettempdir()
+    found = shortage(ExceptionGroup("", [caught.value]))
+    assert str(found).startswith("temporary files cannot be written: No usable temporary directory found in")
+    assert "TMPDIR" in str(found)
+    assert shortage(FileNotFoundError(2, "No such file or directory", "x")) is None
 
 
 def test_all_that_pyproject_names_is_known() -> None:

@@ -10,7 +10,7 @@ import tempfile
 from postcopy._fd import FdHolder
 from postcopy._files import absolute
 from postcopy._native import lib
-from postcopy.errors import ConfigurationError, ErrorLine, ProtocolError
+from postcopy.errors import ConfigurationError, ErrorLine, ProtocolError, ResourceError, shortage
 from postcopy.units import format_size
 
 
@@ -25,7 +25,12 @@ class Disk:
         self.size_bytes = size_bytes
         self._temporary = path is None
         if path is None:
-            fd, path = tempfile.mkstemp(prefix="postcopy-disk-", suffix=".img")
+            try:
+                fd, path = tempfile.mkstemp(prefix="postcopy-disk-", suffix=".img")
+            except OSError as error:  # which is no mistake of a daemon's that was asked for one
+                raise shortage(error) or ResourceError(
+                    f"no file for a disk: {error}", "name one: --disk FILE"
+                ) from error
             os.close(fd)
         self.path = absolute(path)
         line = ErrorLine()

@@ -145,7 +145,7 @@ def _add_common(parser: argparse.ArgumentParser, rounds: str = f"{ROUNDS}, as co
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when every figure was measured and kept to its target, 1 otherwise. `ConfigurationError` for what was asked
+    """0 when what was measured kept to its targets, 1 otherwise, and where that is nothing. `ConfigurationError` for what was asked
     wrongly, `ResourceError` for what this host lacks."""
     given = vars(args)
     if args.figure == "compare":
@@ -198,20 +198,26 @@ def run(args: argparse.Namespace) -> int:
                     print((_of(name, "text") or text_of)(found.measurements, width), flush=True)
     finally:  # what was measured is kept, whatever ends it
         reached &= _keep(given, lines)
-    return 0 if reached else 1
+    return 0 if reached and len(lines) > 1 else 1  # (there may have been no time for any)
 
 
 def _keep(given: Mapping[str, Any], lines: Sequence[str]) -> bool:
-    """Writes all files that were asked for. False, and it has been said, where the lines do not have what one needs."""
+    """Writes all files that were asked for. False, and it has been said, where one cannot be written, or the lines do
+    not have what it needs: the others are worth having."""
     done = True
-    if "output" in given:
-        write_output("--output", given["output"], "".join(f"{line}\n" for line in lines))
-    if "hdr" in given:
-        try:
+    try:
+        if "output" in given:
+            write_output("--output", given["output"], "".join(f"{line}\n" for line in lines))
+    except ResourceError as error:
+        print(f"postcopy: error: {error}", file=sys.stderr)
+        done = False
+    try:
+        if "hdr" in given:
             write_hdr(given["hdr"], intervals(map(json.loads, lines)))
-        except ConfigurationError as error:
-            print(f"postcopy: error: --hdr: {error}", file=sys.stderr)
-            done = False
+    except (ConfigurationError, ResourceError) as error:
+        option = "--hdr: " if isinstance(error, ConfigurationError) else ""
+        print(f"postcopy: error: {option}{error}", file=sys.stderr)
+        done = False
     if "report" in given:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # it takes a while
         command = python("-m", "postcopy", "report", "-", "--output", given["report"])

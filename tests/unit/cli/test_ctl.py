@@ -277,6 +277,16 @@ async def test_answers_that_are_none(tmp_path: Path, request_: str, answer: dict
             await ask(path, request_, to="a:1", kind="rv64")
 
 
+async def test_one_that_is_of_two_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a daemon, with what a pager has: by that it would be taken for one, and shown as one, which it is not."""
+    path = str(tmp_path / "socket")
+    async with answering(path, {"return": STATUS | {"vms": [{"name": "x"}], "added": "since"}}):
+        await ask(path, "status")
+        async with ControlClient.open(path, checks=True) as client:
+            assert (await client.execute("status")).keys() == {*STATUS, "added"}
+    assert "daemon" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("event", "problem"),
     [

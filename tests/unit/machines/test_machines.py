@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from postcopy.machines import BlockLayout, Machine
 from postcopy.machines import kinds as machines
 from postcopy.machines.image import ImageMachine
 from postcopy.machines.kinds import HostOptions, MachineOptions, create_destination, create_source
+from postcopy.machines.toy.disk import Disk
 from postcopy.memory import Memory, page_bytes_of
 
 PAGE = page_bytes_of("memfd")
@@ -300,3 +302,14 @@ def test_a_failed_creation_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ResourceError, match="no more"):
         create_source("kvm", MachineOptions(memory_bytes=16 * MIB))
     assert made[0].closed
+
+
+def test_no_room_for_a_disk_that_is_temporary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error for a person: a daemon that was asked for such a machine has made no mistake."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/none"])
+    with pytest.raises(ResourceError, match="set TMPDIR"):
+        Disk(None, 1 << 20)
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/none")
+    with pytest.raises(ResourceError, match="name one: --disk FILE"):
+        Disk(None, 1 << 20)

@@ -183,6 +183,27 @@ def test_what_is_not_measured_in_time_is_left_out(
     assert "--hdr: no line has a distribution" in said.err
 
 
+def test_where_there_is_no_room_for_one_file_there_may_be_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+
+    async def measure_fault(rounds: int) -> list[Measurement]:
+        gone.rmdir()  # while it is measured, as a disk fills
+        waits = Histogram()
+        waits.add(1000)
+        return [ratio("a fault", [{"p50": 2.0}] * rounds, "p50", None, 2.5, distributions={"a": distribution(waits)})]
+
+    monkeypatch.setattr("postcopy.testbed.bench._fault.measure_fault", measure_fault)
+    log = tmp_path / "x.hlog"
+    assert main(["bench", "fault", "--output", str(gone / "x"), "--hdr", str(log)]) == 1
+    assert capsys.readouterr().err == (
+        f"postcopy: error: --output {gone}/x: directory {gone} does not exist (remedy: name another file)\n"
+    )
+    assert log.exists()
+
+
 def test_what_was_measured_before_ctrl_c_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

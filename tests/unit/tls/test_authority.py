@@ -219,6 +219,10 @@ class TestRenewal:
         with pytest.raises(ConfigurationError, match="No space left"):
             issue(ca, HOSTS, host)
         assert before == {path.name: path.read_bytes() for path in host.iterdir()}
+        calls = 0
+        with pytest.raises(ConfigurationError, match="No space left"):
+            issue(ca, HOSTS, host.with_name("new"))
+        assert not host.with_name("new").exists()
 
 
 class TestAuthority:
