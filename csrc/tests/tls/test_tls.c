@@ -305,6 +305,7 @@ static void bad_credentials_are_named(void)
                                     cases[i].key.text, cases[i].key.bytes, &context, line, sizeof(line)), -EINVAL);
         if (strncmp(line, cases[i].why, strlen(cases[i].why)))
             FAIL("\"%s\" does not begin with \"%s\"", line, cases[i].why);
+        CHECK(!strstr(line, "no reason given"));
     }
     free(ca.text), free(certificate.text), free(key.text), free(other.text), free(locked.text);
     close_site(&site);

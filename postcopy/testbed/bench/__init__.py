@@ -145,8 +145,8 @@ def _add_common(parser: argparse.ArgumentParser, rounds: str = f"{ROUNDS}, as co
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when what was measured kept to its targets, 1 otherwise, and where that is nothing. `ConfigurationError` for what was asked
-    wrongly, `ResourceError` for what this host lacks."""
+    """0 when what was measured kept to its targets, 1 otherwise, and where that is nothing. `ConfigurationError` for
+    what was asked wrongly, `ResourceError` for what this host lacks."""
     given = vars(args)
     if args.figure == "compare":
         from postcopy.testbed.bench import _compare

@@ -177,6 +177,8 @@ def test_what_is_not_measured_in_time_is_left_out(
     assert [line.split()[2] for line in said.err.splitlines()] == ["rv64", "dirty"]
     began, line = map(parse_line, path.read_text().splitlines())
     assert (began["event"], line["name"]) == ("run", "a fault")
+    assert main(["bench", "rv64", "--within", "1"]) == 1  # nothing is
+    capsys.readouterr()
     assert main(["bench", "fault", "--hdr", str(tmp_path / "x.hlog")]) == 1  # measured, but it has no distribution
     said = capsys.readouterr()
     assert "a fault" in said.out
