@@ -448,7 +448,7 @@ def test_c_tests_that_fail_twice_or_are_many_have_failed(tmp_path: Path) -> None
     status, said, unstable = _ctest(tmp_path, bad="exit 1", chance="set -- chance; once")
     assert (status, unstable) == (8, ""), said
     assert "once more, alone: bad chance" in said
-    status, said, unstable = _ctest(tmp_path, **{f"test{i}": f"set -- test{i}; once" for i in range(3)})
+    status, said, unstable = _ctest(tmp_path, **{f"test{i}": f"set -- test{i}; once" for i in range(4)})
     assert (status, unstable) == (8, ""), said
     assert "once more" not in said
 

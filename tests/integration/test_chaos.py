@@ -47,7 +47,7 @@ def test_machines(side: Start, workload: str, plan: str) -> None:
 
 
 @pytest.mark.needs("uffd-user")
-@pytest.mark.parametrize("plan", ["cut", "corrupt:every=0.2..0.3", "cut:ways=truncate,every=0.1..0.2", "split", "slow"])
+@pytest.mark.parametrize("plan", ["cut", "corrupt:every=0.1..0.2", "cut:ways=truncate,every=0.1..0.2", "split", "slow"])
 def test_image(side: Start, tmp_path: Path, plan: str) -> None:
     """Also a network that only delays and splits, from the first byte on."""
     image, copy = tmp_path / "image", tmp_path / "copy"

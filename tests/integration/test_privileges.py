@@ -26,10 +26,12 @@ def status_of(pid: int) -> dict[str, list[str]]:
 
 def assert_nothing_left(pid: int, uid: int, gid: int, groups: set[int]) -> None:
     """Of every thread: user and groups are what was asked for, and no capability is held or can be had again."""
-    tasks = os.listdir(f"/proc/{pid}/task")
-    assert tasks
-    for task in tasks:
-        status = status_of(int(task))
+    assert status_of(pid)
+    for task in os.listdir(f"/proc/{pid}/task"):
+        try:
+            status = status_of(int(task))
+        except (FileNotFoundError, ProcessLookupError):  # a thread that has ended since
+            continue
         assert status["Uid"] == [str(uid)] * 4
         assert status["Gid"] == [str(gid)] * 4
         assert set(map(int, status["Groups"])) == groups
