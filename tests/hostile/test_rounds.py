@@ -208,9 +208,9 @@ def runs_too_long(source: Source) -> None:
 
 
 def two_rounds_at_once(source: Source) -> None:
-    """Where the first one was answered before the second had come, it is the third that is wrong."""
-    for number in (1, 2, 2):
-        source.control.say("round", number=number, maps=stale_maps(source), pushed=False)
+    with source.control.line.at_once():
+        for number in (1, 2):
+            source.control.say("round", number=number, maps=stale_maps(source), pushed=False)
 
 
 def commit_at_once(source: Source) -> None:
@@ -218,8 +218,9 @@ def commit_at_once(source: Source) -> None:
 
 
 def switchover_in_a_round(source: Source) -> None:
-    source.control.say("round", number=1, maps=stale_maps(source), pushed=False)
-    source.control.say("switchover", state=source.machine.state, maps=0, whole=False)
+    with source.control.line.at_once():
+        source.control.say("round", number=1, maps=stale_maps(source), pushed=False)
+        source.control.say("switchover", state=source.machine.state, maps=0, whole=False)
 
 
 def switchover_with_other_maps(source: Source) -> None:

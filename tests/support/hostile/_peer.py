@@ -95,6 +95,7 @@ class Line:
         self.sock = sock
         self.version = version
         self._sending = threading.Lock()
+        self._held: bytearray | None = None
 
     @classmethod
     def open(cls, address: Address, version: int) -> Line:
@@ -104,9 +105,22 @@ class Line:
     def send(self, data: bytes) -> None:
         try:
             with self._sending:
-                self.sock.sendall(data)
+                if self._held is None:
+                    self.sock.sendall(data)
+                else:
+                    self._held += data
         except (BrokenPipeError, ConnectionResetError, ConnectionAbortedError) as error:
             raise Closed(str(error)) from error
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """What is sent meanwhile goes in one piece: the program has all of it before it can answer the first."""
+        self._held = bytearray()
+        try:
+            yield
+        finally:
+            held, self._held = self._held, None
+            self.send(bytes(held))
 
     def say(self, kind: str, **fields: Any) -> None:
         self.send(wire.message(kind, {key.replace("_", "-"): value for key, value in fields.items()}))
