@@ -34,6 +34,8 @@ from postcopy.memory import DirtyLog, Memory, page_bytes_of
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.destination import AnyPager
 
+pytestmark = pytest.mark.slow
+
 PAGE = page_bytes_of("memfd")
 
 PAGERS: dict[str, Callable[[], AnyPager]] = {"thread": Pager, "process": ProcessPager}
@@ -477,7 +479,6 @@ def test_case(passes: Passes, where: str, case: Callable[..., Any]) -> None:
     passes(case, where)
 
 
-@pytest.mark.slow
 @pytest.mark.needs("uffd", "uffd-poison")
 @pytest.mark.parametrize("where", PAGERS)
 def test_what_never_comes_is_never_zeros(run_in_child: Callable[..., Any], passes: Passes, where: str) -> None:

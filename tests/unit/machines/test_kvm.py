@@ -23,7 +23,7 @@ from postcopy.machines.toy import machine as toy
 from postcopy.machines.toy.machine import WORKLOADS
 
 MIB = 1 << 20
-pytestmark = pytest.mark.needs("kvm", "uffd")
+pytestmark = [pytest.mark.needs("kvm", "uffd"), pytest.mark.slow]
 
 
 @asynccontextmanager

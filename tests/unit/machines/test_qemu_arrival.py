@@ -37,7 +37,7 @@ from postcopy.service.options import QEMU as QEMU_OPTION
 from postcopy.testbed.qemu import Qemu, command_line
 from postcopy.uffd import PageFault, Userfaultfd
 
-pytestmark = pytest.mark.needs("qemu", "uffd")
+pytestmark = [pytest.mark.needs("qemu", "uffd"), pytest.mark.slow]
 
 PAGE = 4096
 MIB = 32

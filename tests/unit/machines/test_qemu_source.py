@@ -26,6 +26,8 @@ from postcopy.machines.qemu.source import QemuMachine
 from postcopy.machines.qemu.twin import command_line_of, twin
 from postcopy.migration.source import RESUME_TIMEOUT_S
 
+pytestmark = pytest.mark.slow
+
 BOUND_S = 30.0
 PAGE = os.sysconf("SC_PAGE_SIZE")
 SET_UP = ["migrate-set-capabilities", "migrate-set-parameters", "getfd", "migrate"]

@@ -43,6 +43,8 @@ from tests.unit.migration._engines import (
     running,
 )
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 
 # ---- the policy

@@ -44,6 +44,8 @@ from postcopy.service.schema import ControlError, Request, parse_arguments
 from postcopy.service.service import Phase
 from postcopy.wire import Block, Offer, SourceProtocol, State
 
+pytestmark = pytest.mark.slow
+
 DEADLINE_S = 40.0
 MIB = 1 << 20
 SMALL = MachineOptions(memory_bytes=16 * MIB, vcpus=1, workload="random", used_memory_bytes=1 * MIB)

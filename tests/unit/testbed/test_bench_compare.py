@@ -22,6 +22,8 @@ from postcopy.testbed.bench import _read
 from postcopy.testbed.bench._common import ratio
 from postcopy.testbed.bench._compare import LEVEL, MIN_ROUNDS, interval, resampled_medians
 
+pytestmark = pytest.mark.slow
+
 Draw = Callable[[random.Random], float]
 SHAPES: dict[str, Draw] = {
     "quiet": lambda chance: 100 * chance.lognormvariate(0, 0.03),

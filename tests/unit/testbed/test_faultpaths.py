@@ -43,6 +43,8 @@ from postcopy.testbed.faultpaths._model import (
 )
 from postcopy.testbed.faultpaths._system import System
 
+pytestmark = pytest.mark.slow
+
 LOAD = Operation("user.load", "user", "a load <in> user code")
 READ = Operation("pin.odirect_read", "pin", "read(2) of an O_DIRECT file", flags=(Flag.WRITES, Flag.NEEDS_DIR))
 FORK = Operation("nofault.fork", "nofault", "fork", modes=(Mode.MISSING,), flags=(Flag.NOFAULT,))

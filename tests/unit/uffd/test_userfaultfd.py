@@ -35,7 +35,7 @@ from postcopy.uffd import (
 PAGE = int(lib.pc_page_bytes())
 MISSING = RegisterMode.MISSING
 
-pytestmark = pytest.mark.needs("uffd-user")
+pytestmark = [pytest.mark.needs("uffd-user"), pytest.mark.slow]
 
 
 def content(number: int) -> bytes:
@@ -512,7 +512,6 @@ def test_poison_kills_who_touches_it(run_in_child: Callable[..., Any]) -> None:
     assert run_in_child(touch_poison).returncode == -signal.SIGBUS
 
 
-@pytest.mark.slow
 @pytest.mark.needs("uffd-user")
 def test_churn_of_64_userfaultfds(run_in_child: Callable[..., Any]) -> None:
     child = run_in_child(churn, 64, 2.0, deadline_s=90)
