@@ -228,13 +228,18 @@ class TestKvm:
         ]
         assert all(line["recording"]["series"]["precopied"][-1] for line in (told[0], told[-1]))
 
-    def test_called_again(self, side: Start) -> None:
-        """The same by a destination that calls: each attempt is told, and that it has ended only once."""
+    def source_killed_in_a_round(self, side: Start, *options: str) -> tuple[Any, Any]:
+        """And a destination that calls it."""
         slowly = ("--precopy", "auto", "--max-bandwidth", "1MiB/s", "--migrate-after", "0")
         source = side(*KVM, "--workload", "random", "--listen", "127.0.0.1:0", *slowly)
-        dest = side("dest", "--json", "--connect", source.address, "--run-for", "0.1")
+        dest = side("dest", "--json", "--connect", source.address, *options)
         source.wait_for("rounds", lambda line: (line.get("ram") or {}).get("iteration"))
         source.signal(signal.SIGKILL)
+        return source, dest
+
+    def test_called_again(self, side: Start) -> None:
+        """The same by a destination that calls: each attempt is told, and that it has ended only once."""
+        source, dest = self.source_killed_in_a_round(side, "--run-for", "0.1")
         dest.wait_for_errors("which is called again")
         last = side(*KVM, "--workload", "random", "--listen", source.address, "--migrate-after", "0")
         for one in (dest, last):
@@ -246,11 +251,7 @@ class TestKvm:
 
     def test_called_in_vain(self, side: Start) -> None:
         """Its source does not come back: the migration has ended all the same."""
-        slowly = ("--precopy", "auto", "--max-bandwidth", "1MiB/s", "--migrate-after", "0")
-        source = side(*KVM, "--workload", "random", "--listen", "127.0.0.1:0", *slowly)
-        dest = side("dest", "--json", "--connect", source.address, "--recover-for", "0.3")
-        source.wait_for("rounds", lambda line: (line.get("ram") or {}).get("iteration"))
-        source.signal(signal.SIGKILL)
+        _, dest = self.source_killed_in_a_round(side, "--recover-for", "0.3")
         status, result, errors = dest.end()
         assert (status, result["status"]) == (1, "failed"), errors
         assert "not reached again" in result["error"]
