@@ -10,8 +10,8 @@ test or of what it tests, and is to be mended; its name is added to the log, whi
 nothing about the change that is being tested, though, which is why it does not fail the run. One that fails twice does,
 and so do more than `MOST` at a time.
 
-What a sanitizer has reported is never a chance, however seldom it happens: there is no second run then. A leak in a
-case that had ended at a failed CHECK is no report: nothing was freed and no thread was joined after that.
+What a sanitizer has reported in a C test is never a chance, however seldom it happens: there is no second run then. A
+leak in a case that had ended at a failed CHECK is no report: nothing was freed and no thread was joined after that.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def run_ctest(command: list[str], scratch: Path) -> tuple[int, dict[str, list[st
         if found := next(reports(output), None):
             print(f"==> {name}: not run once more: a sanitizer's report is never a chance: {found}", flush=True)
             return status, {}
-    return status, {name: [*command, "--tests-regex", f"^{re.escape(name)}$"] for name in failed}
+    return status, {name: [*command, "--no-tests=error", "--tests-regex", f"^{re.escape(name)}$"] for name in failed}
 
 
 def main(log: Path, command: list[str]) -> int:

@@ -178,6 +178,7 @@ static void wait_stalled(const struct rig *rig, int served)
     do {
         before = server_stats(rig).sent_pages;
         (void)nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL);
+        CHECK(!(room.revents & (POLLERR | POLLHUP | POLLNVAL)));
     } while (CHECK_SYS(poll(&room, 1, 0)) || !before || server_stats(rig).sent_pages != before);
 }
 

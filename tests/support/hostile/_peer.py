@@ -115,12 +115,14 @@ class Line:
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
         """What is sent meanwhile goes in one piece: the program has all of it before it can answer the first."""
-        self._held = bytearray()
+        with self._sending:
+            self._held = bytearray()
         try:
             yield
         finally:
-            held, self._held = self._held, None
-            self.send(bytes(held))
+            with self._sending:
+                held, self._held = self._held, None
+        self.send(bytes(held))
 
     def say(self, kind: str, **fields: Any) -> None:
         self.send(wire.message(kind, {key.replace("_", "-"): value for key, value in fields.items()}))
