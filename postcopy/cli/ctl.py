@@ -128,8 +128,12 @@ class CtlCommand:
         if status != "completed":
             raise MigrationError(f"{name} has not moved: {status}{': ' + ended['error'] if ended['error'] else ''}")
         if not self._json:
-            times = (format_duration(ended[key] / 1e3) for key in ("downtime-ms", "total-ms"))
-            self._print("{} has moved to {}: downtime {}, total time {}".format(name, ended.get("peer"), *times))
+            times = (
+                f"{what} {format_duration(ended[key] / 1e3)}"
+                for what, key in (("downtime", "downtime-ms"), ("total time", "total-ms"))
+                if key in ended  # else the destination has told the end of it alone
+            )
+            self._print(f"{name} has moved to {ended.get('peer')}: {', '.join(times) or 'its times are not known'}")
         return True
 
     async def _until_ended(self, client: ControlClient) -> Json:

@@ -49,7 +49,7 @@ from postcopy.migration.ahead import Ahead
 from postcopy.migration.connection import HEARTBEAT_S, MISSED_HEARTBEATS, STEP_TIMEOUT_S, Control
 from postcopy.migration.engine import Engine
 from postcopy.migration.maps import digest_of, receive_maps, send_maps
-from postcopy.migration.statistics import Breakdown, Latency, Statistics, natural
+from postcopy.migration.statistics import Breakdown, Latency, Statistics
 from postcopy.migration.tasks import explained, now_ns
 from postcopy.net import Link, OpenChannels, Session
 from postcopy.tls import DataChannel
@@ -384,8 +384,6 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         stats = self.statistics().to_wire() | {"breakdown": self.breakdown.to_wire()}
         await control.send(self._protocol.send(wire.Complete(stats)))
         acknowledgement = await control.receive(wire.CompleteAck, ACK_TIMEOUT_S)
-        self.downtime_ns = natural(acknowledgement.stats.get("downtime_ns"))
-        self.total_ns = natural(acknowledgement.stats.get("total_ns"))
         self.breakdown = self.breakdown.with_wire(acknowledgement.stats.get("breakdown"))
         self._of_source = acknowledgement.stats
         await self._ahead.record()

@@ -116,9 +116,8 @@ class Engine(abc.ABC, Generic[P, D]):
         self.recoveries = Recoveries()
         self.started_ns = now_ns()
         self.committed_ns = self.running_ns = self.completed_ns = self.ended_ns = 0  # when; 0: not yet
-        self.downtime_ns = self.total_ns = 0  # as the source has measured them
         self.iteration = 0  # rounds of precopy that were begun
-        self.breakdown = Breakdown()  # of `downtime_ns`; the peer's parts when the migration has completed
+        self.breakdown = Breakdown()  # of the downtime; the peer's parts when the migration has completed
         self._protocol: P = protocol
         self._link = link
         self._heartbeat_s = heartbeat_s
@@ -204,7 +203,7 @@ class Engine(abc.ABC, Generic[P, D]):
         """What has been counted; the last numbers when the data plane has ended."""
         if self._data is not None:
             self._counted = self._count(self._data)
-        counted = replace(self._counted, downtime_ns=self.downtime_ns, total_ns=self.total_ns)
+        counted = self._counted
         if counted.precopy_bytes is None and (transferred := counted.transferred_bytes) is not None:
             precopy = transferred if self._precopy_bytes is None else self._precopy_bytes
             counted = replace(counted, precopy_bytes=precopy, postcopy_bytes=transferred - precopy)

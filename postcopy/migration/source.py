@@ -143,6 +143,8 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         self.connected = trio.Event()  # the connection is there, or will not be: see `failure`
         self.at_pause: MachineStatistics | None = None
         self.ready_ns = self.paused_ns = 0  # when; 0: not yet
+        self.downtime_ns: int | None = None  # None: not known
+        self.total_ns: int | None = None
         self._open_link = link if not isinstance(link, Link) else None
         self._options = options
         self._make_server = make_server
@@ -190,6 +192,9 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
             mine["resident_bytes"] = max(0, self.machine.memory_bytes - left_bytes)
         both = Statistics.of(counted, total_bytes=before.total_bytes, page_bytes=before.page_bytes)
         return replace(both, **mine)
+
+    def statistics(self) -> Statistics:
+        return replace(super().statistics(), downtime_ns=self.downtime_ns, total_ns=self.total_ns)
 
     def kept(self) -> list[Bitmap]:
         """For each RAM block what is (still) here, in the memory's own pages: all of it, but for what `release_ram` has
@@ -528,8 +533,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         self.total_ns = self.completed_ns - self.paused_ns
         self._reported = replace(Statistics.from_wire(message.stats), pending_faults=None)
         with trio.CancelScope(shield=True, deadline=trio.current_time() + STEP_TIMEOUT_S):
-            stats: dict[str, object] = {"downtime_ns": self.downtime_ns, "total_ns": self.total_ns}
-            stats |= self.statistics().told_by_source() | {"breakdown": self.breakdown.to_wire()}
+            stats = {**self.statistics().told_by_source(), "breakdown": self.breakdown.to_wire()}
             self.breakdown = self.breakdown.with_wire(message.stats.get("breakdown"))
             await control.send(self._protocol.send(wire.CompleteAck(stats)))
 

@@ -159,7 +159,10 @@ _ON_WIRE = (
 """What is told as it was counted. The source's times go with `complete-ack`, and the rest is of one side's host."""
 
 
-_OF_SOURCE = ("iteration", "dirty_sync_count", "dirty_pages_rate", "compressed_bytes", "uncompressed_bytes")
+_OF_SOURCE = (
+    "downtime_ns", "total_ns", "iteration", "dirty_sync_count", "dirty_pages_rate", "compressed_bytes",
+    "uncompressed_bytes",
+)  # fmt: skip
 
 
 def natural(value: object) -> int:

@@ -79,9 +79,15 @@ class MigrationEnded(OfMigration, kw_only=True):
 
     machine: Name
     downtime_ms: Annotated[
-        float, doc("From the request to pause until the destination said `running`; 0: it did not.", "ms")
-    ]
-    total_ms: Annotated[float, doc("From the request to pause until every page had arrived; 0: they did not.", "ms")]
+        float | None,
+        doc("From the request to pause until the destination said `running`; not there where it did not, or this side"
+            " was not told.", "ms"),
+    ] = None  # fmt: skip
+    total_ms: Annotated[
+        float | None,
+        doc("From the request to pause until every page had arrived; not there where they did not, or this side was"
+            " not told.", "ms"),
+    ] = None  # fmt: skip
 
 
 class MachineStarted(Record, kw_only=True):

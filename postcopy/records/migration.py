@@ -254,12 +254,14 @@ class Counted(OfMigration, kw_only=True):
 
     downtime_ms: Annotated[
         float | None,
-        doc("At the source, from the request to pause until the destination said `running`; 0 until then.", "ms",
+        doc("At the source, from the request to pause until the destination said `running`. The destination has it"
+            " when the source has told it, with its last message.", "ms",
             label="Downtime", metric="postcopy_migration_downtime_seconds"),
     ] = None  # fmt: skip
     total_ms: Annotated[
         float | None,
-        doc("At the source, from the request to pause until every page had arrived; 0 until then.", "ms",
+        doc("At the source, from the request to pause until every page had arrived. Destination: as"
+            " `downtime-ms`.", "ms",
             label="Total time", metric="postcopy_migration_duration_seconds"),
     ] = None  # fmt: skip
     downtime_breakdown_us: Annotated[Breakdown | None, doc("Where the downtime went.", "us")] = None

@@ -63,7 +63,8 @@ def changed(machine: str, migration: Migration, before: str) -> MigrationStatus:
 
 def ended(machine: str, migration: Migration) -> MigrationEnded:
     """How one migration has ended, in short."""
-    downtime_ms, total_ms = milliseconds(migration.downtime_ns), milliseconds(migration.total_ns)
+    known = migration.statistics()
+    downtime_ms, total_ms = _ms(known.downtime_ns), _ms(known.total_ns)
     return MigrationEnded(machine=machine, downtime_ms=downtime_ms, total_ms=total_ms, **_identity(migration))
 
 

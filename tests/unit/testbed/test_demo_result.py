@@ -16,11 +16,11 @@ from postcopy.testbed.demo._result import merge, show
 
 SOURCE = SourceResult(
     side="source", status="completed", error=None, kind="kvm", verified=None, verification=[], overhead_bytes=0,
-    served=1, guest_at_pause=Guest(state="paused", nonce="0x1", operations=7),
+    served=1, downtime_ms=27.0, guest_at_pause=Guest(state="paused", nonce="0x1", operations=7),
 )  # fmt: skip
 DEST = DestResult(
     side="dest", status="completed", error=None, kind="kvm", verified=True, overhead_bytes=0, dump=None,
-    verification=[Check(ok=True, what="all pages", how="replayed")], migration_id="ab", downtime_ms=27.0,
+    verification=[Check(ok=True, what="all pages", how="replayed")], migration_id="ab",
     guest=Guest(state="running", nonce="0x1", operations=9),
 )  # fmt: skip
 
