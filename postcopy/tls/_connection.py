@@ -37,9 +37,9 @@ class Context:
     """What one side has: its certificate, its key, the authority that it trusts. Immutable; any number of connections,
     in any thread."""
 
-    def __init__(self, server: bool, ca: bytes, certificate: bytes, key: bytes, *, where: str) -> None:
-        """In PEM. `ConfigurationError` for what cannot be used, with `where` in front; `ResourceError` without OpenSSL.
-        Takes milliseconds."""
+    def __init__(self, server: bool, ca: bytes, certificate: bytes, key: bytes, *, names: tuple[str, str, str]) -> None:
+        """In PEM. `ConfigurationError` for what cannot be used, which calls the three by their `names`; `ResourceError`
+        without OpenSSL. Takes milliseconds."""
         self.server = server
         pointer: Any = ffi.new("struct pc_tls_context **")
         line = ErrorLine()
@@ -48,8 +48,11 @@ class Context:
         if result == -errno.ENOENT:
             raise ResourceError(str(line))
         if result == -errno.EINVAL:
-            raise ConfigurationError(f"{where}: {line}")
-        line.check(result, where)
+            text = str(line)
+            for what, name in zip(("the CA's certificate", "the certificate", "the private key"), names, strict=True):
+                text = text.replace(what, name)
+            raise ConfigurationError(text)
+        line.check(result, names[1])
         self.struct: Any = ffi.gc(pointer[0], lib.pc_tls_context_free)
         self.not_after_s = int(lib.pc_tls_context_not_after(self.struct))  # when the certificate ends, since 1970
 

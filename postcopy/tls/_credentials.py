@@ -142,7 +142,10 @@ class Credentials:
                     raise no_thread("reading certificates") from error
                 self._use_found(server)
                 return
-        raise ResourceError(f"{self.directory}: its file system has not answered within {READ_TIMEOUT_S:g} s")
+        raise ResourceError(
+            f"{self.directory}: its file system has not answered within {READ_TIMEOUT_S:g} s; see why (is its server"
+            " there?), or put copies of the certificates on a local disk and name their directory with --tls"
+        )
 
     def _use_found(self, server: bool) -> None:
         if server not in self._found:
@@ -179,7 +182,7 @@ def _read(directory: str, server: bool, known: _Found | None) -> _Found:
             f" -in {shlex.quote(key)} -out NEW"
         )
     # (of a file that was replaced since, the next connection reads again)
-    return Context(server, *pem, where=directory), identity
+    return Context(server, *pem, names=(ca, certificate, key)), identity
 
 
 def _identity(path: str) -> tuple[int, ...]:

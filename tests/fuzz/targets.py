@@ -311,7 +311,7 @@ def _tls_contexts() -> tuple[Context, Context]:
             for role in ("server", "client"):
                 names = ("ca-cert.pem", f"{role}-cert.pem", f"{role}-key.pem")
                 pems = [Path(place, "host", name).read_bytes() for name in names]
-                _TLS_CONTEXTS.append(Context(role == "server", *pems, where=role))
+                _TLS_CONTEXTS.append(Context(role == "server", *pems, names=("ca", "certificate", "key")))
     return _TLS_CONTEXTS[0], _TLS_CONTEXTS[1]
 
 

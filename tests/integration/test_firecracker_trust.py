@@ -73,18 +73,24 @@ OFFER: dict[str, Any] = {"regions": [MIB << 20], "version": "1.12.1", "vcpus": 1
 
 @pytest.mark.parametrize(
     ("left_out", "found"),
-    [("", ""), ("drives", r"open .*/secret\.img, which its offer"), ("nets", "TAP device"), ("vsock", r"v\.sock")],
+    [
+        ("", ""),
+        ("drives", r"open .*/secret\.img for writing, which its offer"),
+        ("writable", r"open .*/secret\.img for writing, which its offer"),
+        ("nets", "TAP device"),
+        ("vsock", r"v\.sock"),
+    ],
 )
 async def test_what_the_state_names(
     microvm: tuple[Path, bytes, bytes], left_out: str, found: str, tmp_path: Path
 ) -> None:
     directory, state, memory = microvm
     offer = OFFER | {
-        "drives": {"data": {"path": str(directory / "secret.img"), "read-only": False}},
+        "drives": {"data": {"path": str(directory / "secret.img"), "read-only": left_out == "writable"}},
         "nets": {"eth0": TAP_NAME},
         "vsock": str(directory / "v.sock"),
     }
-    offer.pop(left_out, None)
+    offer.pop(left_out, None)  # (a drive can be offered read-only, which is writable by the state)
     host = HostOptions(firecracker=find(), allow=f"{directory}/,tap:pc-t*")
     machine = create_destination("firecracker", offer, [BlockLayout("memory", MIB << 20, PAGE)], host)
 

@@ -116,7 +116,8 @@ class ArrivingFirecracker(ArrivingProcess, FirecrackerMachine):
         self._process: Process | None = None
         self._connection: trio.socket.SocketType | None = None  # on which its memory came
         self._descriptors: Mapping[int, str] = {}  # of the process, before it loads
-        self._disks: list[str] | None = []  # what it may open, as this process sees it; None: whatever it sees
+        # What it may open, as this process sees it, and whether to write there; None: whatever it sees.
+        self._disks: list[tuple[str, bool]] | None = []
 
     @classmethod
     def for_destination(
@@ -242,7 +243,8 @@ class ArrivingFirecracker(ArrivingProcess, FirecrackerMachine):
                 )
             if not os.path.isdir(os.path.dirname(seen(vsock))):
                 raise ConfigurationError(f"vsock: {vsock}: there is no such directory on this host; make it")
-        self._disks = None if jailed else [seen(self._path_here(name)) for name in self._offered.drives]
+        drives = self._offered.drives.items()
+        self._disks = None if jailed else [(seen(self._path_here(name)), not one.read_only) for name, one in drives]
         self._descriptors = descriptors(process.pid)
 
     def _taps(self) -> dict[str, str]:
@@ -253,7 +255,7 @@ class ArrivingFirecracker(ArrivingProcess, FirecrackerMachine):
         """Before the guest can use any of it."""
         assert self._process is not None
         vsock = self._offered.vsock
-        known = None if self._disks is None else [*self._disks, files.state_seen]
+        known = None if self._disks is None else [*self._disks, (files.state_seen, False)]
         sockets = [] if vsock is None else [vsock]
         try:
             check_opened(self._process.pid, self._descriptors, known, sockets, set(self._taps().values()))

@@ -65,19 +65,23 @@ def descriptors(pid: int) -> dict[int, str]:
 
 
 def check_opened(
-    pid: int, before: Mapping[int, str], files: Iterable[str] | None, sockets: Collection[str], taps: Collection[str]
+    pid: int,
+    before: Mapping[int, str],
+    files: Iterable[tuple[str, bool]] | None,
+    sockets: Collection[str],
+    taps: Collection[str],
 ) -> None:
     """`MigrationError` when the process has something open that was not open `before` (`descriptors`) and is none of
-    these. `files`: paths, as this process sees them; None where the process sees only what it may use. `sockets`: where
-    it may have bound one. May wait for a file system: for a worker thread."""
-    known = None if files is None else {(status.st_dev, status.st_ino) for status in map(os.stat, files)}
+    these. `files`: paths, as this process sees them, and whether it may write there; None where the process sees only
+    what it may use. `sockets`: where it may have bound one. May wait for a file system: for a worker thread."""
+    known = None if files is None else {(*_identity(os.stat(path)), writes) for path, writes in files}
     bound = _socket_paths(pid)
     sockets = {*sockets, *(bound.get(what, "") for what in before.values())}
     for fd, what in descriptors(pid).items():
         if before.get(fd) == what:
             continue
         try:
-            status = os.stat(f"/proc/{pid}/fd/{fd}")
+            status, writes = os.stat(f"/proc/{pid}/fd/{fd}"), _writes(pid, fd)
         except FileNotFoundError:
             continue
         device = (os.major(status.st_rdev), os.minor(status.st_rdev))
@@ -89,8 +93,8 @@ def check_opened(
                 raise _not_allowed(f"the socket {path}")
         elif known is not None and not what.startswith(("anon_inode:", "pipe:")):
             needed = stat.S_ISCHR(status.st_mode) and (device in _DEVICES or what == "/dev/userfaultfd")
-            if not needed and (status.st_dev, status.st_ino) not in known:
-                raise _not_allowed(what)
+            if not needed and known.isdisjoint({(*_identity(status), True), (*_identity(status), writes)}):
+                raise _not_allowed(f"{what} for writing" if writes else what)
 
 
 def _not_allowed(what: str) -> MigrationError:
@@ -98,6 +102,16 @@ def _not_allowed(what: str) -> MigrationError:
         f"the state of the microVM has made Firecracker open {one_line(what)}, which its offer does not name: a source"
         " that is not what it seems; it is ended"
     )
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _writes(pid: int, fd: int) -> bool:
+    with open(f"/proc/{pid}/fdinfo/{fd}") as file:
+        flags = next((line.split()[1] for line in file if line.startswith("flags:")), "0")
+    return int(flags, 8) & os.O_ACCMODE != os.O_RDONLY
 
 
 def _tap_of(pid: int, fd: int) -> str:

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from postcopy.machines import BlockLayout, Extent, MachineState, process
 from postcopy.machines.firecracker import destination
 from postcopy.machines.firecracker.api import Api
 from postcopy.machines.firecracker.destination import ArrivingFirecracker, FirecrackerHost
-from postcopy.machines.firecracker.opened import allows, parse_allowed
+from postcopy.machines.firecracker.opened import allows, check_opened, parse_allowed
 from postcopy.machines.firecracker.state import with_disks
 from postcopy.machines.kinds import HostOptions, create_destination, parse_pairs
 from postcopy.memory import _admission
@@ -312,6 +313,30 @@ def test_disks_are_moved_in_the_state() -> None:
         with_disks(before, {"/c": "/d"})
     with pytest.raises(ProtocolError, match="damaged"):
         with_disks(before[:-1] + b"x", {"/a": "/d"})
+
+
+@pytest.mark.parametrize(
+    ("mode", "named", "found"),
+    [
+        ("rb", [False], ""),
+        ("rb", [True], ""),
+        ("r+b", [True], ""),
+        ("r+b", [False, True], ""),  # two drives of one file
+        ("r+b", [False], r"open .*/disk for writing, which its offer does not name"),
+        ("rb", [], r"open .*/disk, which its offer does not name"),
+    ],
+)
+def test_what_is_open_and_how(mode: str, named: list[bool], found: str, tmp_path: Path) -> None:
+    """A drive that was offered read-only is not opened for writing."""
+    disk, null = tmp_path / "disk", subprocess.DEVNULL
+    disk.write_bytes(b"")
+    with disk.open(mode) as file, subprocess.Popen(["sleep", "60"], stdin=file, stdout=null, stderr=null) as process:
+        try:
+            files = [(str(disk), may_be_written) for may_be_written in named]
+            with pytest.raises(MigrationError, match=found) if found else nullcontext():
+                check_opened(process.pid, {}, files, [], [])
+        finally:
+            process.kill()
 
 
 def test_patterns_of_what_may_be_used() -> None:
