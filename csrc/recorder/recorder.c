@@ -25,6 +25,7 @@
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 
 #include "core/clock.h"
@@ -339,6 +340,10 @@ int pc_recorder_new(uint64_t period_ns, struct pc_recorder **out)
 
     if (!recorder)
         return -ENOMEM;
+    /* A forked child, which may free what it has inherited, has one that was never begun: without what its parent looks at, and with a
+     * lock that nobody has. */
+    (void)madvise(recorder, sizeof(*recorder), MADV_DOFORK);
+    (void)madvise(recorder, sizeof(*recorder), MADV_WIPEONFORK);
     (void)pthread_once(&once, begin_once);
     pc_lock_init(&recorder->lock);
     recorder->period_ns = recorder->first_period_ns = period_ns;

@@ -425,6 +425,28 @@ static void one_that_was_stopped_takes_nothing(void)
     close_fake(&fake);
 }
 
+/* The recorder and its lock, which another thread had in the moment of the fork, and the metrics that both share. */
+static void a_child_frees_nothing_of_its_parent(void)
+{
+    struct fake fake;
+    pid_t child;
+    bool late;
+
+    open_fake(&fake);
+    CHECK_EQ(pc_recorder_metrics(fake.recorder, fake.metrics), 0);
+    pthread_mutex_lock(&fake.recorder->lock);
+    child = CHECK_SYS(fork());
+    if (!child) {
+        CHECK_EQ(pc_recorder_stop(fake.recorder), 0);
+        pc_recorder_free(fake.recorder);
+        _exit(0);
+    }
+    pthread_mutex_unlock(&fake.recorder->lock);
+    CHECK_EQ(test_wait_(child, 10, &late), 0);
+    CHECK_EQ(fake.metrics->map->sample_every, 1);
+    close_fake(&fake);
+}
+
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
@@ -437,5 +459,6 @@ int main(int argc, char **argv)
     RUN(many_have_one_thread);
     RUN(a_phase_does_not_make_others_look);
     RUN(one_that_was_stopped_takes_nothing);
+    RUN(a_child_frees_nothing_of_its_parent);
     return test_end();
 }
