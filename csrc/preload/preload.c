@@ -467,7 +467,8 @@ static size_t carry_out(ssize_t bytes, int *fds)
         return arm(fds);
     if (request.op != PRELOAD_TAKE && request.op != PRELOAD_DISARM)
         return fail(PRELOAD_REQUEST, EPROTO), 0;
-    if (!is_ours(&self.kept) || (self.lazy && request.op == PRELOAD_TAKE))
+    /* (Of one that the program has closed only what is remembered of it is left to undo.) */
+    if (self.kept.fd < 0 || (request.op == PRELOAD_TAKE && (self.lazy || !is_ours(&self.kept))))
         return fail(PRELOAD_KEPT, ENOENT), 0;
     if (request.op == PRELOAD_DISARM)
         return disarm(), 0;

@@ -526,6 +526,31 @@ static void disarms_nothing_unseen(void)
     CHECK_EQ(reply.step, PRELOAD_GUARDED);
 }
 
+/* What waits, waits for the asker alone then; and when nothing does any more, the program may map its files again. */
+static void undoes_what_the_program_has_closed(void)
+{
+    int file = memory_file(BYTES), kept = lowest() - 1;
+    char *base, link[32], what[32] = "";
+
+    begin(0);
+    base = map_at(NULL, file, BYTES, 0);
+    CHECK_EQ(arm(PRELOAD_KEEP, base, BYTES), 1);
+    do
+        (void)snprintf(link, sizeof(link), "/proc/self/fd/%d", ++kept);
+    while (readlink(link, what, sizeof(what) - 1) < 0 || !strstr(what, "userfaultfd"));
+    CHECK_SYS(close(kept));
+    CHECK_EQ(ask(PRELOAD_TAKE, 0, 0, 0, NULL, 0), 0);
+    CHECK_EQ(reply.step, PRELOAD_KEPT);
+    CHECK_EQ(ask(PRELOAD_DISARM, 0, 0, 0, NULL, 0), 0);
+    CHECK_EQ(reply.step, PRELOAD_GUARDED);
+    CHECK(preload_mmap(NULL, BYTES, PROT_READ, MAP_SHARED, file, 0) == MAP_FAILED);
+    unregister(got[0], base, BYTES);
+    CHECK_EQ(ask(PRELOAD_DISARM, 0, 0, 0, NULL, 0), 0);
+    CHECK_EQ(reply.error, 0);
+    CHECK_EQ(reply.state, 0);
+    CHECK(preload_mmap(NULL, BYTES, PROT_READ, MAP_SHARED, file, 0) != MAP_FAILED);
+}
+
 /* Nowhere else would it be guarded. */
 static void moves_nothing_that_waits(void)
 {
@@ -873,6 +898,7 @@ int main(int argc, char **argv)
     RUN(keeps_a_copy_until_it_is_disarmed);
     RUN(guards_from_the_first_touch_on);
     RUN(guards_what_was_populated);
+    RUN(undoes_what_the_program_has_closed);
     RUN(moves_nothing_that_waits);
     RUN(maps_nothing_once_more_that_waits);
     RUN(maps_nothing_once_more_that_will_wait);
