@@ -525,6 +525,8 @@ static void handle_fault(struct shard *shard, const struct uffd_msg *message, ui
         return;
     if (fresh)
         request_page(shard, fault);
+    if (late && shard->stream.fd >= 0 && __atomic_load_n(&pager->asks_again, __ATOMIC_RELAXED))
+        (void)pc_queue_request(shard, range->block, page, PC_PAGER_REQUEST_AGAIN); /* without room for it the answer comes as it would */
     if (!received && pc_bits_test(block->received, page))
         pc_recheck_page(shard, range->block, page);
 }

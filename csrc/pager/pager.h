@@ -274,6 +274,7 @@ struct pc_pager {
     struct touches *touches; /* the log of first touches, or NULL; published */
     uint32_t accepted_compression; /* atomic: a set of enum pc_compression */
     uint32_t prefetch;             /* atomic: enum pc_prefetch, and pages << 8 */
+    bool asks_again;               /* atomic: see pc_pager_ask_again */
     struct pc_metrics metrics;
 };
 

@@ -185,6 +185,12 @@ void pc_request_ahead(struct shard *shard)
     }
 }
 
+int pc_pager_ask_again(struct pc_pager *pager)
+{
+    __atomic_store_n(&pager->asks_again, true, __ATOMIC_RELAXED);
+    return 0;
+}
+
 int64_t pc_pager_request_missing(struct pc_pager *pager, uint64_t limit)
 {
     uint64_t missing = __atomic_load_n(&pager->missing, __ATOMIC_SEQ_CST);

@@ -131,13 +131,13 @@ bool pc_queue_request(struct shard *shard, uint32_t block, uint64_t page, uint32
                              .block = (uint16_t)block,
                              .first_page = page,
                              .pages = 1,
-                             .request_id = (shard->next_request++ & ~REQUEST_AHEAD) | id_bits};
+                             .request_id = (shard->next_request++ & ~(REQUEST_AHEAD | PC_PAGER_REQUEST_AGAIN)) | id_bits};
 
     if (shard->send_bytes + PC_FRAME_HEADER_BYTES > SEND_BYTES)
         return false;
     pc_frame_encode(&frame, shard->send + shard->send_bytes);
     shard->send_bytes += PC_FRAME_HEADER_BYTES;
-    COUNT(shard->pager, requests, 1);
+    COUNT(shard->pager, requests, !(id_bits & PC_PAGER_REQUEST_AGAIN));
     return true;
 }
 

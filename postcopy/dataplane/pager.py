@@ -211,6 +211,11 @@ class Pager(CoreDataPlane, PagerCounters):
         self._call("giving the pager a file to stage pages in", "stage", block, fd)
         self._staged.add(block)
 
+    def ask_again(self) -> None:
+        """The source is told when a thread comes to wait for a page that was asked for ahead: one that answers first
+        what is waited for, as a `Bridge` does."""
+        self._call("having the source told of late pages", "ask_again")
+
     def set_readers(self, demand: int, background: int) -> None:
         """How many threads read local pages that the page cache does not have, and how many prefetch; at first 2 of
         each. `BusyError` once there are any."""

@@ -150,6 +150,7 @@ class ProgramSource(Source):
     def attach(self, pager: Pager, shard: int) -> None:
         ours, theirs = socket.socketpair()
         self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        pager.ask_again()
         pager.attach_urgent(shard, theirs.detach())
 
     async def run(self, vm: Vm, pager: Pager) -> None:

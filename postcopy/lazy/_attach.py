@@ -196,6 +196,7 @@ async def attach_source(
             pager.arm(shard, number, 0, block.pages)
         ours, theirs = socket.socketpair()
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        pager.ask_again()
         pager.attach_urgent(shard, theirs.detach())
         memory = LazyMemory(pager, parts)
         del parts, part

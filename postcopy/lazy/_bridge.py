@@ -7,7 +7,8 @@ pages placed by C threads as always, and what Python does for a page is: unpack 
 with its neighbours', pack the answer.
 
 **Two queues.** A request with PC_PAGER_REQUEST_AHEAD in its id was made ahead of any fault; no thread waits for it
-yet. Those come second, and never take the last place of `max_fetches`.
+yet. Those come second, and never take the last place of `max_fetches`. When a thread
+comes to wait for such a page, the pager says so by another request (`Pager.ask_again`), and it is one of the others.
 
 **Runs.** A fetch takes the page that is due, its neighbours that are wanted too, and the rest of its aligned group
 (fault-around). Pages that were not requested are sent without the mark of an answer. Each *request* is answered by a
@@ -151,6 +152,10 @@ class Bridge:
         queue = self._ahead if frame.request_id & lib.PC_PAGER_REQUEST_AHEAD else self._demand
         for page in range(frame.first_page, frame.first_page + frame.pages):
             key = (int(frame.block), page)
+            if frame.request_id & lib.PC_PAGER_REQUEST_AGAIN:
+                if key in self._ahead:
+                    self._demand[key] = self._ahead.pop(key)
+                continue
             for place in (self._under_way, self._demand, self._ahead):
                 if key in place:
                     place[key].append(int(frame.request_id))

@@ -135,8 +135,12 @@ int pc_pager_track_thread(struct pc_pager *pager, uint32_t slot, int32_t tid);
  * of what is left of an earlier limit; how many there are, at most `limit`. */
 int64_t pc_pager_request_missing(struct pc_pager *pager, uint64_t limit);
 /* A request with this bit in its id was made ahead of any fault, by pc_pager_request_missing or one of the next three functions. It is
- * answered as every other: a thread that comes to wait for such a page does not have it requested again. */
+ * answered as every other: a thread that comes to wait for such a page does not have it requested again, but for pc_pager_ask_again. */
 #define PC_PAGER_REQUEST_AHEAD 0x80000000
+/* For a source that answers in an order of its own, and first what threads wait for: it is told that a thread has come to wait for a page that was
+ * requested ahead, by another request for it with this bit in its id. Only the first one is answered. */
+#define PC_PAGER_REQUEST_AGAIN 0x40000000
+int pc_pager_ask_again(struct pc_pager *pager);
 /* What is requested ahead of faults because of what they were, from now on; at first nothing. FORWARD: `pages` behind each fault. BOTH: so many
  * around it. ADAPTIVE: along strides, forward and backward, that the last faults show; `pages` is 0. -EINVAL. */
 enum pc_prefetch { PC_PREFETCH_NONE = 0, PC_PREFETCH_FORWARD = 1, PC_PREFETCH_BOTH = 2, PC_PREFETCH_ADAPTIVE = 3 };

@@ -272,6 +272,70 @@ static void ranges_leave_room_for_faults(void)
     close(notified);
 }
 
+/* A source that does not answer what was asked for ahead: a thread that needs it waits, which is seen, and with the next channel its page
+ * is asked for as any other that is waited for. */
+static void a_late_page_is_waited_for_and_asked_for_anew(void)
+{
+    const uint64_t pages[] = {1000};
+    struct toucher toucher;
+    struct pc_frame frame;
+    struct rig rig;
+    int fd;
+
+    open_pager(&rig, PC_MEMORY_MEMFD, 1, pages);
+    arm_all(&rig, 0);
+    fd = script_urgent(&rig, 0);
+    CHECK_EQ(pc_pager_request_range(rig.pager, 0, 100, 1), 1);
+    CHECK(receive_frame(fd, &frame));
+    CHECK(frame.request_id & PC_PAGER_REQUEST_AHEAD);
+    touch_one(&toucher, &rig, 0, 100);
+    wait_pending(&rig, 1);
+    CHECK(pager_stats(&rig).oldest_pending_ns > 0);
+    close(fd);
+    EXPECT_EVENT(&rig.from_pager, PC_EVENT_CHANNEL_DOWN, PC_CHANNEL_URGENT, 0, NULL);
+    fd = script_urgent(&rig, 0);
+    CHECK(receive_frame(fd, &frame));
+    CHECK_EQ(frame.first_page, 100);
+    CHECK(!(frame.request_id & PC_PAGER_REQUEST_AHEAD));
+    serve_page(&rig, fd, 0, 100);
+    join_toucher(&toucher);
+    close(fd);
+    CHECK_EQ(pc_pager_free(rig.pager), 0);
+}
+
+/* A source that answers in an order of its own is told, once, that a thread waits. */
+static void of_a_late_page_the_source_is_told(void)
+{
+    const uint64_t pages[] = {1000};
+    struct toucher touchers[2];
+    struct pc_frame frame;
+    struct rig rig;
+    int fd;
+
+    open_pager(&rig, PC_MEMORY_MEMFD, 1, pages);
+    CHECK_EQ(pc_pager_ask_again(rig.pager), 0);
+    arm_all(&rig, 0);
+    fd = script_urgent(&rig, 0);
+    CHECK_EQ(pc_pager_request_range(rig.pager, 0, 100, 30), 30);
+    for (uint64_t page = 100; page < 130; page++) {
+        CHECK(receive_frame(fd, &frame));
+        CHECK(frame.request_id & PC_PAGER_REQUEST_AHEAD);
+    }
+    for (int i = 0; i < 2; i++)
+        touch_one(&touchers[i], &rig, 0, 129);
+    CHECK(receive_frame(fd, &frame));
+    CHECK_EQ(frame.first_page, 129);
+    CHECK_EQ(frame.request_id & (PC_PAGER_REQUEST_AHEAD | PC_PAGER_REQUEST_AGAIN), PC_PAGER_REQUEST_AGAIN);
+    wait_pending(&rig, 2);
+    CHECK(!speaks(fd, SERVED_MS));
+    CHECK_EQ(pager_stats(&rig).requests, 30);
+    serve_page(&rig, fd, 0, 129);
+    for (int i = 0; i < 2; i++)
+        join_toucher(&touchers[i]);
+    close(fd);
+    CHECK_EQ(pc_pager_free(rig.pager), 0);
+}
+
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
@@ -280,5 +344,7 @@ int main(int argc, char **argv)
     RUN_CASE(filling_leaves_room_for_faults);
     RUN_KINDS(ranges);
     RUN_CASE(ranges_leave_room_for_faults);
+    RUN_CASE(a_late_page_is_waited_for_and_asked_for_anew);
+    RUN_CASE(of_a_late_page_the_source_is_told);
     return test_end();
 }

@@ -473,6 +473,25 @@ async def what_a_thread_waits_for_comes_first() -> None:
         assert memory.statistics().requests == 501
 
 
+async def what_was_asked_for_ahead_is_not_waited_for() -> None:
+    """A thread touches one of many pages that were asked for ahead, far from each other, of a source that gives none
+    back: it is fetched as the next one."""
+    source = Content(make_content(1000 * PAGE))
+    source.open = trio.Event()
+    async with trio.open_nursery() as nursery, postcopy.attach_source(source, max_fetches=4) as memory:
+        for page in range(0, 180, 3):
+            memory.prefetch(page * PAGE, PAGE)
+        await until(lambda: len(source.calls) == 3)  # one place is left for what is waited for
+        await until(lambda: memory.statistics().requests == 60)
+        late = max(set(range(0, 180, 3)) - {first for first, _ in source.calls})
+        nursery.start_soon(touch, memory, late * PAGE)
+        await until(lambda: len(source.calls) == 4)
+        assert source.calls[3] == (late, 1)
+        source.open.set()
+        await memory.ensure(0, 180 * PAGE)
+        assert await memory.read(0, 180 * PAGE) == source.right(0, 180)
+
+
 async def a_cancelled_wait_takes_nothing_with_it() -> None:
     source = Content(make_content(300 * PAGE))
     source.open = trio.Event()
@@ -624,6 +643,7 @@ def test_a_source_that_fails_is_lost(passes: Passes, how: str) -> None:
         pages_of_several_blocks,
         neighbours_are_fetched_together,
         what_a_thread_waits_for_comes_first,
+        what_was_asked_for_ahead_is_not_waited_for,
         a_cancelled_wait_takes_nothing_with_it,
         what_the_block_raises_comes_out_as_it_is,
         a_source_is_served_over_the_network,
