@@ -173,22 +173,22 @@ class Live:
 
     async def give_back_when_stopped(self) -> None:
         """Ctrl-Z: the terminal is another program's until this one goes on. (One that is stopped by SIGSTOP cannot do
-        that.)"""
-        if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTSTP) not in (
-            signal.SIG_DFL,
-            None,
-        ):
+        that.) SIGQUIT, which another process sends, ends it as it always does, where all of the terminal is to be given
+        back before."""
+        wanted = (signal.SIGTSTP, signal.SIGQUIT) if self._whole else (signal.SIGTSTP,)
+        numbers = [number for number in wanted if signal.getsignal(number) in (signal.SIG_DFL, None)]
+        if threading.current_thread() is not threading.main_thread() or not numbers:
             return
-        with trio.open_signal_receiver(signal.SIGTSTP) as signals:
-            async for _ in signals:
+        with trio.open_signal_receiver(*numbers) as signals:
+            async for number in signals:
                 self._stopping = True
                 self.clear()
                 with trio.move_on_after(GIVE_BACK_S):
                     while not self._writer.settled:  # noqa: ASYNC110 -- the writer's thread knows no Trio
                         await trio.sleep(0.01)
-                handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-                signal.raise_signal(signal.SIGTSTP)  # and is stopped, until SIGCONT
-                signal.signal(signal.SIGTSTP, handler)
+                handler = signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(signal.Signals(number))  # and is stopped, until SIGCONT; or ended
+                signal.signal(number, handler)
                 self._stopping = False
 
 
