@@ -171,15 +171,17 @@ class Live:
         except termios.error:
             self._keyboard_fd = self._mode = None
 
-    async def give_back_when_stopped(self) -> None:
+    async def give_back_when_stopped(self, task_status: trio.TaskStatus[None]) -> None:
         """Ctrl-Z: the terminal is another program's until this one goes on. (One that is stopped by SIGSTOP cannot do
         that.) SIGQUIT, which another process sends, ends it as it always does, where all of the terminal is to be given
         back before."""
         wanted = (signal.SIGTSTP, signal.SIGQUIT) if self._whole else (signal.SIGTSTP,)
         numbers = [number for number in wanted if signal.getsignal(number) in (signal.SIG_DFL, None)]
         if threading.current_thread() is not threading.main_thread() or not numbers:
+            task_status.started()
             return
         with trio.open_signal_receiver(*numbers) as signals:
+            task_status.started()
             async for number in signals:
                 self._stopping = True
                 self.clear()
@@ -200,7 +202,7 @@ async def open_live(writer: Writer, stream: TextIO, *, whole: bool = False, job:
     live = Live(writer, stream, whole=whole, keyboard_fd=0 if whole and os.isatty(0) else None, job=job)
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(live.give_back_when_stopped)
+            await nursery.start(live.give_back_when_stopped)
             yield live
             nursery.cancel_scope.cancel()
     finally:

@@ -56,7 +56,7 @@ def test_one_that_is_removed_while_it_is_made_is_made_again(
 ) -> None:
     """Between its making, its opening and its lock, by another command that takes it for one that was left."""
     module, name = where.split(".")
-    call, removed = getattr(sys.modules[module], name), []
+    call, removed = getattr(sys.modules[module], name), list[Path]()
 
     def and_another_one(*arguments: Any, **keywords: Any) -> Any:
         made = call(*arguments, **keywords) if name == "mkdtemp" else None
