@@ -75,6 +75,8 @@ WINDOW_S = 1.0  # at least: how long pure demand goes on without a push
 AFTER_S = 2.0  # and, at least, after the last page may have come: time to be back in
 DEADLINE_S = 120.0  # of one migration, or
 DEADLINE_PUSHES = 20  # so many times what the push takes, where that is more
+MIN_BANDWIDTH = 125_000  # bytes a second: a migration of 64 MiB takes a quarter of an hour then
+MAX_DELAY_S = 1.0  # beyond two heartbeats are missed, and no migration completes
 END_S = 30.0  # for a demo that has missed it, with its processes
 PROCESSORS = "processors"
 """A value beside the columns: how many were busy, with whatever ran here, on average from the start of the demo to its
@@ -352,10 +354,10 @@ def add_arguments_migrate(parser: argparse.ArgumentParser) -> None:
                         help=f"its kind (default: {default.machine})")
     parser.add_argument("--memory", type=argument(_parse_memory), metavar="SIZE", **more,
                         help=f"of the machine (default: {format_size(default.memory)})")
-    parser.add_argument("--bandwidth", type=argument(parse_rate), metavar="RATE", **more,
+    parser.add_argument("--bandwidth", type=argument(parse_rate, MIN_BANDWIDTH), metavar="RATE", **more,
                         help="of each connection between the two sides, or none"
                         f" (default: {format_rate(default.bandwidth)})")
-    parser.add_argument("--delay", type=argument(parse_seconds), metavar="SECONDS", **more,
+    parser.add_argument("--delay", type=argument(parse_seconds, 0, MAX_DELAY_S), metavar="SECONDS", **more,
                         help="of the network, each way (default: 0)")
     parser.add_argument("--report", metavar="FILE.html", **more, help="write a report of all migrations there")
     # fmt: on

@@ -391,6 +391,7 @@ _worker.call("_uffd", sys.argv[1])
 def test_options_that_make_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
     for words, complaint in (
         (("fault", "--output", "/nonexistent/x"), "directory /nonexistent does not exist"),
+        (("fault", "--output", "-"), "--output -: that is no file; write ./- for one of that name"),
         (("fault", "--hdr", "/nonexistent/x"), "directory /nonexistent does not exist"),
         (("fault", "--memory", "1GiB"), "bench fault has no --memory; bench migrate has"),
         (("quick", "--dimension", "memory"), "bench quick has no --dimension; bench scale has"),
@@ -402,6 +403,10 @@ def test_options_that_make_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
         (("compare", "a.jsonl", "b.jsonl", "--rounds", "3"), "bench compare has no --rounds"),
         (("--rounds", "3", "compare", "a.jsonl", "b.jsonl"), "bench compare has no --rounds"),
         (("--quick",), "bench has no --quick; write bench quick"),
+        (("migrate", "--memory", "0"), "--memory: 0 bytes for 1 vcpus: the machine needs at least 16 MiB"),
+        (("migrate", "--memory", "67108865B"), "must be a multiple of 4096 bytes"),
+        (("migrate", "--bandwidth", "1bit"), "--bandwidth: a rate from 1mbit to "),
+        (("migrate", "--delay", "1h"), "--delay: seconds from 0 to "),
         (("scale", "migrate"), "bench scale has no use for 'migrate' ("),
         (("scale", "memory"), "did you mean --dimension memory?"),
     ):
