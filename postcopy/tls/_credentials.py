@@ -142,7 +142,10 @@ class Credentials:
                     raise no_thread("reading certificates") from error
                 self._use_found(server)
                 return
-        raise ResourceError(f"{self.directory}: its file system has not answered within {READ_TIMEOUT_S:g} s")
+        raise ResourceError(
+            f"{self.directory}: its file system has not answered within {READ_TIMEOUT_S:g} s",
+            "see why (a network file system whose server is gone?), or keep the certificates on a disk of this host",
+        )
 
     def _use_found(self, server: bool) -> None:
         if server not in self._found:
