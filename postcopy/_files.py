@@ -265,6 +265,8 @@ def read_regular(path: str | Path, limit_bytes: int, *, follow: bool = True) -> 
 def _check_name(what: str, path: str) -> None:
     if reason := explain_bad_name(path):
         raise ConfigurationError(f"{what}: {reason}")
+    if path == "-":
+        raise ConfigurationError(f"{what} -: that is no file; write ./- for one of that name")
 
 
 def _split(path: str) -> tuple[str, str]:

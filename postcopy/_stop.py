@@ -13,11 +13,18 @@ timeout(1) sends SIGTERM to its command, then to its process group.
 from __future__ import annotations
 
 import math
+import signal
 
 import trio
 
 INSIST_S = 10.0
 TOGETHER_S = 0.3
+
+
+def heard(*numbers: signal.Signals) -> tuple[signal.Signals, ...]:
+    """Those of these signals that are not ignored. One that is when the process starts stays so, as under nohup(1) and
+    in the background of a script: whoever installs a handler asks here."""
+    return tuple(number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN)
 
 
 class Stop:

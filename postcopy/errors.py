@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 from collections.abc import Iterator
 from typing import Any
 
@@ -129,7 +130,8 @@ def out_of_files(number: int, what: str = "") -> ResourceError:
     reason = f"{what}: {os.strerror(number)}" if what else os.strerror(number)
     if number == errno.ENFILE:
         return ResourceError(reason, "close files of other programs, or allow this host more: sysctl fs.file-max")
-    return ResourceError(reason, "allow this process more open files: ulimit -n 1024")
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return ResourceError(reason, f"allow this process more than {limit} open files: ulimit -n {max(1024, 2 * limit)}")
 
 
 _PACKAGES = {  # by their modules: what pyproject.toml names, and what each is for

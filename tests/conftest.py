@@ -34,6 +34,8 @@ from typing import IO, Any
 import pytest
 
 CHILD = Path(__file__).with_name("support") / "child.py"
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script; all that is started here would
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 KILL_TIMEOUT_S = 20.0
 """How long a killed process may take to go: one that does not answer SIGKILL hangs in the kernel."""
 

@@ -19,13 +19,13 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import trio
 
 from postcopy._host import run_record
-from postcopy._stop import Stop
+from postcopy._stop import Stop, heard
 from postcopy.cli._parser import load, make_parser, values, written
 from postcopy.errors import ConfigurationError, PostcopyError, known_error, shortage
 from postcopy.net import LOCAL, Protection, Route, read_peer_file
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _keep_standard_descriptors()
     output = make_output()
     status = EXIT_FAILED
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in heard(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         with output.standard_streams():  # every word of every command, its help too
             status = _command(sys.argv[1:] if argv is None else argv, output)
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             output.say(traceback.format_exc().rstrip())
     finally:
         if output.has_answered:  # its reader is waited for, however long it takes: that must have an end
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in {signal.SIGINT, signal.SIGTERM} & handlers.keys():
                 signal.signal(number, signal.default_int_handler)
         try:
             complete = output.close()
@@ -148,12 +148,14 @@ async def _with_signals(
     stop = Stop()
     done = ended = False
     early: list[int] = []  # those that come before they are received; one that comes afterwards changes nothing
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = heard(signal.SIGINT, signal.SIGTERM)
+    for number in numbers:
         signal.signal(number, lambda number, _: early.append(number))
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, *_hangup(keeps)) as signals:
+    numbers += _hangup(keeps)
+    with trio.open_signal_receiver(*numbers) if numbers else contextlib.nullcontext() as signals:
         async with trio.open_nursery() as nursery:
 
-            async def listen() -> None:
+            async def listen(signals: AsyncIterator[int]) -> None:
                 nonlocal ended
                 async for number in signals:
                     if number == signal.SIGHUP and keeps:
@@ -167,7 +169,8 @@ async def _with_signals(
                         ended = True
                         nursery.cancel_scope.cancel()
 
-            nursery.start_soon(listen)
+            if signals is not None:
+                nursery.start_soon(listen, signals)
             if early:
                 stop.ask(_told(early[0]))
             done = await run(stop)
@@ -185,11 +188,9 @@ def _told(number: int) -> str:
 def _hangup(keeps: bool) -> tuple[signal.Signals, ...]:
     """SIGHUP, unless it is ignored, as under nohup. From now on it does not end a command that `keeps` something, also
     before and after the signals are received."""
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-        return ()
-    if keeps:
+    if (found := heard(signal.SIGHUP)) and keeps:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    return (signal.SIGHUP,)
+    return found
 
 
 def _failed(error: PostcopyError, output: Output) -> int:

@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
             reader.read(file, "standard input" if name == "-" else name)
     if log is not None:
         write_hdr(log, intervals(reader.latencies))
+        _say(f"latencies: {log}")
     if not reader.migrations and not reader.cells:  # as of another benchmark, which has latencies
         if log is not None:
             return 0
@@ -65,8 +66,15 @@ def run(args: argparse.Namespace) -> int:
     if directory is not None:
         for name, picture in pictures(reader).items():
             write_output("--svg", os.path.join(directory, f"{name}.svg"), picture, durable=False)
+        _say(f"pictures: {directory}")
     write_output("--output", target, draw(reader), durable=False)
+    _say(f"report: {target}")
     return 0
+
+
+def _say(what: str) -> None:
+    """As a command with ``--report`` does at its end."""
+    print(f"postcopy: {what}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -171,24 +171,26 @@ class Live:
         except termios.error:
             self._keyboard_fd = self._mode = None
 
-    async def give_back_when_stopped(self) -> None:
+    async def give_back_when_stopped(self, task_status: trio.TaskStatus[None]) -> None:
         """Ctrl-Z: the terminal is another program's until this one goes on. (One that is stopped by SIGSTOP cannot do
-        that.)"""
-        if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTSTP) not in (
-            signal.SIG_DFL,
-            None,
-        ):
+        that.) SIGQUIT, which another process sends, ends it as it always does, where all of the terminal is to be given
+        back before."""
+        wanted = (signal.SIGTSTP, signal.SIGQUIT) if self._whole else (signal.SIGTSTP,)
+        numbers = [number for number in wanted if signal.getsignal(number) in (signal.SIG_DFL, None)]
+        if threading.current_thread() is not threading.main_thread() or not numbers:
+            task_status.started()
             return
-        with trio.open_signal_receiver(signal.SIGTSTP) as signals:
-            async for _ in signals:
+        with trio.open_signal_receiver(*numbers) as signals:
+            task_status.started()
+            async for number in signals:
                 self._stopping = True
                 self.clear()
                 with trio.move_on_after(GIVE_BACK_S):
                     while not self._writer.settled:  # noqa: ASYNC110 -- the writer's thread knows no Trio
                         await trio.sleep(0.01)
-                handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-                signal.raise_signal(signal.SIGTSTP)  # and is stopped, until SIGCONT
-                signal.signal(signal.SIGTSTP, handler)
+                handler = signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(signal.Signals(number))  # and is stopped, until SIGCONT; or ended
+                signal.signal(number, handler)
                 self._stopping = False
 
 
@@ -200,7 +202,7 @@ async def open_live(writer: Writer, stream: TextIO, *, whole: bool = False, job:
     live = Live(writer, stream, whole=whole, keyboard_fd=0 if whole and os.isatty(0) else None, job=job)
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(live.give_back_when_stopped)
+            await nursery.start(live.give_back_when_stopped)
             yield live
             nursery.cancel_scope.cancel()
     finally:

@@ -28,7 +28,7 @@ class View:
         self._began_s = time.monotonic()
         self._rate = Rate()
 
-    def rows(self, now: Json) -> list[tuple[str, str]]:
+    def _rows(self, now: Json) -> list[tuple[str, str]]:
         """A label and its text for each thing that can be said. The first one says what is done."""
         if "vms" in now:
             return [(str(now["side"]), format_count(len(now["vms"]), "virtual machine"))]
@@ -65,7 +65,7 @@ class View:
 
     def line(self, now: Json) -> str:
         """The plain line: the same in one; empty when nothing has happened since the last one."""
-        rows = self.rows(now)
+        rows = self._rows(now)
         news = [row for row in rows if row[0] not in ("time", "guest")]
         if news == self._told:
             return ""

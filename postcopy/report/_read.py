@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from postcopy.errors import ConfigurationError
-from postcopy.records import Json
+from postcopy.records import VERSION, Json
 from postcopy.report._model import (
     MAX_CELLS,
     MAX_FIELDS,
@@ -60,6 +60,7 @@ class Reader:
         """All lines of a file. `ConfigurationError` where it is no such file, or too large."""
         self._run = {}
         number = size = good = 0
+        foreign = False
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
             size += len(line)
@@ -86,6 +87,10 @@ class Reader:
                 continue
             good += 1
             if isinstance(fields, dict):
+                if (schema := fields.get("schema", VERSION)) != VERSION and not foreign:
+                    foreign = True
+                    said = f"of schema {text_of(schema, 20) or '?'}, and this version reads {VERSION}"
+                    self.problems.add(f"{name}, line {number}: {said}; what it says may mean something else")
                 self.take(fields.get("event"), fields)
 
     def take(self, event: object, fields: Json) -> None:

@@ -26,7 +26,8 @@ from typing import IO, Any, TypeVar, TypeVarTuple
 
 import trio
 
-from postcopy.errors import MigrationError, ResourceError, known_error
+from postcopy._stop import heard
+from postcopy.errors import MigrationError, ResourceError, known_error, shortage
 from postcopy.testbed._linux import die_with
 
 Json = dict[str, Any]
@@ -121,10 +122,18 @@ class Child:
         **options: Any,
     ) -> Child:
         """`ask` and `end_s`: how `end` asks first, and how long it waits; `options` are those of `subprocess.Popen`
-        and of `Process`. OSError when it cannot be started."""
+        and of `Process`. OSError when it cannot be started, `ResourceError` where none could be."""
         await trio.lowlevel.checkpoint()
         options = {"stdin": subprocess.DEVNULL, "start_new_session": start_new_session, **options}
-        return cls(Process(command, stdout=subprocess.PIPE, **options), ask, end_s, start_new_session)
+        try:
+            process = Process(command, stdout=subprocess.PIPE, **options)
+        except BlockingIOError as error:  # of fork(2)
+            raise ResourceError(
+                "no process can be started", "allow this user, or its control group, more processes"
+            ) from error
+        except OSError as error:
+            raise shortage(error) or error from None
+        return cls(process, ask, end_s, start_new_session)
 
     @property
     def pid(self) -> int:
@@ -223,7 +232,7 @@ def run(function: Callable[[*Ts], Awaitable[T]], *arguments: *Ts) -> T:
     SIGTERM and SIGHUP, where they are not ignored, it is cancelled, and then `KeyboardInterrupt`: there are processes,
     mounts and files to end. To ask again makes no difference from then on, to what comes after this call either: each
     end has its deadline, and what there is to say then is short."""
-    numbers = [one for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]
+    numbers = heard(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def ask_no_more() -> None:
         for number in numbers:

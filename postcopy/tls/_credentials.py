@@ -143,8 +143,9 @@ class Credentials:
                 self._use_found(server)
                 return
         raise ResourceError(
-            f"{self.directory}: its file system has not answered within {READ_TIMEOUT_S:g} s; see why (is its server"
-            " there?), or put copies of the certificates on a local disk and name their directory with --tls"
+            f"{self.directory}: its file system has not answered within {READ_TIMEOUT_S:g} s",
+            "see why (a network file system whose server is gone?), or keep the certificates on a disk of this host"
+            " and name their directory with --tls",
         )
 
     def _use_found(self, server: bool) -> None:

@@ -202,7 +202,7 @@ def test_both_families_in_words(spawn_child: Start) -> None:
 @pytest.mark.parametrize("files", [6, 8, 14])
 def test_too_few_open_files(side: Start, image: Path, files: int) -> None:
     """One line says what is short and what to do, whichever step of it fails."""
-    words = "Too many open files (remedy: allow this process more open files: ulimit -n 1024)"
+    words = f"Too many open files (remedy: allow this process more than {files} open files: ulimit -n 1024)"
     shell = ("sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", sys.executable, "-m", "postcopy")
     dest = side("dest", "--json", "--listen", "127.0.0.1:0", command=shell)
     if files > 8:

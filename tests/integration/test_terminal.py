@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import re
+import resource
 import signal
 import struct
 import subprocess
@@ -425,3 +426,17 @@ def test_top_goes_on_with_the_next_process(
     live.process.send_signal(signal.SIGTERM)
     assert live.end()[0] == 0
     assert live.screen.as_it_was
+
+
+def test_sigquit_gives_the_terminal_back(
+    daemon: Callable[..., Any], operator: Callable[[str], Any], terminal: Callable[..., Terminal]
+) -> None:
+    """From outside: the key is for keys."""
+    assert daemon("a").address
+    live = terminal("ctl", "--control", str(operator("a").path), "top")
+    live.wait_for("0 machines")
+    resource.prlimit(live.process.pid, resource.RLIMIT_CORE, (0, 0))
+    live.process.send_signal(signal.SIGQUIT)
+    assert live.end()[0] == -signal.SIGQUIT
+    assert live.screen.as_it_was
+    assert live.mode == live.mode_before

@@ -19,6 +19,7 @@ and `measure_NAME` has what was given, by name, and a `Found`, in which it keeps
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import math
@@ -27,7 +28,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import trio
@@ -36,14 +37,23 @@ from postcopy._child import python
 from postcopy._files import check_new_file, write_output
 from postcopy._hdr import intervals, write_hdr
 from postcopy._host import run_line
-from postcopy.errors import ConfigurationError, MigrationError, ResourceError
+from postcopy._stop import heard
+from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ResourceError, shortage
 from postcopy.records import VERSION, Json, as_json
 from postcopy.records.results import Measurement
 from postcopy.report import explain_missing
 from postcopy.testbed import _processes
 from postcopy.testbed._report import make_console
 from postcopy.testbed.bench._common import Found, medians
-from postcopy.units import argument, check_word, parse_percent, parse_seconds, parse_whole
+from postcopy.units import (
+    argument,
+    check_word,
+    format_exact_size,
+    format_rate,
+    parse_percent,
+    parse_seconds,
+    parse_whole,
+)
 
 __all__ = ["FIGURES", "STUDIES", "add_arguments", "run"]
 
@@ -79,6 +89,8 @@ STUDIES = {
 }
 """Likewise, how options are given, and the default of `--rounds`."""
 # fmt: on
+_WRITTEN: Mapping[str, Callable[[int], str]] = {"memory": format_exact_size, "bandwidth": format_rate}
+"""Options that are written with a unit."""
 QUICK = (
     "fault",
     "bulk",
@@ -157,25 +169,30 @@ def run(args: argparse.Namespace) -> int:
     asked = list(dict.fromkeys([args.figure, *given.get("more", ())])) if args.figure else []
     every = [*QUICK] if asked == ["quick"] else asked or [*FIGURES]
     names = [name for name in every if _can_be_measured(name, asked=name in asked)]
-    for option in ("output", "hdr", "report"):  # now, not after minutes of measuring
-        if option in given:
-            check_new_file(f"--{option}", given[option])
+    files = [option for option in ("output", "hdr", "report") if option in given]
+    for option in files:  # now, not after minutes of measuring
+        check_new_file(f"--{option}", given[option])
     if "report" in given and (reason := explain_missing()):
         raise ConfigurationError(f"--report: {reason}")
     began_s = time.monotonic()
     options = {name: value for name, value in given.items() if name not in ("command", "figure", "more")}
+    options |= {name: form(given[name]) for name, form in _WRITTEN.items() if name in given}
     lines = [run_line("bench", options | {"figures": asked})]
+
+    def show(text: str) -> None:
+        with contextlib.suppress(*[BrokenPipeError] * bool(files)):  # the files are worth having without a reader
+            print(text, flush=True)
 
     def write(line: Json) -> None:
         lines.append(json.dumps(line | {"elapsed-ms": round((time.monotonic() - began_s) * 1e3, 1)}))
         if "json" in given:
-            print(lines[-1], flush=True)
+            show(lines[-1])
 
     if "json" in given:
-        print(lines[0], flush=True)
-    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C, between two figures too
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
+        show(lines[0])
+    numbers = heard(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in numbers:  # all as Ctrl-C, between two figures too
+        signal.signal(number, signal.default_int_handler)
     reached = True
     try:
         for name in names:
@@ -195,34 +212,37 @@ def run(args: argparse.Namespace) -> int:
                     write({"schema": VERSION, "event": "measurement"} | as_json(measurement))
                 if found.measurements and "json" not in given:
                     width = min(make_console(sys.stdout).width, MAX_WIDTH)
-                    print((_of(name, "text") or text_of)(found.measurements, width), flush=True)
+                    show((_of(name, "text") or text_of)(found.measurements, width))
     finally:  # what was measured is kept, whatever ends it
-        reached &= _keep(given, lines)
+        reached &= _keep(given, lines, numbers)
     return 0 if reached and len(lines) > 1 else 1  # (there may have been no time for any)
 
 
-def _keep(given: Mapping[str, Any], lines: Sequence[str]) -> bool:
+def _keep(given: Mapping[str, Any], lines: Sequence[str], numbers: Sequence[signal.Signals]) -> bool:
     """Writes all files that were asked for. False, and it has been said, where one cannot be written, or the lines do
-    not have what it needs: the others are worth having."""
-    done = True
-    try:
-        if "output" in given:
-            write_output("--output", given["output"], "".join(f"{line}\n" for line in lines))
-    except ResourceError as error:
-        print(f"postcopy: error: {error}", file=sys.stderr)
-        done = False
-    try:
-        if "hdr" in given:
-            write_hdr(given["hdr"], intervals(map(json.loads, lines)))
-    except (ConfigurationError, ResourceError) as error:
-        option = "--hdr: " if isinstance(error, ConfigurationError) else ""
-        print(f"postcopy: error: {option}{error}", file=sys.stderr)
-        done = False
-    if "report" in given:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # it takes a while
+    not have what it needs: the others are worth having. `numbers`: the signals that end it."""
+
+    def draw() -> None:
+        for number in numbers:  # it takes a while
+            signal.signal(number, signal.default_int_handler)
         command = python("-m", "postcopy", "report", "-", "--output", given["report"])
-        done &= subprocess.run(command, input="\n".join(lines), text=True, check=False).returncode == 0
-    return done
+        if subprocess.run(command, input="\n".join(lines), text=True, check=False).returncode:
+            raise MigrationError(f"--report {given['report']}: it was not drawn (its error is above)")
+
+    kept: dict[str, Callable[[], None]] = {
+        "output": lambda: write_output("--output", given["output"], "".join(f"{line}\n" for line in lines)),
+        "hdr": lambda: write_hdr(given["hdr"], intervals(map(json.loads, lines))),
+        "report": draw,
+    }
+    failed = False
+    for option in [option for option in kept if option in given]:
+        try:
+            kept[option]()
+        except (PostcopyError, OSError, MemoryError) as error:
+            said = str(shortage(error) or error)
+            print(f"postcopy: error: {said if said.startswith('--') else f'--{option}: {said}'}", file=sys.stderr)
+            failed = True
+    return not failed
 
 
 def _of(figure: str, what: str) -> Any:

@@ -145,9 +145,8 @@ async def by_turns(rounds: int, parts: Mapping[K, Callable[[], Awaitable[T]]]) -
 
 def worker(module: str, *arguments: str) -> list[str]:
     """The command that calls `main` of a module of this package."""
-    return python(
-        "-c", f"import sys; from postcopy.testbed.bench.{module} import main; main(*sys.argv[1:])", *arguments
-    )
+    code = "import sys; from postcopy.testbed.bench._worker import call; call(*sys.argv[1:])"
+    return python("-c", code, module, *arguments)
 
 
 def connections(count: int) -> list[tuple[socket.socket, socket.socket]]:

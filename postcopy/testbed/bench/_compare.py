@@ -25,9 +25,10 @@ from typing import Final
 from postcopy._host import run_line
 from postcopy.errors import ConfigurationError
 from postcopy.records import VERSION, as_json
-from postcopy.records.results import Comparison, Run, Value
+from postcopy.records.results import Comparison, Value
 from postcopy.testbed._report import Row, Span, make_console, print_line, print_table, row
 from postcopy.testbed.bench._read import MAX_NUMBER, Results, read
+from postcopy.units import format_size
 from postcopy.wire import one_line
 
 MIN_ROUNDS: Final = 5
@@ -254,7 +255,7 @@ def warnings(before: Results, after: Results) -> Iterator[str]:
     """What makes the values of two files differ beside the program."""
 
     def seen(results: Results, name: str) -> str:
-        return " and ".join(dict.fromkeys(str(getattr(each.host, name)) for each in results.runs))
+        return " and ".join(dict.fromkeys(_in_words(name, getattr(each.host, name)) for each in results.runs))
 
     for letter, results in (("A", before), ("B", after)):
         busy = [each for each in results.runs if each.host.load > each.host.cpus / 2]
@@ -266,12 +267,20 @@ def warnings(before: Results, after: Results) -> Iterator[str]:
     if hosts:
         differ = ", ".join(f"{name.replace('_', ' ')} {seen(before, name)} / {seen(after, name)}" for name in hosts)
         yield f"The hosts differ: {differ}"
-    options = _options(before.runs[-1]), _options(after.runs[-1])
-    if options[0] != options[1]:
-        yield f"They were asked for with other options: {' '.join(options[0]) or '-'} / {' '.join(options[1]) or '-'}"
+    one, other = before.runs[-1].options, after.runs[-1].options
+    if names := [name for name in sorted(one | other) if name not in _OF_NO_USE and one.get(name) != other.get(name)]:
+        given = (f"--{name} {one.get(name, 'not given')} / {other.get(name, 'not given')}" for name in names)
+        yield f"They were asked for with other options: {', '.join(given)}"
 
 
-def _options(run: Run) -> list[str]:
-    return [
-        f"{name}={value}" for name, value in sorted(run.options.items()) if name not in ("figures", "rounds", "within")
-    ]
+_OF_NO_USE = ("figures", "rounds", "within")
+"""Options that say nothing of the values that both have."""
+
+
+def _in_words(name: str, value: object) -> str:
+    """What is known of a host."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and name == "memory":
+        return format_size(value)
+    return "none" if value is None else str(value)

@@ -32,6 +32,7 @@ from postcopy.machines.firecracker.handshake import Handshake, receive_handshake
 from postcopy.records.results import Measurement
 from postcopy.testbed import probe
 from postcopy.testbed._processes import Child, open_child, parse
+from postcopy.testbed._scratch import scratch
 from postcopy.testbed.bench._common import DEADLINE_S, Rounds, by_turns, ratio, worker
 from postcopy.testbed.firecracker import Firecracker, GuestLine, find, guest_path, serving_engine, version_of
 
@@ -219,8 +220,7 @@ def _place(handshake: Handshake, image_fd: int, threads: int) -> None:
 
 async def measure_firecracker(rounds: int) -> list[Measurement]:
     """Faults, the working set, how fast all memory comes, and the death of the engine."""
-    with tempfile.TemporaryDirectory(prefix="postcopy-bench-") as name:
-        directory = Path(name)
+    with scratch() as directory:
         small = await thread(take_snapshot, directory / "small", MEMORY_MIB, f"pages={PAGES} spread=1")
         steps = await thread(take_snapshot, directory / "steps", MEMORY_MIB, f"touches={STEP_PAGES}")
         large = await thread(take_snapshot, directory / "large", POPULATED_MIB, "pages=16")

@@ -14,7 +14,6 @@ import re
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, ExitStack
@@ -26,6 +25,7 @@ from postcopy._child import python
 from postcopy.errors import MigrationError
 from postcopy.records.results import Measurement
 from postcopy.testbed._processes import open_child, run_json
+from postcopy.testbed._scratch import scratch
 from postcopy.testbed.bench._common import DEADLINE_S, Rounds, ratio
 from postcopy.testbed.bench._firecracker import Snapshot, check_firecracker, next_line, thread
 from postcopy.testbed.firecracker import Firecracker
@@ -72,8 +72,7 @@ async def measure_firecracker_move(rounds: int) -> list[Measurement]:
 
 async def _moves(rounds: int, size_mib: int) -> Rounds:
     turns: Rounds = []
-    with ExitStack() as vms, tempfile.TemporaryDirectory(prefix="postcopy-bench-") as name:
-        directory = Path(name)
+    with ExitStack() as vms, scratch() as directory:
         vm = vms.enter_context(await thread(Firecracker.start))
         await thread(vm.boot, size_mib, f"pages={WRITTEN_PAGES} spread=1 touches={TOUCHES}")
         await thread(vm.wait_ready)

@@ -14,7 +14,6 @@ import io
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -26,7 +25,8 @@ from rich.console import Console
 
 from postcopy._child import python
 from postcopy.errors import MigrationError
-from postcopy.machines.toy.machine import explain_no_kvm
+from postcopy.machines.toy.machine import explain_no_kvm, split_memory
+from postcopy.memory import page_bytes_of
 from postcopy.output.words import format_duration
 from postcopy.records import Json
 from postcopy.records.commands import DemoResult
@@ -34,6 +34,7 @@ from postcopy.records.results import Measurement, Value
 from postcopy.records.timeline import Recording, Timeline
 from postcopy.testbed._processes import parse, run_captured
 from postcopy.testbed._report import Section, Span, make_console, print_line, print_section, row
+from postcopy.testbed._scratch import scratch
 from postcopy.testbed.bench._common import Found
 from postcopy.testbed.bench._migrate_columns import COLUMNS, FAULTS, PREVENTED, values
 from postcopy.units import (
@@ -74,6 +75,8 @@ WINDOW_S = 1.0  # at least: how long pure demand goes on without a push
 AFTER_S = 2.0  # and, at least, after the last page may have come: time to be back in
 DEADLINE_S = 120.0  # of one migration, or
 DEADLINE_PUSHES = 20  # so many times what the push takes, where that is more
+MIN_BANDWIDTH = 125_000  # bytes a second: a migration of 64 MiB takes a quarter of an hour then
+MAX_DELAY_S = 1.0  # beyond two heartbeats are missed, and no migration completes
 END_S = 30.0  # for a demo that has missed it, with its processes
 PROCESSORS = "processors"
 """A value beside the columns: how many were busy, with whatever ran here, on average from the start of the demo to its
@@ -93,7 +96,7 @@ class Plan:
 
     policies: tuple[str, ...] = tuple(POLICIES)
     workloads: tuple[str, ...] = tuple(WORKLOADS)
-    kind: str = "rv64"
+    machine: str = "rv64"  # its kind
     memory: int = 64 << 20  # bytes
     bandwidth: int = 500_000_000 // 8  # bytes a second; 0: no limit
     delay: float = 0.0  # seconds
@@ -125,8 +128,8 @@ class Plan:
             settings = f"rate={format_rate(self.bandwidth)},delay={self.delay:g},jitter=0"
             chosen += ["--chaos", f"slow:{settings}"]
         return [
-            "--machine", self.kind, "--memory", format_exact_size(self.memory), "--vcpus", "1", "--bulk-channels", "1",
-            "--workload", WORKLOADS[workload], "--seed", str(seed),
+            "--machine", self.machine, "--memory", format_exact_size(self.memory),
+            "--vcpus", "1", "--bulk-channels", "1", "--workload", WORKLOADS[workload], "--seed", str(seed),
             "--migrate-after", f"{BEFORE_S:g}", "--run-for", f"{run_for_s:g}",
             "--deadline", f"{self.deadline_s:g}", *chosen,
         ]  # fmt: skip
@@ -223,7 +226,7 @@ async def compare(
     """Every policy with every workload, `rounds` times. `said` is told about each cell that is done, `kept` has all of
     them after each. `recorded` gets the lines `timeline` of all, with the cell as the machine's name."""
     cells = {(workload, policy): Cell(policy, workload) for workload in plan.workloads for policy in plan.policies}
-    with tempfile.TemporaryDirectory(prefix="postcopy-bench-") as directory:
+    with scratch() as directory:
         for number in range(rounds):
             for workload in plan.workloads:
                 file = os.path.join(directory, f"{workload}-{number}")
@@ -283,7 +286,7 @@ def conditions(plan: Plan, cells: Sequence[Cell]) -> Measurement:
     delay = f", {format_duration(plan.delay)} of delay each way" if plan.delay else ""
     count = f"{cpus} processor{'s' * (cpus != 1)}"
     said = (
-        f"{plan.kind}, {format_size(plan.memory)}, 1 vCPU; network: {network}{delay}. Pure demand: no push for"
+        f"{plan.machine}, {format_size(plan.memory)}, 1 vCPU; network: {network}{delay}. Pure demand: no push for"
         f" {plan.window_s:g} s. The guest, both sides and the network between them share {count}"
     )
     if busy:
@@ -347,17 +350,24 @@ def add_arguments_migrate(parser: argparse.ArgumentParser) -> None:
                         help=f"of {', '.join(POLICIES)} (default: all)")
     parser.add_argument("--workloads", type=_names(WORKLOADS), metavar="LIST", **more,
                         help=f"of {', '.join(WORKLOADS)} (default: all)")
-    parser.add_argument("--machine", dest="kind", choices=("rv64", "kvm"), **more,
-                        help=f"its kind (default: {default.kind})")
-    parser.add_argument("--memory", type=argument(parse_size), metavar="SIZE", **more,
+    parser.add_argument("--machine", choices=("rv64", "kvm"), **more,
+                        help=f"its kind (default: {default.machine})")
+    parser.add_argument("--memory", type=argument(_parse_memory), metavar="SIZE", **more,
                         help=f"of the machine (default: {format_size(default.memory)})")
-    parser.add_argument("--bandwidth", type=argument(parse_rate), metavar="RATE", **more,
+    parser.add_argument("--bandwidth", type=argument(parse_rate, MIN_BANDWIDTH), metavar="RATE", **more,
                         help="of each connection between the two sides, or none"
                         f" (default: {format_rate(default.bandwidth)})")
-    parser.add_argument("--delay", type=argument(parse_seconds), metavar="SECONDS", **more,
+    parser.add_argument("--delay", type=argument(parse_seconds, 0, MAX_DELAY_S), metavar="SECONDS", **more,
                         help="of the network, each way (default: 0)")
     parser.add_argument("--report", metavar="FILE.html", **more, help="write a report of all migrations there")
     # fmt: on
+
+
+def _parse_memory(text: str) -> int:
+    """Of a machine with one vCPU."""
+    found = parse_size(text)
+    split_memory(found, 1, page_bytes_of("memfd"))
+    return found
 
 
 def _names(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
@@ -371,7 +381,7 @@ async def measure_migrate(given: Mapping[str, Any], found: Found) -> None:
     """A cell is kept when it is done."""
     plan = Plan(**{each.name: given[each.name] for each in fields(Plan) if each.name in given})
     rounds = given.get("rounds", ROUNDS)  # a round of all is as long as many rounds of others
-    if plan.kind == "kvm" and (why := explain_no_kvm()) is not None:
+    if plan.machine == "kvm" and (why := explain_no_kvm()) is not None:
         raise why
 
     def kept(cells: list[Cell]) -> None:

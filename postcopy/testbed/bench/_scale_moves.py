@@ -11,12 +11,10 @@ from __future__ import annotations
 import runpy
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from pathlib import Path
 from subprocess import PIPE
 from typing import Any
 
@@ -27,6 +25,7 @@ from postcopy.errors import MigrationError
 from postcopy.memory import Memory
 from postcopy.service.client import ControlClient
 from postcopy.testbed._processes import Child, Json, open_child, parse
+from postcopy.testbed._scratch import scratch
 from postcopy.testbed.bench._common import worker
 from postcopy.testbed.bench._recovery import first_page_ms
 from postcopy.testbed.bench._scale_parts import sparse_memory
@@ -149,8 +148,8 @@ async def open_move(
     program = partial(worker, "_scale_moves") if sparse else partial(python, "-m", "postcopy")
     async with AsyncExitStack() as stack:
         stack.enter_context(trio.fail_after(DEADLINE_S))
-        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="postcopy-bench-"))
-        controls = {side: str(Path(directory, side)) for side in ("source", "dest")}
+        directory = stack.enter_context(scratch())
+        controls = {side: str(directory / side) for side in ("source", "dest")}
         nursery = await stack.enter_async_context(trio.open_nursery())
 
         async def start(command: str, *arguments: str) -> _Side:
@@ -246,7 +245,7 @@ async def machines(count: int) -> dict[str, float]:
     found: dict[str, float] = {}
     async with AsyncExitStack() as stack:
         stack.enter_context(trio.fail_after(DEADLINE_S))
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="postcopy-bench-")))
+        directory = stack.enter_context(scratch())
         nursery = await stack.enter_async_context(trio.open_nursery())
         pids, addresses, clients = [], [], []
         for name in ("here", "there"):

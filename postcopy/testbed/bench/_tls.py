@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +12,7 @@ from functools import partial
 import trio
 
 from postcopy.records.results import Measurement
+from postcopy.testbed._scratch import scratch
 from postcopy.testbed.bench._bulk import SIZE_BYTES, Take, open_sides
 from postcopy.testbed.bench._common import by_turns, ratio, side_by_side, touch
 from postcopy.testbed.bench._recovery import first_page_ms, open_running_machine, recovery_times_ms, tail
@@ -42,10 +42,10 @@ async def measure_tls(rounds: int) -> list[Measurement]:
 @contextmanager
 def _certificates() -> Iterator[str]:
     """A directory with those of one host, which both sides use."""
-    with tempfile.TemporaryDirectory(prefix="postcopy-bench-") as scratch:
-        _authority.new_authority(f"{scratch}/ca")
-        _authority.issue(f"{scratch}/ca", [ADDRESS], f"{scratch}/host", days=1)
-        yield f"{scratch}/host"
+    with scratch() as directory:
+        _authority.new_authority(f"{directory}/ca")
+        _authority.issue(f"{directory}/ca", [ADDRESS], f"{directory}/host", days=1)
+        yield f"{directory}/host"
 
 
 async def _fault(rounds: int, tls: str, how: str, busy_poll_us: int, target: float | None) -> Measurement:

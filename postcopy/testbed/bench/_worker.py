@@ -9,6 +9,7 @@ Memory is made and filled here, in the process that uses it, and touched by C th
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
@@ -24,7 +25,7 @@ from postcopy.dataplane.histogram import Histogram
 from postcopy.dataplane.pager import EventType, Pager
 from postcopy.dataplane.pager_process import ProcessPager
 from postcopy.dataplane.pageserver import PageServer
-from postcopy.errors import check
+from postcopy.errors import PostcopyError, check, known_error, shortage
 from postcopy.memory import Memory
 from postcopy.records import as_json
 from postcopy.records.timeline import Distribution
@@ -190,6 +191,17 @@ async def _engine_dest(job: Job) -> dict[str, Any]:
             print(json.dumps(result), flush=True)
             os._exit(0)
         return result
+
+
+def call(module: str, *arguments: str) -> None:
+    """`main` of a module of this package. What this process lacks is one line, as of any command."""
+    try:
+        importlib.import_module(f"{__package__}.{module}").main(*arguments)
+    except Exception as error:
+        known = known_error(error) if isinstance(error, ExceptionGroup) else shortage(error) or error
+        if not isinstance(known, PostcopyError):
+            raise
+        sys.exit(f"postcopy: error: {known}")
 
 
 def main(argument: str) -> None:

@@ -7,7 +7,6 @@ import contextlib
 import os
 import random
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -30,6 +29,7 @@ from postcopy.records.commands import Chaos, ChaosResult, DemoLab, DemoResult, L
 from postcopy.records.events import DestResult, Progress, SourceResult
 from postcopy.service import options
 from postcopy.service.options import Group, Option
+from postcopy.testbed._scratch import scratch
 from postcopy.testbed.chaos import KINDS, ChaosPlan, ChaosProxy, open_chaos_proxy
 from postcopy.testbed.chaos.command import parse_plan
 from postcopy.testbed.demo._qemu import QemuDemo
@@ -206,10 +206,10 @@ class DemoCommand:
         failure: PostcopyError | None = None
         try:
             with trio.fail_after(self._values["deadline_s"]):
-                with tempfile.TemporaryDirectory(prefix="postcopy-demo-") as directory:
+                with scratch() as self._directory:
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(_interrupted, stop)
-                        result = await self._both(directory)
+                        result = await self._both()
                         nursery.cancel_scope.cancel()
         except trio.TooSlowError:
             failure = MigrationError(f"not done after {self._values['deadline_s']:g} s (--deadline)")
@@ -228,9 +228,8 @@ class DemoCommand:
             raise failure or MigrationError(result.error)
         return result.status == "completed" and result.verified is not False
 
-    async def _both(self, directory: str) -> DemoResult:
-        values = self._values
-        self._directory = Path(directory)
+    async def _both(self) -> DemoResult:
+        values, directory = self._values, self._directory
         self._output.view.subject = self._subject()
         if values.get("workload") == "disk":
             values.setdefault("disk", os.path.join(directory, "disk.img"))
@@ -245,7 +244,7 @@ class DemoCommand:
                 dest = Side("dest", DestResult, self._dest_arguments("127.0.0.1", qmp=there))
                 return await self._run(Side("source", SourceResult, []), dest)
 
-            return await self._qemu.both(Path(directory), move, values["max_bandwidth_bytes_per_s"], self._chaos)
+            return await self._qemu.both(directory, move, values["max_bandwidth_bytes_per_s"], self._chaos)
         if not self._lab:
             await self._certify()
             dest = Side("dest", DestResult, self._dest_arguments("127.0.0.1"))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from postcopy import __main__, _stop
 from postcopy._stop import Stop
@@ -95,6 +96,23 @@ def test_one_that_comes_when_all_is_done_changes_nothing(
         return True
 
     assert status(run) == (0, "")
+
+
+@pytest.mark.parametrize("ignored", [NUMBERS, [*NUMBERS, signal.SIGHUP]], ids=len)
+def test_one_that_is_ignored_stays_ignored(status: Any, ignored: list[signal.Signals]) -> None:
+    """As in the background of a script, and under nohup."""
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+    async def run(stop: Stop) -> bool:
+        for number in ignored:
+            os.kill(os.getpid(), number)
+        await trio.testing.wait_all_tasks_blocked()
+        print("an answer")  # whose reader is waited for
+        return not stop.is_set()
+
+    assert status(run) == (0, "")
+    assert [signal.getsignal(number) for number in ignored] == [signal.SIG_IGN] * len(ignored)
 
 
 def test_ctrl_c_before_anything_could_take_it(monkeypatch: pytest.MonkeyPatch) -> None:

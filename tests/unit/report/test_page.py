@@ -665,6 +665,15 @@ def test_a_file_that_was_cut_off_is_shown_as_far_as_it_goes() -> None:
     assert "The machine stood still for 4.20 ms" in seen
 
 
+def test_a_file_of_another_schema_says_so_once() -> None:
+    """As one of an older version: it is shown as far as it is understood."""
+    seen = words(
+        b"".join(json.dumps(json.loads(line) | {"schema": 9}).encode() + b"\n" for line in both().splitlines())
+    )
+    assert seen.count(f"line 1: of schema 9, and this version reads {VERSION}") == seen.count("of schema") == 1
+    assert "The machine stood still for 4.20 ms" in seen
+
+
 def test_a_file_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_read, "MAX_BYTES", 1 << 20)
     line = json.dumps({"event": "progress", "side": "dest"}).encode() + b"\n"

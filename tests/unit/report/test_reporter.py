@@ -259,7 +259,9 @@ def test_kept_are_the_last_migrations_and_little_of_each(tmp_path: Path) -> None
 # ---- postcopy report
 
 
-def test_both_sides_from_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_sides_from_two_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jsonl").write_bytes(text(run("source"), source()))
     (tmp_path / "b.jsonl").write_bytes(text(run("dest"), dest()))
@@ -268,6 +270,7 @@ def test_both_sides_from_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "both sides" in page
     assert page.count("<article") == 1
     assert "Tag=dest:vm1:whole" in (tmp_path / "faults.hlog").read_text()
+    assert capsys.readouterr() == ("", "postcopy: latencies: faults.hlog\npostcopy: report: report.html\n")
 
 
 def test_pictures_as_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +289,7 @@ def test_from_standard_input(tmp_path: Path) -> None:
     target = tmp_path / "page.html"
     command = [sys.executable, "-m", "postcopy", "report", "-", "--output", str(target)]
     done = subprocess.run(command, input=both(), capture_output=True, timeout=100, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert (done.returncode, done.stdout, done.stderr.decode()) == (0, b"", f"postcopy: report: {target}\n")
     assert "Migration of vm1" in target.read_text()
     assert os.stat(target).st_mode & 0o777 == 0o644
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -287,9 +290,108 @@ def test_what_was_measured_before_an_error_is_written(
     assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["run", "measurement"]
 
 
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["words", "lines"])
+def test_files_are_complete_whatever_becomes_of_the_standard_output(
+    options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with `| head -1`: its reader goes while the second of three is measured."""
+    reader, writer = os.pipe()
+    measured: list[int] = []
+
+    async def measure_fault(rounds: int) -> list[Measurement]:
+        measured.append(rounds)
+        if len(measured) == 2:
+            os.close(reader)
+        return [ratio(f"fault {number}", [{"p50": 2.0}] * rounds, "p50", None, 2.5) for number in range(2)]
+
+    for figure in ("fault", "pager_process", "bulk_delay"):
+        monkeypatch.setattr(f"postcopy.testbed.bench._fault.measure_{figure}", measure_fault)
+    path = tmp_path / "x.jsonl"
+    with open(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["bench", "fault", "pager-process", "bulk-delay", "--output", str(path), *options]) == 0
+        assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["run", *["measurement"] * 6]
+        measured.append(0)
+        assert main(["bench", "fault", "bulk-delay", *options]) == 1  # no reader, and no file: nothing to go on for
+    assert len(measured) == 4 if options else 5
+
+
+def test_each_file_is_written_whatever_becomes_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def measure_migrate(given: Mapping[str, Any], found: Found) -> None:
+        (tmp_path / "lines").mkdir()  # meanwhile
+        found.measurements = [ratio("a downtime", [{"1": 2.0}], "1", None, None)]
+
+    asked: list[bytes] = []
+
+    def no_process(*_: Any, **more: Any) -> Any:
+        asked.append(more["input"])
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("postcopy.testbed.bench._migrate.measure_migrate", measure_migrate)
+    monkeypatch.setattr("subprocess.run", no_process)
+    files = [f"--{option}={tmp_path}/{name}" for option, name in (("output", "lines"), ("hdr", "h"), ("report", "r"))]
+    assert main(["bench", "migrate", *files]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[2].split()[0] for line in said] == ["--output", "--hdr", "--report"]
+    assert "that is a directory" in said[0]
+    assert "a downtime" in str(asked)
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under nohup, or in the background of a script; also while a report is drawn."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    seen: list[Any] = []
+
+    def draw(*_: Any, **__: Any) -> subprocess.CompletedProcess[bytes]:
+        seen.extend(map(signal.getsignal, numbers))
+        return subprocess.CompletedProcess([], 0)
+
+    async def measure_migrate(given: Mapping[str, Any], found: Found) -> None:
+        seen.extend(map(signal.getsignal, numbers))
+        found.measurements = [ratio("a downtime", [{"1": 2.0}], "1", None, None)]
+
+    monkeypatch.setattr("postcopy.testbed.bench._migrate.measure_migrate", measure_migrate)
+    monkeypatch.setattr("subprocess.run", draw)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        assert main(["bench", "migrate", "--report", str(tmp_path / "x.html")]) == 0
+        assert list(map(signal.getsignal, numbers)) == [signal.SIG_IGN] * 3
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert seen == [signal.SIG_IGN] * 6
+
+
+def test_what_a_worker_lacks_is_one_line() -> None:
+    code = """
+import threading
+from postcopy.testbed.bench import _uffd, _worker
+
+def main(what):
+    if what == "mistake":
+        raise ValueError(what)
+    threading.Thread.start = lambda self: (_ for _ in ()).throw(RuntimeError("can't start new thread"))
+    trio.run(trio.to_thread.run_sync, print)
+
+import trio
+_uffd.main = main
+_worker.call("_uffd", sys.argv[1])
+"""
+    command = [sys.executable, "-P", "-c", f"import sys\n{code}"]
+    done = subprocess.run([*command, "thread"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("postcopy: error: no thread can be started (remedy: ")
+    assert len(done.stderr.splitlines()) == 1
+    done = subprocess.run([*command, "mistake"], capture_output=True, text=True, check=False)
+    assert "Traceback" in done.stderr
+
+
 def test_options_that_make_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
     for words, complaint in (
         (("fault", "--output", "/nonexistent/x"), "directory /nonexistent does not exist"),
+        (("fault", "--output", "-"), "--output -: that is no file; write ./- for one of that name"),
         (("fault", "--hdr", "/nonexistent/x"), "directory /nonexistent does not exist"),
         (("fault", "--memory", "1GiB"), "bench fault has no --memory; bench migrate has"),
         (("quick", "--dimension", "memory"), "bench quick has no --dimension; bench scale has"),
@@ -301,6 +403,10 @@ def test_options_that_make_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
         (("compare", "a.jsonl", "b.jsonl", "--rounds", "3"), "bench compare has no --rounds"),
         (("--rounds", "3", "compare", "a.jsonl", "b.jsonl"), "bench compare has no --rounds"),
         (("--quick",), "bench has no --quick; write bench quick"),
+        (("migrate", "--memory", "0"), "--memory: 0 bytes for 1 vcpus: the machine needs at least 16 MiB"),
+        (("migrate", "--memory", "67108865B"), "must be a multiple of 4096 bytes"),
+        (("migrate", "--bandwidth", "1bit"), "--bandwidth: a rate from 1mbit to "),
+        (("migrate", "--delay", "1h"), "--delay: seconds from 0 to "),
         (("scale", "migrate"), "bench scale has no use for 'migrate' ("),
         (("scale", "memory"), "did you mean --dimension memory?"),
     ):

@@ -192,11 +192,16 @@ class TestCommand:
         a, b = (written(tmp_path / name, FAST) for name in "ab")
         began, *rest = (tmp_path / "b").read_text().splitlines()
         other = json.loads(began)
-        other["host"] |= {"kernel": "9.9\x1b[2J", "load": 99.0}
+        other["host"] |= {"kernel": "9.9\x1b[2J", "load": 99.0, "memory": 3 << 30, "container": None, "virtual": True}
+        other["options"] |= {"hybrid": "yes", "memory": "64MiB", "rounds": "9"}
         (tmp_path / "b").write_text("\n".join([json.dumps(other), *rest, ""]))
         assert main(["bench", "compare", a, b]) == 0
         text = capsys.readouterr().out
-        assert "The hosts differ: kernel" in text
+        assert "The hosts differ: memory " in text
+        assert " / 3 GiB, kernel " in text
+        assert "None" not in text
+        assert "True" not in text
+        assert "with other options: --hybrid not given / yes, --memory not given / 64MiB" in " ".join(text.split())
         assert "B: other work was under way" in text
         assert "\x1b[2J" not in text
 

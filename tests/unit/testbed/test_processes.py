@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 import trio
 import trio.testing
 
+from postcopy.errors import ResourceError
 from postcopy.testbed import _linux, _processes
 
 COMMAND = """
@@ -118,3 +121,23 @@ async def test_several_wait_for_a_process() -> None:
         assert child.process.stdin is not None
         await child.process.stdin.aclose()
     assert child.process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.EAGAIN, "no process can be started (remedy: allow"), (errno.EMFILE, "than {limit} open files: ulimit -n ")],
+)
+async def test_what_a_child_cannot_be_started_for(number: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with `ulimit -u` and `ulimit -n`; what is wrong with the command is another error."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(FileNotFoundError):
+        async with _processes.open_child(["/none"]):
+            pass
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with pytest.raises(ResourceError) as caught:
+        async with _processes.open_child(["true"]):
+            pass
+    assert said.format(limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0]) in str(caught.value)

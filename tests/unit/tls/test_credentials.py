@@ -248,7 +248,7 @@ async def test_a_file_system_that_hangs(
         for _ in range(3):
             assert await credentials.context(server=True) is before
         assert caplog.text.count("its file system has not answered") == 1
-        with pytest.raises(ResourceError, match=r"its file system has not answered within .* s; .* --tls"):
+        with pytest.raises(ResourceError, match=r"its file system has not answered within .* s .*remedy: .* --tls"):
             await credentials.context(server=False)  # not read before
         await credentials.reload()
         assert caplog.text.count("its file system has not answered") == 2  # on request it is said again
