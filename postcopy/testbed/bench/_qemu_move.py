@@ -7,6 +7,9 @@ new processes. Ours is asked as a user asks it: a daemon has the machine, and ge
 
 The time for which the machine stands still is told by QEMU in both cases: from its event STOP to RESUME.
 
+How long all of it takes depends on what the guest does meanwhile, and one that is served sooner does more. So the same
+is measured with a guest that touches none of its pages while it moves: it waits at its serial port.
+
 Then the same once more through a network that is cut when a third of the memory has passed, and whole again when all
 who lost it have said so.
 """
@@ -30,6 +33,7 @@ from postcopy.errors import MigrationError
 from postcopy.records.results import Measurement
 from postcopy.service.client import ControlClient
 from postcopy.testbed import qemu
+from postcopy.testbed._guest import GuestLine
 from postcopy.testbed._processes import Child, open_child
 from postcopy.testbed.bench._common import DEADLINE_S, by_turns, ratio
 from postcopy.testbed.bench._firecracker import next_line, thread
@@ -56,11 +60,12 @@ FAULTS = {"ours": "ours", "preempt": "traced"}
 STANDS = "by QEMU's events STOP at the source and RESUME at the destination; QEMU's: the better of its two ways"
 TOTAL = "from the request to migrate until the source has completed; QEMU's: the better of its two ways"
 FAULT = "from the fault read to its page placed; QEMU's by its trace, in runs of their own"
+IDLE = "the same of a guest that looks at its serial port, and touches no page while it moves"
 BLOCKED = "how long the guest's processor waited for pages; a total of its own, for what the others are made of"
 CUT = "1: ours has completed by itself, and QEMU's destination is in postcopy-paused, where it waits for an operator"
 
 check_qemu_move = qemu.check
-Part = Callable[[], Awaitable[dict[str, float]]]
+Part = Callable[..., Awaitable[dict[str, float]]]
 """One move; what it took."""
 
 
@@ -73,17 +78,18 @@ async def compare(rounds: int, memory_mib: int) -> list[Measurement]:
     """With a guest of this size."""
     parts: dict[str, Part] = {"ours": partial(_ours, memory_mib)}
     parts |= {name: partial(_own, memory_mib, preempt) for name, preempt in MODES.items()}
+    parts |= {f"idle {name}": partial(part, idle=True) for name, part in parts.items()}
     parts["traced"] = partial(_own, memory_mib, True, traced=True)
     turns = await by_turns(rounds, parts)
     cuts = await by_turns(rounds, {"ours": partial(_ours_cut, memory_mib), "preempt": partial(_own_cut, memory_mib)})
 
     def figure(
-        what: str, value: str, goal: float | None, note: str, unit: str = "ms", margin: float = 0.0
+        what: str, value: str, goal: float | None, note: str, *, of: str = "", margin: float = 0.0
     ) -> Measurement:
-        values = [{name: turn[name][value] for name in ("ours", *MODES)} for turn in turns]
+        values = [{name: turn[of + name][value] for name in ("ours", *MODES)} for turn in turns]
         # Not less than one: a small memory may come before its guest has missed any.
         found = [each | {"allowed": max(1.0, min(each[name] for name in MODES)) + margin} for each in values]
-        return ratio(f"{what}, {size} / QEMU's", found, "ours", "allowed", goal, note=note, unit=unit)
+        return ratio(f"{what}, {size} / QEMU's", found, "ours", "allowed", goal, note=note, unit="ms")
 
     size = format_size(memory_mib << 20)
     faults = [
@@ -94,6 +100,7 @@ async def compare(rounds: int, memory_mib: int) -> list[Measurement]:
         figure(f"stop to run, against QEMU's and {MARGIN_MS:g} ms", "stop-to-run-ms", 1.0, STANDS, margin=MARGIN_MS),
         ratio(f"fault p50, {size} / QEMU's with preempt", faults, "ours p50", "preempt p50", 0.25, note=FAULT),
         figure("total time", "total-ms", 0.7, TOTAL),
+        figure("total time, guest idle", "total-ms", None, IDLE, of="idle "),
         figure("total time from the pause", "from-pause-ms", None, "from STOP until the source has completed"),
         figure("blocktime", "blocktime-ms", None, BLOCKED),
         _cut_figure(f"network cut at a third of {size}", cuts),
@@ -110,9 +117,12 @@ def _cut_figure(name: str, cuts: list[dict[str, dict[str, float]]]) -> Measureme
 
 
 @asynccontextmanager
-async def _pair(memory_mib: int, *arguments: str, by_qemu: bool) -> AsyncIterator[tuple[Qemu, Qemu]]:
-    """A QEMU whose guest works, and one that waits for it; `arguments`: more of that one."""
-    append = f"spread=1 touches={PASS_PAGES} stride={int(memory_mib * 256 * own.GOLDEN)}"
+async def _pair(
+    memory_mib: int, *arguments: str, by_qemu: bool, idle: bool = False
+) -> AsyncIterator[tuple[Qemu, Qemu]]:
+    """A QEMU whose guest works, or has done so and is `idle`, and one that waits for it; `arguments`: more of that
+    one."""
+    append = f"spread=1 touches={PASS_PAGES} stride={int(memory_mib * 256 * own.GOLDEN)} wait={int(idle)}"
     with ExitStack() as stack:
         start = partial(Qemu.start, memory_mib, append)
         if by_qemu:
@@ -124,14 +134,19 @@ async def _pair(memory_mib: int, *arguments: str, by_qemu: bool) -> AsyncIterato
         source = stack.enter_context(await thread(start))
         dest = stack.enter_context(await thread(twin))
         await thread(source.wait_ready)
-        await thread(source.wait_passes, 1)
+        await _passes(source, 1, idle=idle)
         yield source, dest
 
 
-async def _works(source: Qemu, dest: Qemu) -> None:
+async def _passes(qemu: Qemu, count: int, *, idle: bool) -> GuestLine:
+    """The last of so many more; one that is idle makes one, as it is told."""
+    return await thread(qemu.order, "w") if idle else (await thread(qemu.wait_passes, count))[-1]
+
+
+async def _works(source: Qemu, dest: Qemu, *, idle: bool = False) -> None:
     """The guest goes on where it was, and has found its pages as it left them; `MigrationError`."""
     before = source.passes()[-1].values["pass"]
-    after = (await thread(dest.wait_passes, 2))[-1].values
+    after = (await _passes(dest, 2, idle=idle)).values
     if after["errors"] or after["pass"] <= before:
         found = f"{after['errors']} wrong words in pass {after['pass']}, before the move it was in pass {before}"
         raise MigrationError(f"the guest found {found}\n{dest.said()}")
@@ -140,10 +155,11 @@ async def _works(source: Qemu, dest: Qemu) -> None:
 # ---- by QEMU itself
 
 
-async def _own(memory_mib: int, preempt: bool, *, traced: bool = False) -> dict[str, float]:
+async def _own(memory_mib: int, preempt: bool, *, traced: bool = False, idle: bool = False) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="postcopy-bench-") as directory:
         log = Path(directory) / "trace"
-        async with _pair(memory_mib, *(own.tracing(log) if traced else ()), by_qemu=True) as (source, dest):
+        arguments = own.tracing(log) if traced else ()
+        async with _pair(memory_mib, *arguments, by_qemu=True, idle=idle) as (source, dest):
             address = await thread(partial(own.listen, source, dest, preempt=preempt))
             await thread(own.begin, source, address)
             times = await thread(own.completed, source, dest)
@@ -153,7 +169,7 @@ async def _own(memory_mib: int, preempt: bool, *, traced: bool = False) -> dict[
                 "from-pause-ms": times.from_pause_ms,
                 "blocktime-ms": times.blocktime_ms,
             }
-            await _works(source, dest)
+            await _works(source, dest, idle=idle)
             if traced:
                 await thread(own.quit, dest)
                 found |= own.percentiles_us(own.latencies_us(await thread(log.read_text)))
@@ -196,15 +212,18 @@ async def _cut(proxy: ChaosProxy, memory_mib: int) -> float:
 # ---- by postcopy
 
 
-async def _ours(memory_mib: int) -> dict[str, float]:
-    async with _pair(memory_mib, by_qemu=False) as (source, dest), _sides(source, dest) as (client, arrives, address):
+async def _ours(memory_mib: int, *, idle: bool = False) -> dict[str, float]:
+    async with (
+        _pair(memory_mib, by_qemu=False, idle=idle) as (source, dest),
+        _sides(source, dest) as (client, arrives, address),
+    ):
         began_s = time.perf_counter()
         await client.execute("migrate", {"to": address})
         await _becomes(client, "completed")
         total_ms = (time.perf_counter() - began_s) * 1e3
         result = await _line(arrives, "result")
         stands_ms = await thread(own.stop_to_run_ms, source, dest)
-        await _works(source, dest)
+        await _works(source, dest, idle=idle)
         return {
             "stop-to-run-ms": stands_ms,
             "total-ms": total_ms,
