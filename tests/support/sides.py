@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -158,10 +159,13 @@ class Operator:
         return {machine["name"]: machine for machine in self.request("status")["machines"]}
 
     def wait(self, what: str, found: Callable[[dict[str, Json]], bool]) -> dict[str, Json]:
+        """Until `found` is true of the machines here. What it looks for may not be there yet: a machine that comes, a
+        field that only a migration that is paused has."""
         deadline = time.monotonic() + DEADLINE_S
         while True:
             machines = self.machines()
-            if found(machines):
-                return machines
+            with contextlib.suppress(KeyError, TypeError):
+                if found(machines):
+                    return machines
             assert time.monotonic() < deadline, f"no {what}: {machines}"
             time.sleep(0.01)
