@@ -136,7 +136,8 @@ guests-rv64: ## build the guest programs of the rv64 machine again (needs Debian
 # OR_SKIP=--or-skip: a machine that has no Docker says so and goes on (unless POSTCOPY_INSTALL=1 lets it be installed).
 # POSTCOPY_WHEEL=FILE: what to install in the image; else a wheel is built.
 test-containers: setup ## migrate between containers; as root it starts its own Docker daemon (POSTCOPY_INSTALL=1: installs it)
-	POSTCOPY_WHEEL="$(POSTCOPY_WHEEL)" $(BIN)/python tools/containers.py test $(OR_SKIP) -- -n 2 --dist worksteal $(PYTEST_ARGS)
+	POSTCOPY_WHEEL="$(POSTCOPY_WHEEL)" $(BIN)/python tools/containers.py test $(OR_SKIP) -- \
+		$(ONCE_MORE) $(BIN)/pytest -n 2 --dist worksteal tests/containers $(PYTEST_ARGS)
 
 check-python: setup ## pytest, PYTEST_JOBS (3) at a time, without the containers and the hostile peers
 	$(ONCE_MORE) $(BIN)/pytest -v -n $(PYTEST_JOBS) --dist worksteal --ignore=tests/hostile --ignore=tests/packages --ignore=tests/containers --durations=25 $(PYTEST_ARGS)
@@ -189,7 +190,7 @@ wheel: sdist ## build the abi3 wheel from it into dist/, tag it for manylinux, a
 
 # In minimal Debian 12 and 13, which are made here as root (POSTCOPY_INSTALL=1: installs debootstrap).
 check-packages: wheel ## look into the packages, and install them in fresh Debian 12 and 13 as root and as a user
-	$(BIN)/pytest -n 2 --dist loadgroup tests/packages $(PYTEST_ARGS)
+	$(ONCE_MORE) $(BIN)/pytest -n 2 --dist loadscope tests/packages $(PYTEST_ARGS)
 
 clean: ## remove everything that was built, .venv too
 	rm -rf build dist $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

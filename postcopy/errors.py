@@ -201,6 +201,8 @@ def shortage(error: BaseException | None) -> ResourceError | None:
         )
     if error is None:
         return None
+    if type(error).__name__ == "TrioInternalError":  # Trio itself ran short; its other errors are what came of that
+        return next(filter(None, map(shortage, leaves(error.__cause__) if error.__cause__ else ())), None)
     return missing_package(error) or shortage(error.__cause__)
 
 

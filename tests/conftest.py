@@ -7,7 +7,7 @@ the test fails instead: CI runs on a machine that is known to have it, so there 
 finds out on its way calls the fixture ``require`` with names.
 
 *Children.* ``run_in_child`` and ``spawn_child`` run a module-level function of the test's file, or a command, in a
-process of its own, in a process group of its own, which is killed at the deadline and when the test ends. Whatever may
+process of its own, in a session of its own, which is killed at the deadline and when the test ends. Whatever may
 block in a page fault for ever belongs there: no Python code can interrupt it, SIGKILL can.
 """
 
@@ -24,7 +24,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +31,11 @@ from types import TracebackType
 from typing import IO, Any
 
 import pytest
+from sessions import end_session
 
 CHILD = Path(__file__).with_name("support") / "child.py"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script; all that is started here would
     signal.signal(signal.SIGINT, signal.default_int_handler)
-KILL_TIMEOUT_S = 20.0
-"""How long a killed process may take to go: one that does not answer SIGKILL hangs in the kernel."""
 
 
 # --- capabilities -----------------------------------------------------------------------------------------------------
@@ -247,18 +245,8 @@ class DeadlineExpired(AssertionError):
     """A child was not done at its deadline and has been killed; the message has its output."""
 
 
-def _runs_in_group(group: int) -> bool:
-    """Whether a process of this group has not ended yet."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # gone meanwhile
-            state, _, its_group = stat.read_text(errors="replace").rpartition(")")[2].split()[:3]
-            if int(its_group) == group and state not in "ZX":
-                return True
-    return False
-
-
 class Child:
-    """A running child in a process group of its own; leaving the ``with`` block kills the whole group.
+    """A running child in a session of its own; leaving the ``with`` block kills all that runs in it.
 
     Standard output and error go to files, so that the child never blocks on a pipe that nobody reads and whatever it
     leaves behind holds nothing up.
@@ -324,21 +312,8 @@ class Child:
         return ChildResult(returncode, self.output(), self.errors(), value)
 
     def kill(self) -> None:
-        """Kills the whole group with SIGKILL and waits until it is gone. Harmless when it has ended."""
-        deadline = time.monotonic() + KILL_TIMEOUT_S
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(KILL_TIMEOUT_S)
-        # Members that the child has left behind: killed too, but nobody here can wait for them, nor in some containers
-        # anybody else.
-        while time.monotonic() < deadline:
-            try:
-                os.killpg(self.process.pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                return
-            if not _runs_in_group(self.process.pid):
-                return
-            time.sleep(0.005)
+        """Kills all that it has started, too, and waits until it is gone. Harmless when it has ended."""
+        end_session(self.process)
 
     def __enter__(self) -> Child:
         return self

@@ -332,7 +332,7 @@ def _double(value: int) -> int:
 
 
 def _hang_with_a_child_of_its_own(path: str) -> None:
-    child = subprocess.Popen(["sleep", "60"])
+    child = subprocess.Popen(["sleep", "60"], process_group=0)  # as a shell's job, or a keeper's engine
     Path(path).write_text(str(child.pid))
     child.wait()
 
@@ -357,7 +357,7 @@ def test_a_command_in_a_child(run_in_child: Callable[..., Any]) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (5, "out\n", "err\n")
 
 
-def test_a_child_is_killed_at_its_deadline_with_its_group(spawn_child: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_child_is_killed_at_its_deadline_with_its_session(spawn_child: Callable[..., Any], tmp_path: Path) -> None:
     pid, deadline = tmp_path / "pid", time.monotonic() + 60
     child = spawn_child(_hang_with_a_child_of_its_own, str(pid))
     while not pid.exists() or not pid.read_text():
@@ -386,6 +386,8 @@ def test_a_skip_is_a_failure_where_the_capability_is_required(tmp_path: Path) ->
         "no:cacheprovider",
         "-c",
         "/dev/null",
+        "-o",
+        f"pythonpath={ROOT / 'tests' / 'support'}",
         "--rootdir",
         str(tmp_path),
     ]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the tests that need containers, with a Docker daemon and a base image made here where there is none.
 
-    containers.py test [--or-skip] [-- PYTEST-ARGUMENT...]
+    containers.py test [--or-skip] -- COMMAND [ARGUMENT...]
     containers.py profile [--check]
 
 *The daemon.* One that DOCKER_HOST or the client's default reaches is used. Else, as root, one is started in a mount,
@@ -259,10 +259,9 @@ def prepared() -> Iterator[tuple[Docker, str]]:
                 docker("image", "rm", "--force", name)
 
 
-def test(arguments: list[str]) -> int:
+def test(command: list[str]) -> int:
     with prepared() as (docker, image):
         begin = time.monotonic()
-        command = [sys.executable, "-m", "pytest", "tests/containers", *arguments]
         environment = {**docker.environment, "POSTCOPY_TEST_IMAGE": image}
         status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
         say(f"tests: {time.monotonic() - begin:.0f} s")
@@ -286,20 +285,20 @@ def interrupt(signum: int, _frame: FrameType | None) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    tests = commands.add_parser("test", help="make what is needed, and run tests/containers")
+    tests = commands.add_parser("test", help="make what is needed, and run COMMAND with it: pytest")
     tests.add_argument(
         "--or-skip",
         action="store_true",
         help="status 0 where they cannot run (with POSTCOPY_INSTALL=1: where Debian's mirror does not answer)",
     )
-    tests.add_argument("arguments", nargs="*", metavar="PYTEST-ARGUMENT")
+    tests.add_argument("words", nargs="+", metavar="COMMAND")
     writer = commands.add_parser("profile", help="write the seccomp profile from the daemon's default")
     writer.add_argument("--check", action="store_true", help="compare only")
     args = parser.parse_args()
     for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(signum, interrupt)
     try:
-        return test(args.arguments) if args.command == "test" else profile(args.check)
+        return test(args.words) if args.command == "test" else profile(args.check)
     except Failed as error:
         strict = os.environ.get("POSTCOPY_INSTALL") == "1" and not isinstance(error, NotFetched)
         if args.command == "test" and args.or_skip and not strict:

@@ -155,10 +155,14 @@ class Stage:
         return f"{self._name}-{service}"
 
     def start(self, service: str, *more: str, seccomp: bool = True, options: tuple[str, ...] = ()) -> Any:
-        """`service` as a `Side`: its command, and `more` arguments; `options` are `docker run`'s."""
+        """`service` as a `Side`: its command, and `more` arguments; `options` are `docker run`'s. A destination runs
+        until it is told to end, not as long as the file says: how much a guest does meanwhile nobody promises."""
         name = self.name_of(service)
         self._containers.append(name)
-        command = self.services[service]["command"]
+        command = list(self.services[service]["command"])
+        if "--run-for" in command:
+            at = command.index("--run-for")
+            del command[at : at + 2]
         entrypoint = self.services[service].get("entrypoint")
         if entrypoint is not None:
             options, command = (*options, "--entrypoint", entrypoint[0]), [*entrypoint[1:], *command]

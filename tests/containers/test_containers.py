@@ -13,7 +13,7 @@ no_device = pytest.mark.parametrize("stage", ["compose.nodevice.yaml"], indirect
 
 # The last value counts: what the files say would make each of these tests take long.
 QUICK_SOURCE = ("--memory", "32MiB", "--used-memory", "16MiB", "--migrate-after", "0.2", "--heartbeat", "0.2")
-QUICK_DEST = ("--run-for", "0.5", "--heartbeat", "0.2")
+QUICK_DEST = ("--heartbeat", "0.2")
 SLOW_PUSH = ("--max-bandwidth", "1MiB/s")
 # Where nothing is to be lost: a container that gets no processor for 0.6 s must not be given up before the switchover.
 PATIENT = ("--heartbeat", "5")
@@ -26,17 +26,20 @@ def begin(stage: Any, *source: str, dest: tuple[str, ...] = ()) -> tuple[Any, An
     return stage.start("source", *QUICK_SOURCE, *source), destination
 
 
-def assert_moved(source: Any, dest: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both have completed; the machine is the same one and all of its memory right."""
+def assert_moved(stage: Any, source: Any, dest: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both have completed; the machine is the same one, computes on, and all of its memory is right."""
+    status, sent, errors = source.end()
+    assert status == 0, errors
+    # Only then the destination is ended: a guest says what it has done in batches, after a time that nobody promises.
+    dest.operations_after(sent)
+    dest.wait_status("completed")
+    stage.terminate("dest")
     status, received, errors = dest.end()
     assert status == 0, errors
     assert received["status"] == "completed"
     assert received["verified"] is True
     assert received["ram"]["remaining"] == 0
-    status, sent, errors = source.end()
-    assert status == 0, errors
     assert sent["guest"]["nonce"] == received["guest"]["nonce"]
-    assert received["guest"]["operations"] > sent["guest"]["operations"]
     return sent, received
 
 
@@ -47,8 +50,9 @@ def status_of_first_process(stage: Any, service: str) -> dict[str, str]:
 
 @both
 def test_migrates(stage: Any) -> None:
-    source, dest = begin(stage, *PATIENT, dest=PATIENT)
-    _, received = assert_moved(source, dest)
+    # Not all at once: a guest that gets no processor meanwhile would ask for nothing.
+    source, dest = begin(stage, *PATIENT, "--max-bandwidth", "16MiB/s", dest=PATIENT)
+    _, received = assert_moved(stage, source, dest)
     assert received["kind"] == ("kvm" if stage.file == "compose.yaml" else "rv64")
     assert received["ram"]["demand-pages"] > 0
 
@@ -56,7 +60,7 @@ def test_migrates(stage: Any) -> None:
 @both
 def test_observer_sees_both_sides(stage: Any) -> None:
     """From a third container, over the network alone."""
-    dest = stage.start("dest", *QUICK_DEST, *PATIENT, "--run-for", "3")
+    dest = stage.start("dest", *QUICK_DEST, *PATIENT)
     assert dest.address
     observer = stage.start("observer")
     source = stage.start("source", *QUICK_SOURCE, *PATIENT, *SLOW_PUSH, "--migrate-after", "2")
@@ -65,7 +69,7 @@ def test_observer_sees_both_sides(stage: Any) -> None:
     source.wait_status("postcopy-active")
     for side in ("source", "dest"):
         observer.wait_for(side, lambda line, side=side: (line["of"], line.get("status")) == (side, "postcopy-active"))
-    assert_moved(source, dest)
+    assert_moved(stage, source, dest)
     status, _, errors = observer.end()
     assert status == 0, errors
     assert {line["of"] for line in observer.lines if line["event"] == "gone"} == {"source", "dest"}
@@ -142,14 +146,14 @@ def test_the_profile_lets_no_other_userfaultfd_through(stage: Any) -> None:
 def test_root_becomes_a_user_inside(stage: Any) -> None:
     """Where the devices are root's: two capabilities for the start, and none when the first byte comes."""
     options = ("--user", "0:0", "--cap-add", "SETUID", "--cap-add", "SETGID")
-    dest = stage.start("dest", *QUICK_DEST, "--user", "postcopy", options=options)
+    dest = stage.start("dest", *QUICK_DEST, *PATIENT, "--user", "postcopy", options=options)
     assert dest.address
     status = status_of_first_process(stage, "dest")
     assert status["Uid"].split() == status["Gid"].split() == ["65010"] * 4
     assert status["Groups"].split() == ["65010"]
     assert [int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")] == [0] * 4
-    source = stage.start("source", *QUICK_SOURCE, "--user", "postcopy", options=options)
-    assert_moved(source, dest)
+    source = stage.start("source", *QUICK_SOURCE, *PATIENT, "--user", "postcopy", options=options)
+    assert_moved(stage, source, dest)
 
 
 def test_destination_killed_before_commit(stage: Any) -> None:
@@ -201,5 +205,5 @@ def test_disconnected_and_connected_again(stage: Any, victim: str) -> None:
     source.wait_status("postcopy-paused")
     dest.wait_status("postcopy-paused")
     stage.connect(victim, address)
-    _, received = assert_moved(source, dest)
+    _, received = assert_moved(stage, source, dest)
     assert received["recoveries"]["count"] >= 1

@@ -71,9 +71,9 @@ def test_the_id_of_a_machine_whose_source_is_away(
 ) -> None:
     """As above, with a real source, which must not be answered that there is no such migration."""
     program, control = daemon()
-    source = start(
-        "source", "--json", "--control", tmp_path / "s", *RV64, "--max-bandwidth", "64KiB/s", "--connect", program.where
-    )
+    # So much that the guest, which no limit of the push keeps from asking, is far from having it all by the pause.
+    large = ("--machine", "rv64", "--memory", "192MiB", "--workload", "random", "--max-bandwidth", "64KiB/s")
+    source = start("source", "--json", "--control", tmp_path / "s", *large, "--connect", program.where)
     source.wait_status("postcopy-active")
     Control(tmp_path / "s").ask("migrate-pause")
     (name,) = control.machines()

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from sessions import end_session
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 120.0
@@ -244,9 +245,7 @@ class Reader:
                 self.wait_end(command, process, output)
 
     def kill(self, process: subprocess.Popen[bytes]) -> None:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(DEADLINE_S)
+        end_session(process)
 
     def leave(self) -> None:
         for _, process, _ in self.processes:

@@ -8,14 +8,13 @@ import json
 import os
 import re
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lines import Json, parse_control_line
+from lines import Json
 
 from postcopy.testbed.firecracker import Firecracker, find
 
@@ -43,6 +42,7 @@ class Host:
         binary.chmod(0o755)
         self.daemon = daemon(name, "--firecracker", binary)
         self.at, self.address = operator(name), self.daemon.address
+        self.ask = self.at.request  # without a process in between
 
     def runs(self) -> list[int]:
         """The Firecrackers that it has started and that have not ended."""
@@ -53,18 +53,6 @@ class Host:
             return b"--api-sock" in Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:
             return False
-
-    def ask(self, command: str, **arguments: Any) -> Json:
-        """Without a process in between."""
-        with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rw") as file:
-            connection.settimeout(DEADLINE_S)
-            connection.connect(str(self.at.path))
-            file.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
-            file.flush()
-            file.readline()
-            answer: dict[str, Json] = parse_control_line(file.readline(), command)
-            assert "return" in answer, answer
-            return answer["return"]
 
     def wait_pass(self, after: int) -> Pass:
         """The first pass that ended here and has a higher number."""

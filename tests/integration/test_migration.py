@@ -408,11 +408,11 @@ class TestKvm:
         assert errors.count("postcopy: error:") == 1
 
     @pytest.mark.parametrize("victim", ["source", "dest"])
-    def test_peer_lost_after_commit(self, side: Start, victim: str) -> None:
+    def test_peer_lost_after_commit(self, side: Start, slow_way: Callable[[str], str], victim: str) -> None:
         """Each side says paused and keeps what it has; the machine never runs at the source again."""
         dest = side("dest", "--json", "--listen", "127.0.0.1:0")
-        arguments = ("--workload", "idle", "--used-memory", "8MiB", "--max-bandwidth", "16KiB/s")
-        source = side(*KVM, *arguments, "--connect", dest.address)
+        arguments = ("--workload", "random", "--used-memory", "24MiB")
+        source = side(*KVM, *arguments, "--connect", slow_way(dest.address))
         dest.wait_status("postcopy-active")
         source.wait_status("postcopy-active")
         lost, left = (source, dest) if victim == "source" else (dest, source)
@@ -452,11 +452,11 @@ class TestKvm:
         assert sides["dest"].end()[1]["verified"] is True
 
     @pytest.mark.parametrize("policy", ["hold", "kill"])
-    def test_source_lost_for_good(self, side: Start, policy: str) -> None:
+    def test_source_lost_for_good(self, side: Start, slow_way: Callable[[str], str], policy: str) -> None:
         """A machine whose missing pages are nowhere any more is kept for an operator, or ended, as `--on-lost` says."""
-        arguments = ("--workload", "idle", "--used-memory", "8MiB", "--max-bandwidth", "16KiB/s")
+        arguments = ("--workload", "random", "--used-memory", "24MiB")
         dest = side("dest", "--json", "--listen", "127.0.0.1:0", "--recover-for", "0.3", "--on-lost", policy)
-        source = side(*KVM, *arguments, "--connect", dest.address)
+        source = side(*KVM, *arguments, "--connect", slow_way(dest.address))
         source.wait_status("postcopy-active")
         dest.wait_status("postcopy-active")
         source.signal(signal.SIGKILL)
@@ -468,11 +468,11 @@ class TestKvm:
         assert result["ram"]["remaining"] > 0
         assert "the source is lost for good" in errors
 
-    def test_peer_that_never_comes_back(self, side: Start) -> None:
+    def test_peer_that_never_comes_back(self, side: Start, slow_way: Callable[[str], str]) -> None:
         """Who has been given up is not waited for by a program either, and the machine's memory is kept."""
-        arguments = ("--workload", "idle", "--used-memory", "8MiB", "--max-bandwidth", "16KiB/s")
+        arguments = ("--workload", "random", "--used-memory", "24MiB")
         dest = side("dest", "--json", "--listen", "127.0.0.1:0")
-        source = side(*KVM, *arguments, "--connect", dest.address, "--recover-for", "0.5")
+        source = side(*KVM, *arguments, "--connect", slow_way(dest.address), "--recover-for", "0.5")
         source.wait_status("postcopy-active")
         dest.signal(signal.SIGKILL)
         source.wait_status("postcopy-paused")

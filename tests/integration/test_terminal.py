@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 from screen import Screen
+from sessions import end_session
 
 pytestmark = [pytest.mark.needs("uffd-user"), pytest.mark.slow]
 DEADLINE_S = 60.0
@@ -30,11 +31,10 @@ DEMO = ("demo", *MACHINE, "--run-for", "0.2")
 _CONTROLS = re.compile(r"\x1b\[[?0-9;]*[A-Za-z]|\r")
 _PICTURE = re.compile(r"\x1b\[\?7l(.*?)\x1b\[\?7h", re.DOTALL)
 SHELL = """
-import ctypes, fcntl, os, signal, sys, termios
+import fcntl, os, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 signal.signal(signal.SIGTTOU, signal.SIG_IGN)
 if not (job := os.fork()):
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a test that fails leaves nothing behind
     os.setpgid(0, 0)
     os.tcsetpgrp(0, os.getpid())
     signal.signal(signal.SIGTTOU, signal.SIG_DFL)
@@ -125,8 +125,7 @@ class Terminal:
         return status, self.text
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        end_session(self.process)
         self._reader.join(DEADLINE_S)
         os.close(self._controlling)
 

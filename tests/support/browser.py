@@ -9,13 +9,14 @@ import fcntl
 import json
 import os
 import select
-import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from sessions import end_session
 
 Json = dict[str, Any]
 DEADLINE_S = 60.0
@@ -89,9 +90,7 @@ def open_browser() -> Iterator[Browser]:
                 os.close(fd)
             yield Browser(process, answers[0], requests[1])
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end_session(process)
             for fd in (answers[0], requests[1]):
                 os.close(fd)
 

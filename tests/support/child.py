@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a child process of the tests starts with: dies with the thread that started it, leads a process group.
+"""What a child process of the tests starts with: dies with the thread that started it, leads a session.
 
 child.py exec COMMAND [ARGUMENT...]
 child.py call FILE FUNCTION RESULT-FD    (pickled arguments on standard input)

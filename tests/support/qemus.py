@@ -4,18 +4,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lines import Json, parse_control_line
+from lines import Json
 
 from postcopy.testbed.qemu import GuestLine, Qemu, command_line, lines_of
 
@@ -55,6 +53,7 @@ class Host:
             **({"command": command} if command else {}),
         )
         self.at, self.address = operator(name), self.daemon.address
+        self.ask = self.at.request  # without a process in between
 
     def runs(self) -> list[int]:
         """The QEMUs that it has started and that have not ended."""
@@ -70,18 +69,6 @@ class Host:
         for pid in self.runs():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-
-    def ask(self, command: str, **arguments: Any) -> Json:
-        """Without a process in between. `AssertionError` with the answer, where it is refused."""
-        with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rw") as file:
-            connection.settimeout(DEADLINE_S)
-            connection.connect(str(self.at.path))
-            file.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
-            file.flush()
-            file.readline()
-            answer: dict[str, Json] = parse_control_line(file.readline(), command)
-            assert "return" in answer, answer
-            return answer["return"]
 
     def migration(self, machine: str = "vm") -> Json:
         """Empty where there is none."""

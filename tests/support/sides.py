@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -76,15 +77,11 @@ class Side:
         return str(line["address"])
 
     def operations_after(self, line: Json) -> int:
-        """The machine's counter in the first progress line that comes after `line`, when it is larger than there."""
+        """The machine's counter, once it is larger here than in `line`, of this process or of where it came from."""
         before = line["guest"]["operations"]
         later = self.wait_for(
             f"more than {before} operations",
-            lambda other: (
-                other["event"] == "progress"
-                and other["elapsed-ms"] > line["elapsed-ms"]
-                and other.get("guest", {}).get("operations", 0) > before
-            ),
+            lambda other: other["event"] == "progress" and other.get("guest", {}).get("operations", 0) > before,
         )
         return int(later["guest"]["operations"])
 
@@ -162,10 +159,13 @@ class Operator:
         return {machine["name"]: machine for machine in self.request("status")["machines"]}
 
     def wait(self, what: str, found: Callable[[dict[str, Json]], bool]) -> dict[str, Json]:
+        """Until `found` is true of the machines here. What it looks for may not be there yet: a machine that comes, a
+        field that only a migration that is paused has."""
         deadline = time.monotonic() + DEADLINE_S
         while True:
             machines = self.machines()
-            if found(machines):
-                return machines
+            with contextlib.suppress(KeyError, TypeError):
+                if found(machines):
+                    return machines
             assert time.monotonic() < deadline, f"no {what}: {machines}"
             time.sleep(0.01)

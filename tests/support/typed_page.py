@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import signal
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from sessions import end_session
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 60.0
@@ -93,6 +94,4 @@ class Shell:
         try:
             self._bash.wait(DEADLINE_S)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._bash.pid, signal.SIGKILL)
-            self._bash.wait(DEADLINE_S)
+            end_session(self._bash)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 import postcopy
 from postcopy import Memory, Userfaultfd
@@ -178,6 +179,21 @@ def test_no_room_for_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(found).startswith("temporary files cannot be written: No usable temporary directory found in")
     assert "TMPDIR" in str(found)
     assert shortage(FileNotFoundError(2, "No such file or directory", "x")) is None
+
+
+def test_trio_itself_may_run_out_of_memory() -> None:
+    """It has a buffer for each time it is woken; without, it ends with that and with assertions of its own."""
+
+    def internal(*errors: Exception) -> trio.TrioInternalError:
+        error = trio.TrioInternalError("internal error in Trio")
+        error.__cause__ = ExceptionGroup("", errors)
+        return error
+
+    found = shortage(internal(MemoryError(), AssertionError()))
+    assert found is not None
+    assert "run out of memory" in str(found)
+    assert shortage(internal(AssertionError())) is None
+    assert shortage(trio.TrioInternalError()) is None
 
 
 def test_all_that_pyproject_names_is_known() -> None:

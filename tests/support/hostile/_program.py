@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from lines import parse_control_line, parse_line
+from sessions import end_session
 
 Json = dict[str, Any]
 DEADLINE_S = 60.0
 """For whatever is certain to come; long, since it is waited for beside other tests."""
-KILL_TIMEOUT_S = 20.0
 POLL_S = 0.005
 MIB = 1 << 20
 ADDRESS_SPACE_BYTES = 16 << 30
@@ -255,12 +255,10 @@ class Program:
 
     def kill(self) -> None:
         """Harmless when it has ended."""
-        for pid in self.children() if self.alive() else []:
+        for pid in self.children() if self.alive() else []:  # a pager's process has a session of its own
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        self.process.wait(KILL_TIMEOUT_S)
+        end_session(self.process)
 
     def close(self) -> None:
         with self._files:
