@@ -18,12 +18,10 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import trio
@@ -35,6 +33,7 @@ from postcopy.service.client import ControlClient
 from postcopy.testbed import qemu
 from postcopy.testbed._guest import GuestLine
 from postcopy.testbed._processes import Child, open_child
+from postcopy.testbed._scratch import scratch
 from postcopy.testbed.bench._common import DEADLINE_S, by_turns, ratio
 from postcopy.testbed.bench._firecracker import next_line, thread
 from postcopy.testbed.chaos import ChaosProxy, open_chaos_proxy
@@ -156,8 +155,8 @@ async def _works(source: Qemu, dest: Qemu, *, idle: bool = False) -> None:
 
 
 async def _own(memory_mib: int, preempt: bool, *, traced: bool = False, idle: bool = False) -> dict[str, float]:
-    with tempfile.TemporaryDirectory(prefix="postcopy-bench-") as directory:
-        log = Path(directory) / "trace"
+    with scratch() as directory:
+        log = directory / "trace"
         arguments = own.tracing(log) if traced else ()
         async with _pair(memory_mib, *arguments, by_qemu=True, idle=idle) as (source, dest):
             address = await thread(partial(own.listen, source, dest, preempt=preempt))
@@ -264,7 +263,7 @@ async def _sides(source: Qemu, dest: Qemu, *arguments: str) -> AsyncIterator[tup
     end = {"ask": signal.SIGTERM, "end_s": 10.0, "stderr": subprocess.DEVNULL}
     common = ("--listen", "127.0.0.1:0", "--json", "--machine", "qemu", "--qmp")
     async with AsyncExitStack() as stack:
-        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="postcopy-bench-"))
+        directory = stack.enter_context(scratch())
         control = f"{directory}/control"
         daemon = (*common, source.qmp_path, "--control", control, *arguments)
         leaves = await stack.enter_async_context(open_child(python("-m", "postcopy", "daemon", *daemon), **end))
