@@ -15,9 +15,10 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from sessions import end_session
 
 from postcopy._native import ffi, lib
 
@@ -366,6 +367,42 @@ def test_a_child_is_killed_at_its_deadline_with_its_session(spawn_child: Callabl
     with pytest.raises(AssertionError, match=r"not done after 0\.1 s"):
         child.wait(0.1)
     assert not _alive(int(pid.read_text()))
+
+
+def test_a_session_that_is_gone_is_not_looked_for_in_that_of_another_process() -> None:
+    """Where numbers of processes end at 32767, a busy host gives the same ones again within a minute."""
+
+    class Gone:
+        """A process that ended long ago, with all of its session."""
+
+        def __init__(self, pid: int) -> None:
+            self.pid = pid
+
+        def poll(self, timeout: float = 0) -> int:
+            return 0
+
+        wait = poll
+
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as other:
+        try:
+            end_session(cast(Any, Gone(other.pid)))
+            assert other.poll() is None
+        finally:
+            other.kill()
+
+
+def test_what_is_started_ignores_no_signal_that_is_ignored_here(tmp_path: Path) -> None:
+    """As under nohup, and in the background of a script."""
+    code = "import conftest, subprocess; subprocess.run(['grep', 'SigIgn', '/proc/self/status'])"
+    script = "trap '' INT TERM HUP; exec \"$@\""
+    paths = os.pathsep.join(str(ROOT / "tests" / name) for name in ("", "support"))
+    command = ["sh", "-c", script, "sh", sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    ignored = int(done.stdout.split()[1], 16)
+    assert not [number for number in (1, 2, 15) if ignored >> number - 1 & 1]
 
 
 def test_a_skip_is_a_failure_where_the_capability_is_required(tmp_path: Path) -> None:

@@ -18,13 +18,17 @@ def end_session(process: subprocess.Popen[bytes]) -> None:
     """Kills all that runs in the session that `process` leads (`start_new_session`), and waits until it is gone.
 
     Not only its process group: a shell gives each job a group of its own, and a keeper each engine. What one of them
-    starts before its end is found when we look again.
+    starts before its end is found when we look again. A process that has its number now is another one's, and nothing
+    is left of the session: the kernel gives a number again only then.
     """
     if process.poll() is None:
         process.kill()
     process.wait(KILL_TIMEOUT_S)
     deadline = time.monotonic() + KILL_TIMEOUT_S
-    while (left := list(_running(process.pid))) and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        left = [] if os.path.exists(f"/proc/{process.pid}") else list(_running(process.pid))
+        if not left:
+            return
         for pid in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)

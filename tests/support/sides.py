@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
@@ -164,8 +163,11 @@ class Operator:
         deadline = time.monotonic() + DEADLINE_S
         while True:
             machines = self.machines()
-            with contextlib.suppress(KeyError, TypeError):
+            why = ""
+            try:
                 if found(machines):
                     return machines
-            assert time.monotonic() < deadline, f"no {what}: {machines}"
+            except (KeyError, TypeError) as error:
+                why = f" ({error!r})"
+            assert time.monotonic() < deadline, f"no {what}: {machines}{why}"
             time.sleep(0.01)
