@@ -26,7 +26,9 @@ def scratch() -> Iterator[Path]:
             path = Path(tempfile.mkdtemp(prefix=_PREFIX))
             stack.callback(shutil.rmtree, path, ignore_errors=True)
             with contextlib.suppress(FileNotFoundError):  # another command has removed it before it was locked
-                fcntl.flock(stack.enter_context(_opened(path)), fcntl.LOCK_EX)
+                fd = stack.enter_context(_opened(path))
+                with contextlib.suppress(OSError):  # NFS locks no directory: there nobody removes it, either
+                    fcntl.flock(fd, fcntl.LOCK_EX)
                 locked = path.exists()
         yield path
 

@@ -313,7 +313,7 @@ def test_files_are_complete_whatever_becomes_of_the_standard_output(
         assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["run", *["measurement"] * 6]
         measured.append(0)
         assert main(["bench", "fault", "bulk-delay", *options]) == 1  # no reader, and no file: nothing to go on for
-    assert len(measured) == 4 if options else 5
+    assert len(measured) == (4 if options else 5)
 
 
 def test_each_file_is_written_whatever_becomes_of_the_others(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -70,6 +71,18 @@ def test_one_that_is_removed_while_it_is_made_is_made_again(
     with scratch() as path:
         assert len(removed) == 1
         assert [path] == list(tmp_path.iterdir()) != removed
+
+
+def test_where_no_directory_can_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS: it is made all the same, and no command removes that of another one."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with scratch() as one, scratch() as other:
+        assert sorted(tmp_path.iterdir()) == sorted([one, other])
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_a_descriptor_that_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
