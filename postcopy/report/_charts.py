@@ -385,7 +385,7 @@ def _name_marks(figure: Figure, axes: Sequence[Axes], clock: Clock, marks: Seque
     """Words above the uppermost picture, in two rows; one that has no room is in the list below only."""
     left, right = axes[0].get_position().x0 * width, axes[0].get_position().x1 * width
     height = figure.get_figheight() * 72
-    important = ("pause", "lost", "running", "recovered", "all-there")
+    important = ("pause", "lost", "running", "all-there")
     placed: list[tuple[float, str, int, str]] = []
     taken: list[list[tuple[float, float]]] = [[], []]
     for mark in sorted(marks, key=lambda mark: important.index(mark.what) if mark.what in important else 9):

@@ -62,7 +62,7 @@ def _problems(reader: Reader) -> Iterator[str]:
     found = list(reader.problems.texts)
     if found:
         more = f"<li>and {reader.problems.more} more</li>" if reader.problems.more else ""
-        yield "<section class=problems><h2>A part of the input was not used</h2><ul>"
+        yield "<section class=problems><h2>What is wrong with the input</h2><ul>"
         yield from (f"<li>{esc(text)}</li>" for text in found)
         yield f"{more}</ul></section>"
 

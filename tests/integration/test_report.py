@@ -211,4 +211,4 @@ def test_the_report_of_a_real_migration(browser: Browser, tmp_path: Path) -> Non
         "kernel",
     ):
         assert expected in words, expected
-    assert "A part of the input was not used" not in words
+    assert "What is wrong with the input" not in words

@@ -589,7 +589,7 @@ def test_what_makes_no_sense_is_left_out_and_named(spoil: Callable[[Json], None]
     line = dest()
     spoil(line)
     seen = words(text(run("dest"), line))
-    assert "A part of the input was not used" in seen
+    assert "What is wrong with the input" in seen
     assert said in seen
     assert "Migration of vm1" in seen
 
