@@ -174,9 +174,9 @@ class Stage:
         """Another program in a container that is set up as `service`; what it wrote."""
         return docker("run", "--rm", "--entrypoint", entrypoint, *self.arguments(service), *arguments, check=False)
 
-    def exec(self, service: str, *command: str) -> str:
+    def exec(self, service: str, *command: str, check: bool = True) -> str:
         """What a command in the running container writes."""
-        return docker("exec", self.name_of(service), *command).stdout
+        return docker("exec", self.name_of(service), *command, check=check).stdout
 
     def kill(self, service: str) -> None:
         docker("kill", "--signal", "KILL", self.name_of(service))
