@@ -18,17 +18,8 @@ QUICK_DEST = ("--heartbeat", "0.2")
 # time: one that reads at random has asked for all that it uses within a second. An rv64 guest is still through all of
 # its phases in 5 s.)
 HELD = (
-    "--memory",
-    "128MiB",
-    "--used-memory",
-    "96MiB",
-    "--vcpus",
-    "1",
-    "--workload",
-    "phases",
-    "--push-after",
-    "forever",
-)
+    "--memory", "128MiB", "--used-memory", "96MiB", "--vcpus", "1", "--workload", "phases", "--push-after", "forever",
+)  # fmt: skip
 # Where nothing is to be lost: a container that gets no processor for 0.6 s must not be given up before the switchover.
 PATIENT = ("--heartbeat", "5")
 
