@@ -7,8 +7,9 @@ pages placed by C threads as always, and what Python does for a page is: unpack 
 with its neighbours', pack the answer.
 
 **Two queues.** A request with PC_PAGER_REQUEST_AHEAD in its id was made ahead of any fault; no thread waits for it
-yet. Those come second, and never take the last place of `max_fetches`. When a thread
-comes to wait for such a page, the pager says so by another request (`Pager.ask_again`), and it is one of the others.
+yet. Those come second, and never take the last place of `max_fetches`. When a thread comes to wait for such a page, a
+pager of this host says so by another request (`Pager.ask_again`), and it is one of the others. To a pager that is
+connected by the protocol the bit of that request means nothing: there it is a part of the id as every other.
 
 **Runs.** A fetch takes the page that is due, its neighbours that are wanted too, and the rest of its aligned group
 (fault-around). Pages that were not requested are sent without the mark of an answer. Each *request* is answered by a
@@ -89,14 +90,17 @@ class Bridge:
         max_fetches: int,
         max_fetch_pages: int,
         fault_around_pages: int,
+        told_again: bool = False,
         on_failure: Callable[[PeerError], None] = lambda error: None,
     ) -> None:
-        """`on_failure` is called before the pager gets the error frames of a failed fetch."""
+        """`told_again`: its pager was told to `Pager.ask_again`. `on_failure` is called before the pager gets the error
+        frames of a failed fetch."""
         if max_fetches < 1 or max_fetch_pages < 1:
             raise ConfigurationError("at least one fetch, of at least one page, must be allowed at a time")
         if fault_around_pages < 1 or fault_around_pages & (fault_around_pages - 1):
             raise ConfigurationError(f"fault-around of {fault_around_pages} pages: it must be a power of two")
         self._on_failure = on_failure
+        self._again: int = lib.PC_PAGER_REQUEST_AGAIN if told_again else 0
         self._source = source
         self._layout = layout
         self._max_fetches = max_fetches
@@ -152,7 +156,7 @@ class Bridge:
         queue = self._ahead if frame.request_id & lib.PC_PAGER_REQUEST_AHEAD else self._demand
         for page in range(frame.first_page, frame.first_page + frame.pages):
             key = (int(frame.block), page)
-            if frame.request_id & lib.PC_PAGER_REQUEST_AGAIN:
+            if frame.request_id & self._again:
                 if key in self._ahead:
                     self._demand[key] = self._ahead.pop(key)
                 continue

@@ -733,7 +733,7 @@ async def run_bridge(source: Content, requests: bytes) -> bytes:
 
 async def test_each_request_is_answered_with_its_id() -> None:
     source = Content(make_content(20 * PAGE + 9))
-    ids = {5: 0x80000001, 6: 2, 7: 3, 20: 4, 1: 5}
+    ids = {5: 0x80000001, 6: 2, 7: 0x40000003, 8: 0xC0000007, 20: 4, 1: 5}  # only the highest bit means something
     answers = await run_bridge(source, b"".join(frame(first_page=page, request_id=ids[page]) for page in ids))
     found = {}
     while answers:

@@ -344,7 +344,7 @@ class TestShow:
         key = (host / "server-key.pem").read_bytes()
         issue(ca, HOSTS, host)
         (host / "server-key.pem").write_bytes(key)
-        assert problems(host).startswith(f"{host}: the private key ")
+        assert problems(host).startswith(f"{host}/server-key.pem cannot be used: ")
 
 
 class TestCommand:
