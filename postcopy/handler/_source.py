@@ -161,6 +161,7 @@ class ProgramSource(Source):
             max_fetches=self.MAX_FETCHES,
             max_fetch_pages=self.MAX_FETCH_PAGES,
             fault_around_pages=1,
+            asks_again=True,
             on_failure=lambda error: vm.lose(str(error)),
         )
         async with self._stream:

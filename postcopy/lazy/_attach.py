@@ -183,6 +183,7 @@ async def attach_source(
         max_fetches=max_fetches,
         max_fetch_pages=max_fetch_pages,
         fault_around_pages=fault_around_pages,
+        asks_again=True,
         on_failure=lambda error: memory._fail(error),
     )
     async with Pager() as pager:

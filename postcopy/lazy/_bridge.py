@@ -89,13 +89,17 @@ class Bridge:
         max_fetches: int,
         max_fetch_pages: int,
         fault_around_pages: int,
+        asks_again: bool = False,
         on_failure: Callable[[PeerError], None] = lambda error: None,
     ) -> None:
-        """`on_failure` is called before the pager gets the error frames of a failed fetch."""
+        """`asks_again`: the pager is one of this process with `Pager.ask_again`; of a peer's request only the highest
+        bit of its id means anything.
+        `on_failure` is called before the pager gets the error frames of a failed fetch."""
         if max_fetches < 1 or max_fetch_pages < 1:
             raise ConfigurationError("at least one fetch, of at least one page, must be allowed at a time")
         if fault_around_pages < 1 or fault_around_pages & (fault_around_pages - 1):
             raise ConfigurationError(f"fault-around of {fault_around_pages} pages: it must be a power of two")
+        self._again = lib.PC_PAGER_REQUEST_AGAIN if asks_again else 0
         self._on_failure = on_failure
         self._source = source
         self._layout = layout
@@ -152,7 +156,7 @@ class Bridge:
         queue = self._ahead if frame.request_id & lib.PC_PAGER_REQUEST_AHEAD else self._demand
         for page in range(frame.first_page, frame.first_page + frame.pages):
             key = (int(frame.block), page)
-            if frame.request_id & lib.PC_PAGER_REQUEST_AGAIN:
+            if frame.request_id & self._again:
                 if key in self._ahead:
                     self._demand[key] = self._ahead.pop(key)
                 continue

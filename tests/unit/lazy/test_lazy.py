@@ -715,7 +715,7 @@ def frame(**fields: int) -> bytes:
 
 
 async def run_bridge(source: Content, requests: bytes) -> bytes:
-    """What it answers until the pager hangs up."""
+    """What it answers until the pager, a peer's, hangs up."""
     ours, theirs = trio.testing.memory_stream_pair()
     bridge = Bridge(source, source.blocks, max_fetches=4, max_fetch_pages=8, fault_around_pages=1, on_failure=print)
     answers = bytearray()
@@ -733,7 +733,7 @@ async def run_bridge(source: Content, requests: bytes) -> bytes:
 
 async def test_each_request_is_answered_with_its_id() -> None:
     source = Content(make_content(20 * PAGE + 9))
-    ids = {5: 0x80000001, 6: 2, 7: 3, 20: 4, 1: 5}
+    ids = {5: 0x80000001, 6: 2, 7: 3, 20: 0x40000004, 1: 0xFFFFFFFF}
     answers = await run_bridge(source, b"".join(frame(first_page=page, request_id=ids[page]) for page in ids))
     found = {}
     while answers:
