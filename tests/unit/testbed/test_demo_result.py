@@ -9,9 +9,11 @@ import pytest
 from msgspec.structs import replace
 from rich.console import Console
 
+from postcopy.errors import ResourceError
 from postcopy.records import as_json
 from postcopy.records.events import DestResult, SourceResult
 from postcopy.records.migration import Check, Guest
+from postcopy.testbed.demo._command import _make_image
 from postcopy.testbed.demo._result import merge, show
 
 SOURCE = SourceResult(
@@ -78,3 +80,8 @@ def test_whether_it_is_the_same_machine(
     result = merge(SOURCE, replace(DEST, verified=verified, verification=[], guest=guest))
     assert len(result.verification) == checks
     assert result.verified is verdict
+
+
+def test_an_image_that_has_no_room() -> None:
+    with pytest.raises(ResourceError, match=r"/dev/full: .*make room there"):
+        _make_image("/dev/full", 1 << 20)
