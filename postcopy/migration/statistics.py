@@ -11,9 +11,9 @@ How a number is called where it is shown, and its unit there, say the records (`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from postcopy.dataplane.counters import PagerStatistics, PageServerStatistics
 from postcopy.dataplane.histogram import Histogram, Recent
@@ -76,9 +76,7 @@ class Breakdown:
 
     def with_wire(self, table: object) -> Breakdown:
         """With the peer's parts, where it has told them and they are not known here."""
-        theirs = table if isinstance(table, Mapping) else {}
-        known = self.to_wire()
-        return Breakdown(**{name: natural(theirs[name]) for name in vars(self) if name in theirs} | known)
+        return Breakdown(**_told(table, vars(self)) | self.to_wire())
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ class Statistics:
     def remaining_bytes(self) -> int | None:
         if self.total_bytes is None or self.resident_bytes is None:
             return None
-        return self.total_bytes - self.resident_bytes
+        return max(0, self.total_bytes - self.resident_bytes)  # the peer may have told nonsense
 
     @classmethod
     def of(cls, counted: PagerStatistics | PageServerStatistics, **more: Any) -> Statistics:
@@ -131,8 +129,7 @@ class Statistics:
         return {name: value for name in _OF_SOURCE if (value := getattr(self, name)) is not None}
 
     def with_source(self, table: Mapping[str, Any]) -> Statistics:
-        theirs: dict[str, Any] = {name: natural(table[name]) for name in _OF_SOURCE if name in table}
-        return replace(self, **theirs)
+        return replace(self, **_told(table, _OF_SOURCE))
 
     def to_wire(self) -> dict[str, Any]:
         table: dict[str, Any] = {name: getattr(self, name) for name in _ON_WIRE}
@@ -165,6 +162,20 @@ _OF_SOURCE = (
 )  # fmt: skip
 
 
+_SENSIBLE = 1 << 53
+"""What is told is less than this: 104 days, 8 PiB. Readers of JSON take greater numbers for others."""
+
+
 def natural(value: object) -> int:
     """A number of the peer, or 0 for anything else."""
-    return value if type(value) is int and 0 <= value < 1 << 64 else 0
+    return value if _is_sensible(value) else 0
+
+
+def _is_sensible(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < _SENSIBLE
+
+
+def _told(table: object, names: Iterable[str]) -> dict[str, Any]:
+    """What the peer has told of these. What is no sensible number is not known: 0 would say that there was none."""
+    theirs = table if isinstance(table, Mapping) else {}
+    return {name: theirs[name] for name in names if _is_sensible(theirs.get(name))}

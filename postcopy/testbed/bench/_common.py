@@ -144,8 +144,12 @@ async def by_turns(rounds: int, parts: Mapping[K, Callable[[], Awaitable[T]]]) -
 
 
 def worker(module: str, *arguments: str) -> list[str]:
-    """The command that calls `main` of a module of this package."""
-    code = "import sys; from postcopy.testbed.bench._worker import call; call(*sys.argv[1:])"
+    """The command that calls `main` of a module of this package. Who has started it ends it: Ctrl-C in a terminal,
+    which goes to both, would have it end first, with a traceback."""
+    code = (
+        "import sys; from signal import SIG_IGN, SIGINT, signal; signal(SIGINT, SIG_IGN);"
+        " from postcopy.testbed.bench._worker import call; call(*sys.argv[1:])"
+    )
     return python("-c", code, module, *arguments)
 
 

@@ -18,7 +18,7 @@ import trio
 
 from postcopy._blocking import run_sync
 from postcopy._stop import Stop
-from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, known_error
+from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ResourceError, known_error
 from postcopy.machines.toy.machine import explain_no_kvm
 from postcopy.machines.toy.tap import format_ipv4, parse_ipv4, parse_net
 from postcopy.output import Output
@@ -472,11 +472,16 @@ async def _pull_the_cable(source: Side[SourceResult], dest: Side[DestResult], ho
 
 
 def _make_image(path: str, size_bytes: int) -> None:
-    """A sparse image: one part in `IMAGE_CONTENT` is random, in four pieces."""
+    """A sparse image: one part in `IMAGE_CONTENT` is random, in four pieces. `ResourceError` where it has no room."""
     piece_bytes = size_bytes // (4 * IMAGE_CONTENT)
-    with open(path, "wb") as image:
-        image.truncate(size_bytes)
-        for piece in range(4):
-            image.seek((2 * piece + 1) * size_bytes // 8)
-            for _ in range(0, piece_bytes, 1 << 16):
-                image.write(os.urandom(min(1 << 16, piece_bytes)))
+    try:
+        with open(path, "wb") as image:
+            image.truncate(size_bytes)
+            for piece in range(4):
+                image.seek((2 * piece + 1) * size_bytes // 8)
+                for _ in range(0, piece_bytes, 1 << 16):
+                    image.write(os.urandom(min(1 << 16, piece_bytes)))
+    except OSError as error:
+        raise ResourceError(
+            f"{path}: {error.strerror}", "make room there, set TMPDIR to a directory with more, or give an --image"
+        ) from error

@@ -132,5 +132,7 @@ class Side(Generic[R]):
         for line in reversed(self._stderr):
             if line.startswith("postcopy: error: "):
                 return line.removeprefix("postcopy: error: ")
+        if self._child is not None and (status := self._child.process.returncode) is not None and status < 0:
+            return f"it has died ({signal.Signals(-status).name})"  # its last words are of something else
         said = getattr(self.result, "error", None) or (self._stderr[-1] if self._stderr else "it said nothing")
         return str(said)

@@ -24,7 +24,7 @@ from postcopy.dataplane.histogram import Histogram
 from postcopy.errors import MigrationError
 from postcopy.records.results import Curve, Measurement
 from postcopy.testbed.bench import FIGURES, STUDIES, _contention, _of, _recording, _text
-from postcopy.testbed.bench._common import Found, Touched, by_turns, joined, medians, ratio
+from postcopy.testbed.bench._common import Found, Touched, by_turns, joined, medians, ratio, worker
 from postcopy.testbed.bench._firecracker_move import _calls_ms
 from postcopy.testbed.bench._recovery import tail
 from postcopy.testbed.bench._worker import distribution
@@ -269,6 +269,18 @@ def test_what_was_measured_is_written_when_it_is_ended_between_two_figures(
     finally:
         signal.signal(signal.SIGHUP, before)
     assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["run", "measurement"]
+
+
+def test_ctrl_c_is_no_matter_of_a_worker() -> None:
+    """In a terminal it goes to all processes of the foreground: the one that has started a worker ends it."""
+    command = worker("_worker", json.dumps({"role": "floor-source", "size_bytes": 1 << 20, "urgent_fd": 0}))
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(b"go\n", 60) == (b"{}\n", b"")  # who it would serve is not there
+        assert process.returncode == 0
 
 
 def test_what_was_measured_before_an_error_is_written(

@@ -4,15 +4,20 @@
 from __future__ import annotations
 
 import io
+import signal
 
 import pytest
+import trio
 from msgspec.structs import replace
 from rich.console import Console
 
+from postcopy.errors import MigrationError, ResourceError
 from postcopy.records import as_json
 from postcopy.records.events import DestResult, SourceResult
 from postcopy.records.migration import Check, Guest
+from postcopy.testbed.demo._command import _make_image
 from postcopy.testbed.demo._result import merge, show
+from postcopy.testbed.demo._side import Side
 
 SOURCE = SourceResult(
     side="source", status="completed", error=None, kind="kvm", verified=None, verification=[], overhead_bytes=0,
@@ -78,3 +83,21 @@ def test_whether_it_is_the_same_machine(
     result = merge(SOURCE, replace(DEST, verified=verified, verification=[], guest=guest))
     assert len(result.verification) == checks
     assert result.verified is verdict
+
+
+def test_an_image_that_has_no_room() -> None:
+    with pytest.raises(ResourceError, match=r"/dev/full: .*make room there"):
+        _make_image("/dev/full", 1 << 20)
+
+
+async def test_a_side_that_was_killed_is_said_to_be() -> None:
+    """Its last words, that it listens, are not why."""
+    side = Side("dest", DestResult, ["dest", "--json", "--listen", "127.0.0.1:0"])
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(side.run, None)
+            await side.address_known.wait()
+            assert side._child is not None
+            side._child.signal(signal.SIGKILL)
+            with pytest.raises(MigrationError, match=r"dest: it has died \(SIGKILL\)"):
+                await side.good_end()
