@@ -25,6 +25,7 @@ from postcopy.memory import DirtyLog, Memory
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
+from postcopy.migration.tasks import now_ns
 from postcopy.net import Address, ChannelKey, Link, OpenChannels, Reconnector, Session
 from postcopy.tls import DataChannel
 from postcopy.wire import State
@@ -115,7 +116,7 @@ class FakeMachine(Machine):
         return [1]
 
     def statistics(self) -> MachineStatistics:
-        return MachineStatistics(self.state, first_run_ns=1 << 62 if self.state is MachineState.RUNNING else 0)
+        return MachineStatistics(self.state, first_run_ns=now_ns() if self.state is MachineState.RUNNING else 0)
 
     async def verify(self) -> Check:
         return Check(True, "nothing", "not at all")

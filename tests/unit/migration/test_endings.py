@@ -64,7 +64,12 @@ async def test_a_mistake_is_contained(who: str, when: State, caplog: pytest.LogC
 
 async def test_a_mistake_in_the_callback(caplog: pytest.LogCaptureFixture) -> None:
     pair = make_pair()
-    cast(Any, pair.source)._on_change = lambda: 1 / 0
+
+    def look_and_fail() -> None:
+        pair.look()  # which wakes the test: the last change may be this side's
+        raise ZeroDivisionError
+
+    cast(Any, pair.source)._on_change = look_and_fail
     async with running(pair):
         await pair.move()
         pair.pager.channel.tell(EventType.COMPLETE)
