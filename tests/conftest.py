@@ -35,7 +35,7 @@ from sessions import end_session
 
 CHILD = Path(__file__).with_name("support") / "child.py"
 # What is ignored here, as under nohup and in the background of a script, all that is started here would ignore too.
-for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+for _number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.default_int_handler if _number is signal.SIGINT else lambda *_: None)
 

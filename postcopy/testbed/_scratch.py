@@ -30,7 +30,9 @@ def scratch() -> Iterator[Path]:
                 with contextlib.suppress(OSError):  # NFS locks no directory: there nobody removes it, either
                     fcntl.flock(fd, fcntl.LOCK_EX)
                 locked = path.exists()
-        yield path
+        inner = path / "own"  # a daemon that has its control socket there locks that directory
+        inner.mkdir(mode=0o700)
+        yield inner
 
 
 def _remove_stale(directory: Path) -> None:

@@ -162,7 +162,8 @@ def test_frozen_peer(
 @pytest.mark.needs("kvm", "uffd")
 class TestReclaim:
     def test_destination_that_is_dead(self, daemon: Start, operator: Callable[[str], Any]) -> None:
-        first, victim = daemon("a", *SLOW, "--name", "x"), daemon("b")
+        patient = ("--heartbeat", "5")  # a dead one is seen at once, by its connection
+        first, victim = daemon("a", *SLOW, "--name", "x", *patient), daemon("b", *patient)
         assert first.address
         at = operator("a")
         assert "has not been sent away" in at.ask("reclaim", status=1)[1]

@@ -113,6 +113,9 @@ async def test_network_that_fails_after_the_decision(host: Callable[..., Host], 
     for one in (at, to):
         one.ask("set", **{"max-bandwidth": "1MiB/s"})
     with await trio.to_thread.run_sync(boot, machine, append) as first:
+        # From then on each pass has pages that come from the disk: those that went there in an earlier round of it.
+        while not (await trio.to_thread.run_sync(first.wait_passes, 1))[-1].values["loaded"]:
+            pass
         seen = await trio.to_thread.run_sync(start, at, first)
         recoveries = 0
         for number in range(4):

@@ -41,13 +41,13 @@ def test_what_was_left_is_removed_and_what_is_in_use_is_not(tmp_path: Path) -> N
         assert process.stdout is not None
         held = Path(process.stdout.readline().strip())
         with scratch() as mine:
-            assert held.parent == mine.parent == tmp_path
+            assert held.parent.parent == mine.parent.parent == tmp_path
             assert (held / "file").exists()
-        assert not mine.exists()
+        assert not mine.parent.exists()
         process.kill()
     assert (held / "file").exists()
     with scratch() as mine:
-        assert not held.exists()
+        assert not held.parent.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["postcopy-scratch-file", "postcopy-scratch-link"]
 
 
@@ -70,7 +70,7 @@ def test_one_that_is_removed_while_it_is_made_is_made_again(
     monkeypatch.setattr(sys.modules[module], name, and_another_one)
     with scratch() as path:
         assert len(removed) == 1
-        assert [path] == list(tmp_path.iterdir()) != removed
+        assert [path.parent] == list(tmp_path.iterdir()) != removed
 
 
 def test_where_no_directory_can_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,8 +81,18 @@ def test_where_no_directory_can_be_locked(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with scratch() as one, scratch() as other:
-        assert sorted(tmp_path.iterdir()) == sorted([one, other])
+        assert sorted(tmp_path.iterdir()) == sorted([one.parent, other.parent])
     assert not list(tmp_path.iterdir())
+
+
+def test_it_can_be_locked_by_what_is_started_there() -> None:
+    """As by a daemon, which locks the directory of its control socket."""
+    with scratch() as path:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.close(fd)
 
 
 def test_without_a_descriptor_that_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
