@@ -67,14 +67,15 @@ static uint64_t mix(uint64_t x)
     return x ^ x >> 31;
 }
 
-/* Never touched at the source, touched but zero there, or random. Runs of several pages and lone pages of each. */
+/* Never touched at the source, touched but zero there, or random. Runs of several pages and lone pages of each; a memory of less than 32
+ * pages, as of huge ones, has no run of absent pages: whatever the seed is, most of it is data. */
 static enum content content_of(uint32_t block, uint64_t page)
 {
     uint64_t h = mix(test_.seed ^ (uint64_t)block << 48 ^ page);
 
     if (page < 3)
         return page == 0 ? DATA : page == 1 ? ZEROED : ABSENT;
-    if (page >= 16 && mix(test_.seed ^ (uint64_t)block << 48 ^ page / 16 ^ UINT64_C(1) << 40) % 6 == 0)
+    if (page >= 32 && mix(test_.seed ^ (uint64_t)block << 48 ^ page / 16 ^ UINT64_C(1) << 40) % 6 == 0)
         return ABSENT;
     return h % 8 == 0 ? ABSENT : h % 8 == 1 ? ZEROED : DATA;
 }
