@@ -177,7 +177,6 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"POSTCOPY_REQUIRE: unknown: {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}"
         )
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup(1) ignores it, and what is ignored children inherit
 
 
 HUGE_PAGES = 16

@@ -162,7 +162,7 @@ def test_frozen_peer(
 @pytest.mark.needs("kvm", "uffd")
 class TestReclaim:
     def test_destination_that_is_dead(self, daemon: Start, operator: Callable[[str], Any]) -> None:
-        patient = ("--heartbeat", "5")  # a dead one is seen at once, by its connection
+        patient = ("--heartbeat", "3")  # a dead one is seen at once, by its connection
         first, victim = daemon("a", *SLOW, "--name", "x", *patient), daemon("b", *patient)
         assert first.address
         at = operator("a")

@@ -68,7 +68,7 @@ static uint64_t mix(uint64_t x)
 }
 
 /* Never touched at the source, touched but zero there, or random. Runs of several pages and lone pages of each; a memory of less than 32
- * pages, as of huge ones, has no run of absent pages: whatever the seed is, most of it is data. */
+ * pages, as of huge ones, has no run of absent pages: three quarters of it are data, or nearly so. */
 static enum content content_of(uint32_t block, uint64_t page)
 {
     uint64_t h = mix(test_.seed ^ (uint64_t)block << 48 ^ page);

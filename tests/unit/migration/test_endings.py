@@ -74,6 +74,7 @@ async def test_a_mistake_in_the_callback(caplog: pytest.LogCaptureFixture) -> No
         await pair.move()
         pair.pager.channel.tell(EventType.COMPLETE)
     assert pair.source.state is pair.dest.state is State.COMPLETED
+    assert any(record.exc_info and record.exc_info[0] is ZeroDivisionError for record in caplog.records)
 
 
 async def test_a_pager_that_hangs_does_not_keep_a_whole_machine() -> None:
